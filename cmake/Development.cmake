@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: MIT
+# What the project's own tests, examples and benchmarks are built with. Never seen by users of the library.
+
+# Warnings. Dependencies are imported targets, so their headers count as system headers and stay silent.
+add_library(kvcache_dev INTERFACE)
+target_compile_options(kvcache_dev INTERFACE
+  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wnon-virtual-dtor -Woverloaded-virtual -Wundef
+  -Wno-missing-field-initializers  # designated initialisers leave the rest at its default by design
+  $<$<CXX_COMPILER_ID:Clang,AppleClang>:-Wno-sign-conversion>  # g++ keeps it out of -Wconversion; index_t is signed
+  $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-restrict>  # GCC bug 105651
+  $<$<BOOL:${KVCACHE_WERROR}>:-Werror>)
+
+set(CMAKE_CXX_EXTENSIONS OFF)
+
+if(PROJECT_IS_TOP_LEVEL)
+  get_property(kvcache_multi_config GLOBAL PROPERTY GENERATOR_IS_MULTI_CONFIG)
+  if(NOT kvcache_multi_config AND NOT CMAKE_BUILD_TYPE)
+    set(CMAKE_BUILD_TYPE Release CACHE STRING "Debug, Release, RelWithDebInfo or MinSizeRel" FORCE)
+    message(STATUS "kvcache: no build type given, using Release")
+  endif()
+endif()

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT
+// attend: softmax(q k^T) v over a cache, for the newest tokens of one sequence or of a batch.
+//
+// Decode is q_len == 1, prefill q_len > 1: a size, not a mode. All query heads of a group are served from one
+// read of each block. Work is cut into tiles (sequence, KV head, some queries) and, where that leaves workers
+// idle, into spans of 2048 tokens, whose results merge in order. Results are bit-identical across containers,
+// page placement, executors and numbers of workers, for one instruction set and block size.
+#pragma once
+
+#include <kvcache/attention/item_plan.hpp>
+#include <kvcache/attention/options.hpp>
+#include <kvcache/cache/concepts.hpp>
+#include <kvcache/core/assert.hpp>
+#include <kvcache/core/executor.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/select.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <span>
+
+namespace kvcache::inline v0 {
+
+namespace detail {
+
+/// 48 KiB on the stack of the thread that runs a task (kernels take up to 64 KiB more); larger shapes take their
+/// memory from the workspace.
+inline constexpr index_t stack_floats = 12 * 1024;
+
+/// The tasks of one call: all tiles of all items, or all their spans.
+template <cache_layer Layer>
+class batch_plan {
+ public:
+  batch_plan(std::span<const attend_item<Layer>> batch, const attend_options& options)
+      : batch_(batch),
+        options_(&options),
+        kernels_(options.kernel != nullptr ? options.kernel : &kernel::best()) {
+    for (const auto& item : batch) {
+      const auto plan = plan_of(item);
+      num_tiles_ += plan.num_tiles();
+      num_parts_ += plan.num_tiles() * plan.num_spans();
+      part_floats_ = std::max(part_floats_, plan.state_floats());
+      worker_floats_ = std::max(worker_floats_, plan.worker_floats());
+    }
+  }
+
+  template <class Executor>
+  void run(Executor& executor) {
+    // Spans become tasks of their own where tiles alone would leave workers idle. The arithmetic is the same.
+    const index_t num_workers = executor.num_workers();
+    const bool split = num_workers > 1 && num_tiles_ < 4 * num_workers && num_parts_ > num_tiles_;
+    const index_t parts_floats = split ? num_parts_ * part_floats_ : 0;
+    const index_t scratch_floats = worker_floats_ > stack_floats ? num_workers * worker_floats_ : 0;
+
+    attend_workspace local;
+    attend_workspace& workspace = options_->workspace != nullptr ? *options_->workspace : local;
+    if (parts_floats + scratch_floats > 0) {
+      parts_ = workspace.floats(parts_floats + scratch_floats);
+      scratches_ = parts_ + parts_floats;
+    }
+    if (split) {
+      executor.run(num_parts_, [this](index_t task, index_t worker) { run_part(task, worker); });
+      executor.run(num_tiles_, [this](index_t task, index_t worker) { run_tile(task, worker, true); });
+    } else {
+      executor.run(num_tiles_, [this](index_t task, index_t worker) { run_tile(task, worker, false); });
+    }
+  }
+
+ private:
+  [[nodiscard]] item_plan<Layer> plan_of(const attend_item<Layer>& item) const noexcept {
+    return item_plan<Layer>(item, *options_, *kernels_);
+  }
+
+  /// One span of one tile, into its place among the parts.
+  void run_part(index_t task, index_t worker) const {
+    index_t part = task;
+    const attend_item<Layer>* item = batch_.data();
+    const auto parts_of = [](const item_plan<Layer>& plan) { return plan.num_tiles() * plan.num_spans(); };
+    for (; part >= parts_of(plan_of(*item)); ++item) part -= parts_of(plan_of(*item));
+    const auto plan = plan_of(*item);
+    with_scratch(worker, [&](float* scratch) {
+      plan.run_span(part / plan.num_spans(), part % plan.num_spans(), scratch, parts_ + task * part_floats_);
+    });
+  }
+
+  /// A tile from beginning to end, or from the parts that run_part left.
+  void run_tile(index_t task, index_t worker, bool from_parts) const {
+    index_t tile = task;
+    index_t parts_before = 0;
+    const attend_item<Layer>* item = batch_.data();
+    for (index_t tiles = plan_of(*item).num_tiles(); tile >= tiles; tiles = plan_of(*item).num_tiles()) {
+      tile -= tiles;
+      parts_before += tiles * plan_of(*item).num_spans();
+      ++item;
+    }
+    const auto plan = plan_of(*item);
+    with_scratch(worker, [&](float* scratch) {
+      if (!from_parts) return plan.run_tile(tile, scratch);
+      float* parts = parts_ + (parts_before + tile * plan.num_spans()) * part_floats_;
+      plan.finish_tile(tile, parts, part_floats_, scratch);
+    });
+  }
+
+  template <class Body>
+  void with_scratch(index_t worker, Body body) const {
+    if (worker_floats_ > stack_floats) return body(scratches_ + worker * worker_floats_);
+    alignas(64) std::array<std::byte, stack_floats * sizeof(float)> stack;
+    body(reinterpret_cast<float*>(stack.data()));
+  }
+
+  std::span<const attend_item<Layer>> batch_;
+  const attend_options* options_;
+  const kernel::table* kernels_;
+  index_t num_tiles_ = 0;
+  index_t num_parts_ = 0;  // tiles times spans
+  index_t part_floats_ = 0;
+  index_t worker_floats_ = 0;
+  float* parts_ = nullptr;      // [num_parts, part_floats]
+  float* scratches_ = nullptr;  // [num_workers, worker_floats]
+};
+
+}  // namespace detail
+
+/// Attention of a batch of sequences, of different lengths if need be, in one call.
+///
+/// \param batch     see attend_item; outputs may not alias anything else
+/// \param options   what holds for all of them
+/// \param executor  runs the tasks; see core/executor.hpp
+/// Rows that see no key get a zero output and lse = -infinity.
+/// Numerics: float accumulation. Against exact arithmetic on the stored numbers the output is off by less than
+/// 1e-6 * (4 + scale * max|q| * max|k|) * max|v| with Euclidean norms, up to head_dim 512 and kv_len 65536.
+/// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
+/// Allocates only where a group's rows exceed 48 KiB of working memory or workers share one tile's spans, and
+/// then from options.workspace if given. Threads: reads the caches only. Throws: what allocation and the
+/// executor throw.
+template <cache_layer Layer, executor Executor = serial_executor>
+void attend(std::span<const attend_item<Layer>> batch, const attend_options& options = {},
+            Executor&& executor = {}) {
+  KVCACHE_ASSERT(options.q_len == 1 && options.mask.empty() && options.q_positions.empty() &&
+                     options.k_positions.empty() && options.lse.empty(),
+                 "attend: in a batch, what is marked [item] in attend_options comes from the items");
+  detail::batch_plan<Layer>(batch, options).run(executor);
+}
+
+/// Attention of one sequence.
+///
+/// \param q    queries of the newest options.q_len tokens, [q_len, num_q_heads, head_dim], row-major, rotated;
+///             num_q_heads follows from the size, query head h reads KV head h / (num_q_heads / num_kv_heads)
+/// \param out  same shape; may be q itself
+/// The rest as for a batch.
+template <cache_layer Layer, executor Executor = serial_executor>
+void attend(std::span<const float> q, const Layer& layer, std::span<float> out,
+            const attend_options& options = {}, Executor&& executor = {}) {
+  const attend_item<Layer> item{
+      q, layer, out, options.q_len, options.mask, options.q_positions, options.k_positions, options.lse};
+  detail::batch_plan<Layer>({&item, 1}, options).run(executor);
+}
+
+}  // namespace kvcache::inline v0

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: MIT
+// The inner part of attend: some query rows that read the same KV head, over one span of its blocks.
+//
+//   rows = queries x query heads of the group; for each block:
+//     scores[r, t] = sum_d q[r, d] k[t, d]      codec
+//     soft cap, ALiBi, mask                     visibility
+//     weights, running max and sum              kernel
+//     sums[r, d] += sum_t weights[r, t] v[t, d] codec
+//
+// A row's result depends on the keys it sees, the block size and the span length; not on which other rows are
+// computed beside it, nor on where the blocks lie. That is what makes prefill equal decode bit for bit.
+#pragma once
+
+#include <kvcache/attention/rope.hpp>
+#include <kvcache/attention/softmax_state.hpp>
+#include <kvcache/attention/visibility.hpp>
+#include <kvcache/block/order.hpp>
+#include <kvcache/cache/positions.hpp>
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/core/assert.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <span>
+
+namespace kvcache::inline v0::detail {
+
+/// Tokens after which partial results are merged. Fixed, so that how a sequence is split depends on nothing else.
+inline constexpr index_t span_tokens = 2048;
+inline constexpr index_t max_span_blocks = span_tokens / key_lanes;
+
+/// Rows that are computed at a time where a group has fewer: several queries share the unpacking of a block.
+inline constexpr index_t tile_rows = 16;
+
+/// Query rows that read one KV head; row = query * group_size + head within the group.
+struct query_tile {
+  index_t first_query = 0;
+  index_t num_queries = 0;
+  index_t group_size = 0;
+  index_t first_head = 0;              ///< query head of row 0
+  const float* queries = nullptr;      ///< [rows, head_dim], scaled
+  const index_t* positions = nullptr;  ///< [num_queries]
+
+  [[nodiscard]] index_t num_rows() const noexcept { return num_queries * group_size; }
+};
+
+/// Everything attend_span needs to know of a sequence, but its blocks.
+struct span_context {
+  const kernel::table* kernels;
+  block_geometry geometry;
+  visibility visible;
+  std::span<const position_segment> segments;
+  std::span<const float> alibi_slopes;  // [num_q_heads] or empty
+  const rope_table* rope;
+};
+
+/// Working memory of one tile, in floats: turned queries, then scores.
+constexpr index_t span_scratch_floats(const block_geometry& g, index_t num_rows) noexcept {
+  return num_rows * (round_up(g.head_dim, 16) + g.block_size);
+}
+
+/// One block, of which `tokens` (all in `segment`) count.
+template <block_codec Codec>
+void attend_block(const Codec& codec, const span_context& c, const query_tile& tile, const float* queries,
+                  const std::byte* block, token_range tokens, const position_segment& segment, float* scores,
+                  const softmax_state& state) {
+  const block_geometry& g = c.geometry;
+  const index_t base = tokens.first / g.block_size * g.block_size;
+  const index_t count = tokens.last - base;
+  const index_t num_scores = round_up(count, key_lanes);
+  codec.scores(*c.kernels, g, block, count, queries, tile.num_rows(), scores);
+  for (index_t r = 0; r < tile.num_rows(); ++r) {
+    float* row_scores = scores + r * g.block_size;
+    const index_t query = r / tile.group_size;
+    const index_t position = tile.positions[query];
+    const auto head = static_cast<std::size_t>(tile.first_head + r % tile.group_size);
+    const float slope = c.alibi_slopes.empty() ? 0.0F : c.alibi_slopes[head];
+    c.visible.shape_logits(position, segment, slope, tokens, base, row_scores);
+    c.visible.hide(tile.first_query + query, position, segment, tokens, base, num_scores, row_scores);
+    const float rescale = c.kernels->softmax(row_scores, num_scores, state.rows[static_cast<std::size_t>(r)]);
+    if (rescale != 1.0F) {
+      for (float& sum : state.row_sums(static_cast<std::size_t>(r))) sum *= rescale;
+    }
+  }
+  codec.accumulate(*c.kernels, g, block, count, scores, tile.num_rows(), state.sums.data());
+}
+
+/// Adds tokens [span.first, span.last) to `state`. At most span_tokens of them, starting at a multiple of that.
+/// \param blocks   the span's blocks, in order
+/// \param scratch  [span_scratch_floats]
+template <block_codec Codec>
+void attend_span(const Codec& codec, const span_context& c, const query_tile& tile,
+                 std::span<const std::byte* const> blocks, token_range span, float* scratch,
+                 const softmax_state& state) {
+  const block_geometry& g = c.geometry;
+  const index_t num_floats = tile.num_rows() * g.head_dim;
+  float* turned = scratch;
+  float* scores = scratch + tile.num_rows() * round_up(g.head_dim, 16);
+  for (std::size_t s = 0; s < c.segments.size(); ++s) {
+    const position_segment& segment = c.segments[s];
+    const index_t segment_last = s + 1 < c.segments.size() ? c.segments[s + 1].first_token : span.last;
+    const index_t first = std::max(span.first, segment.first_token);
+    const index_t last = std::min(span.last, segment_last);
+    if (first >= last) continue;
+
+    // Keys that moved by `rotation` positions since they were stored: turn the query back by as much instead.
+    const float* queries = tile.queries;
+    if (segment.rotation != 0) {
+      KVCACHE_ASSERT(c.rope != nullptr, "attend: options.rope must be set where segments were shifted");
+      std::copy_n(tile.queries, num_floats, turned);
+      c.rope->turn_by(turned, tile.num_rows(), -segment.rotation);
+      queries = turned;
+    }
+    for (index_t t = first; t < last;) {
+      const index_t index = t / g.block_size;
+      const token_range tokens{t, std::min(last, (index + 1) * g.block_size)};
+      const auto sees = [&](index_t position) { return c.visible.any(position, segment, tokens); };
+      if (std::any_of(tile.positions, tile.positions + tile.num_queries, sees)) {
+        const std::byte* block = blocks[static_cast<std::size_t>(index - span.first / g.block_size)];
+        attend_block(codec, c, tile, queries, block, tokens, segment, scores, state);
+      }
+      t = tokens.last;
+    }
+  }
+}
+
+}  // namespace kvcache::inline v0::detail

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT
+// item_plan: one sequence of an attend call, cut into tiles of query rows and spans of tokens.
+//
+//   tile = (KV head, some queries): num_kv_heads * ceil(q_len / queries per tile) of them
+//   span = 2048 tokens: each tile's spans are computed one by one and merged in order
+#pragma once
+
+#include <kvcache/attention/attend_span.hpp>
+#include <kvcache/attention/options.hpp>
+#include <kvcache/attention/softmax_state.hpp>
+#include <kvcache/attention/visibility.hpp>
+#include <kvcache/block/order.hpp>
+#include <kvcache/cache/concepts.hpp>
+#include <kvcache/core/assert.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <span>
+
+namespace kvcache::inline v0::detail {
+
+/// The arithmetic of one item, cut into tiles of query rows and spans of tokens.
+template <cache_layer Layer>
+class item_plan {
+ public:
+  item_plan(const attend_item<Layer>& item, const attend_options& options,
+            const kernel::table& kernels) noexcept
+      : item_(&item),
+        options_(&options),
+        kernels_(&kernels),
+        shape_(item.layer.shape()),
+        kv_len_(item.layer.size()) {
+    const index_t row_size = item.q_len * shape_.head_dim;
+    num_q_heads_ = row_size == 0 ? 0 : static_cast<index_t>(item.q.size()) / row_size;
+    group_size_ = num_q_heads_ / shape_.num_kv_heads;
+    queries_per_tile_ = group_size_ == 0 ? 1 : std::max(tile_rows / group_size_, index_t{1});
+    check_sizes();
+  }
+
+  [[nodiscard]] index_t num_tiles() const noexcept {
+    return num_q_heads_ == 0 ? 0 : shape_.num_kv_heads * ceil_div(item_->q_len, queries_per_tile_);
+  }
+  [[nodiscard]] index_t num_spans() const noexcept { return ceil_div(kv_len_, span_tokens); }
+  [[nodiscard]] index_t max_rows() const noexcept {
+    return std::min(queries_per_tile_, item_->q_len) * group_size_;
+  }
+
+  /// Floats of a softmax state of one tile, and of everything a worker needs.
+  [[nodiscard]] index_t state_floats() const noexcept {
+    return max_rows() * (round_up(shape_.head_dim, 16) + 2);
+  }
+  [[nodiscard]] index_t worker_floats() const noexcept {
+    return round_up(max_rows() * round_up(shape_.head_dim, 16) + span_scratch_floats(geometry(), max_rows()) +
+                        2 * state_floats() + 2 * max_rows(),
+                    16);
+  }
+
+  /// A whole tile, span by span. \param scratch  [worker_floats()]
+  void run_tile(index_t tile_index, float* scratch) const {
+    const query_tile tile = make_tile(tile_index, scratch);
+    const softmax_state all = state_in(scratch, tile.num_rows());
+    const softmax_state part = state_in(scratch, tile.num_rows());
+    all.reset();
+    for (index_t s = 0; s < num_spans(); ++s) {
+      run(tile, tile_index, s, scratch, part);
+      all.merge(part);
+    }
+    write(tile, all);
+  }
+
+  /// One span of a tile into `partial`, [state_floats()].
+  void run_span(index_t tile_index, index_t span, float* scratch, float* partial) const {
+    const query_tile tile = make_tile(tile_index, scratch);
+    run(tile, tile_index, span, scratch, state_in(partial, tile.num_rows()));
+  }
+
+  /// Merges the partial states of a tile, [num_spans(), stride] floats, in order.
+  void finish_tile(index_t tile_index, float* partials, index_t stride, float* scratch) const {
+    const query_tile tile = make_tile(tile_index, scratch);
+    const softmax_state all = state_in(scratch, tile.num_rows());
+    all.reset();
+    for (index_t s = 0; s < num_spans(); ++s) {
+      float* partial = partials + s * stride;
+      all.merge(state_in(partial, tile.num_rows()));
+    }
+    write(tile, all);
+  }
+
+ private:
+  [[nodiscard]] block_geometry geometry() const noexcept { return {shape_.block_size, shape_.head_dim}; }
+
+  /// Position of a query: given, or that of the token it belongs to.
+  [[nodiscard]] index_t position_of(index_t query) const noexcept {
+    const index_t token = kv_len_ - item_->q_len + query;
+    if (!item_->q_positions.empty()) return item_->q_positions[static_cast<std::size_t>(query)];
+    if (!item_->k_positions.empty() && token >= 0) return item_->k_positions[static_cast<std::size_t>(token)];
+    return item_->layer.positions()[token];
+  }
+
+  void check_sizes() const noexcept {
+    if (item_->q_len == 0) return;
+    KVCACHE_ASSERT(item_->q_len >= 0, "attend: q_len must not be negative");
+    KVCACHE_ASSERT(
+        static_cast<index_t>(item_->q.size()) == item_->q_len * num_q_heads_ * shape_.head_dim &&
+            num_q_heads_ % shape_.num_kv_heads == 0,
+        "attend: q must be [q_len, num_q_heads, head_dim], num_q_heads a multiple of num_kv_heads");
+    KVCACHE_ASSERT(item_->out.size() == item_->q.size(), "attend: out must have the size of q");
+    KVCACHE_ASSERT(
+        item_->lse.empty() || static_cast<index_t>(item_->lse.size()) == item_->q_len * num_q_heads_,
+        "attend: lse must be [q_len, num_q_heads]");
+    KVCACHE_ASSERT(
+        item_->q_len <= kv_len_ || !item_->q_positions.empty() || !options_->causal || !item_->mask.empty(),
+        "attend: causal queries are for tokens in the cache; append before you attend");
+    KVCACHE_ASSERT(
+        item_->q_positions.empty() || static_cast<index_t>(item_->q_positions.size()) == item_->q_len,
+        "attend: q_positions must be [q_len]");
+    KVCACHE_ASSERT(item_->k_positions.empty() || static_cast<index_t>(item_->k_positions.size()) == kv_len_,
+                   "attend: k_positions must be [kv_len]");
+    [[maybe_unused]] const auto mask_size = static_cast<index_t>(item_->mask.size());
+    KVCACHE_ASSERT(mask_size == 0 || mask_size == item_->q_len * kv_len_ ||
+                       (mask_size == item_->q_len * item_->q_len && item_->q_len <= kv_len_),
+                   "attend: mask must be [q_len, q_len] or [q_len, kv_len]");
+    KVCACHE_ASSERT(
+        options_->alibi_slopes.empty() || static_cast<index_t>(options_->alibi_slopes.size()) == num_q_heads_,
+        "attend: alibi_slopes must be [num_q_heads]");
+  }
+
+  /// Gathers and scales the rows of a tile; takes its memory from the front of `scratch`.
+  query_tile make_tile(index_t tile_index, float*& scratch) const noexcept {
+    const index_t first_query = tile_index / shape_.num_kv_heads * queries_per_tile_;
+    const index_t num_queries = std::min(queries_per_tile_, item_->q_len - first_query);
+    const index_t first_head = tile_index % shape_.num_kv_heads * group_size_;
+    const index_t dim = shape_.head_dim;
+    const float scale = options_->scale.value_or(1.0F / std::sqrt(static_cast<float>(dim)));
+    auto* positions = reinterpret_cast<index_t*>(scratch);
+    scratch += 2 * max_rows();
+    float* queries = scratch;
+    scratch += max_rows() * round_up(dim, 16);
+    for (index_t i = 0; i < num_queries; ++i) {
+      const index_t query = first_query + i;
+      positions[i] = position_of(query);
+      const float* from = item_->q.data() + (query * num_q_heads_ + first_head) * dim;
+      float* to = queries + i * group_size_ * dim;
+      for (index_t j = 0; j < group_size_ * dim; ++j) to[j] = from[j] * scale;
+    }
+    return {first_query, num_queries, group_size_, first_head, queries, positions};
+  }
+
+  /// A softmax state in memory from the front of `floats`.
+  softmax_state state_in(float*& floats, index_t num_rows) const noexcept {
+    static_assert(sizeof(kernel::softmax_row) == 2 * sizeof(float));
+    auto* rows = reinterpret_cast<kernel::softmax_row*>(floats);
+    float* sums = floats + 2 * max_rows();
+    floats += state_floats();
+    return {{rows, static_cast<std::size_t>(num_rows)},
+            {sums, static_cast<std::size_t>(num_rows * shape_.head_dim)}};
+  }
+
+  void run(const query_tile& tile, index_t tile_index, index_t span, float* scratch,
+           const softmax_state& state) const {
+    state.reset();
+    const token_range tokens{span * span_tokens, std::min(kv_len_, (span + 1) * span_tokens)};
+    const index_t head = tile_index % shape_.num_kv_heads;
+    std::array<const std::byte*, max_span_blocks> blocks;
+    const index_t first_block = tokens.first / shape_.block_size;
+    const index_t num_blocks = ceil_div(tokens.last - tokens.first, shape_.block_size);
+    for (index_t b = 0; b < num_blocks; ++b)
+      blocks[static_cast<std::size_t>(b)] = item_->layer.block(head, first_block + b);
+    const span_context context{kernels_,
+                               geometry(),
+                               visibility(*options_, item_->q_len, kv_len_, item_->mask, item_->k_positions),
+                               item_->layer.positions().segments(),
+                               options_->alibi_slopes,
+                               options_->rope};
+    attend_span(item_->layer.codec(), context, tile, {blocks.data(), static_cast<std::size_t>(num_blocks)},
+                tokens, scratch, state);
+  }
+
+  void write(const query_tile& tile, const softmax_state& state) const noexcept {
+    for (index_t r = 0; r < tile.num_rows(); ++r) {
+      const index_t row =
+          (tile.first_query + r / group_size_) * num_q_heads_ + tile.first_head + r % group_size_;
+      const float lse = state.finish(static_cast<std::size_t>(r),
+                                     item_->out.subspan(static_cast<std::size_t>(row * shape_.head_dim),
+                                                        static_cast<std::size_t>(shape_.head_dim)));
+      if (!item_->lse.empty()) item_->lse[static_cast<std::size_t>(row)] = lse;
+    }
+  }
+
+  const attend_item<Layer>* item_;
+  const attend_options* options_;
+  const kernel::table* kernels_;
+  cache_shape shape_;
+  index_t kv_len_;
+  index_t num_q_heads_ = 0;
+  index_t group_size_ = 0;
+  index_t queries_per_tile_ = 1;
+};
+
+}  // namespace kvcache::inline v0::detail

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT
+// page_pool and paged_cache: many sequences in one pool of pages, shared prefixes, copy on write, a byte budget.
+//
+//   sequence a: table [ 0, 1, 2 ]          pool: | page 0 | page 1 | page 2 | page 3 | free ...
+//   b = a.fork(): [ 0, 1, 2 ]                      refs 2   refs 2   refs 2
+//   b.append:     [ 0, 1, 3 ]                      refs 2   refs 2   refs 1   refs 1     only the last page is copied
+//
+// Source: Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention", sections 4.1-4.4.
+#pragma once
+
+#include <kvcache/cache/concepts.hpp>
+#include <kvcache/cache/page_store.hpp>
+#include <kvcache/cache/sequence_cache.hpp>
+#include <kvcache/codec/exact.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <utility>
+
+namespace kvcache::inline v0 {
+
+/// The address function of paged_cache: a page table in a shared store; see block_storage.
+class paged_storage {
+ public:
+  /// An empty table. Throws std::bad_alloc.
+  paged_storage(const std::shared_ptr<page_store>& store, const cache_shape& shape, index_t block_bytes)
+      : paged_storage(store, shape, block_bytes, store->open_table()) {}
+
+  paged_storage(paged_storage&& other) noexcept
+      : store_(std::move(other.store_)),
+        shape_(other.shape_),
+        block_bytes_(other.block_bytes_),
+        table_(other.table_) {}
+  paged_storage& operator=(paged_storage&& other) noexcept {
+    paged_storage before(std::move(*this));  // gives its pages back
+    store_ = std::move(other.store_);
+    shape_ = other.shape_;
+    block_bytes_ = other.block_bytes_;
+    table_ = other.table_;
+    return *this;
+  }
+  ~paged_storage() {
+    if (store_ != nullptr) store_->close_table(table_);
+  }
+
+  /// Takes pages until there are `last`, and copies those in [first, last) that are shared.
+  [[nodiscard]] status prepare_write(index_t first, index_t last) {
+    return store_->prepare_write(table_, first, last);
+  }
+
+  /// Gives pages back to the pool.
+  void shrink(index_t num_blocks) noexcept { store_->shrink(table_, num_blocks); }
+
+  /// The first `num_blocks` pages, shared. Throws std::bad_alloc.
+  [[nodiscard]] paged_storage share(index_t num_blocks) const {
+    return {store_, shape_, block_bytes_, store_->share(table_, num_blocks)};
+  }
+
+  [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
+    const page_id page = page_table()[static_cast<std::size_t>(index)];
+    return store_->page(page) + (layer * shape_.num_kv_heads + head) * block_bytes_;
+  }
+
+  /// Logical block -> page. Invalidated by whatever changes the sequence.
+  [[nodiscard]] std::span<const page_id> page_table() const noexcept { return store_->table(table_); }
+  [[nodiscard]] index_t num_blocks() const noexcept { return static_cast<index_t>(page_table().size()); }
+  [[nodiscard]] index_t total_bytes() const noexcept { return num_blocks() * store_->page_bytes(); }
+  [[nodiscard]] index_t shared_bytes() const noexcept {
+    index_t pages = 0;
+    for (const page_id page : page_table()) pages += store_->ref_count(page) > 1 ? 1 : 0;
+    return pages * store_->page_bytes();
+  }
+  [[nodiscard]] paged_storage empty_like() const { return {store_, shape_, block_bytes_}; }
+  void check() const { store_->check(); }
+
+ private:
+  paged_storage(std::shared_ptr<page_store> store, const cache_shape& shape, index_t block_bytes,
+                page_store::table_id table) noexcept
+      : store_(std::move(store)), shape_(shape), block_bytes_(block_bytes), table_(table) {}
+
+  std::shared_ptr<page_store> store_;  // null once moved from
+  cache_shape shape_;
+  index_t block_bytes_;
+  page_store::table_id table_;
+};
+
+/// One sequence in a pool. Cheap to fork; a handle that gives its pages back when it is destroyed.
+template <block_codec Codec = codec::bf16>
+using paged_cache = sequence_cache<Codec, paged_storage>;
+
+/// Pages for any number of sequences of one shape and codec.
+///
+/// Pages are freed when the last sequence that refers to them goes; memory when pool and sequences are all gone.
+/// Threads: attending over sequences of one pool may run in parallel; nothing else may, not even on two sequences.
+template <block_codec Codec = codec::bf16>
+class page_pool {
+ public:
+  /// Allocates nothing yet. Throws shape_error naming what cannot be.
+  explicit page_pool(const cache_shape& shape, const pool_options& options = {}, const Codec& codec = {})
+      : shape_(shape), codec_(codec), store_(make_store(shape, codec_, options)) {}
+
+  /// A new, empty sequence. It may outlive the pool object. Throws std::bad_alloc.
+  [[nodiscard]] paged_cache<Codec> sequence() {
+    return paged_cache<Codec>(shape_, codec_,
+                              paged_storage(store_, shape_, codec_.block_bytes(geometry_of(shape_))));
+  }
+
+  [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
+
+  /// Bytes of one page: the blocks of all layers and heads for block_size tokens.
+  [[nodiscard]] index_t page_bytes() const noexcept { return store_->page_bytes(); }
+  /// Pages within the budget, allocated or not; those free and those in use.
+  [[nodiscard]] index_t num_pages() const noexcept { return store_->max_pages(); }
+  [[nodiscard]] index_t num_free() const noexcept { return store_->num_free(); }
+  [[nodiscard]] index_t num_in_use() const noexcept { return store_->num_in_use(); }
+  [[nodiscard]] index_t ref_count(page_id page) const noexcept { return store_->ref_count(page); }
+  [[nodiscard]] pool_use bytes() const noexcept { return store_->bytes(); }
+
+  /// Gives back memory that no sequence uses, newest first. O(pages). See page_store::release_free.
+  void release_free() noexcept { store_->release_free(); }
+  /// See page_store::set_budget.
+  void set_budget(index_t bytes) { store_->set_budget(bytes); }
+  /// Proves the books of the pool and of all its sequences. Throws invariant_error.
+  void check() const { store_->check(); }
+
+ private:
+  static std::shared_ptr<page_store> make_store(const cache_shape& shape, const Codec& codec,
+                                                const pool_options& options) {
+    validate(shape);
+    const index_t block_bytes = codec.block_bytes(geometry_of(shape));
+    return std::make_shared<page_store>(checked_mul(shape.num_layers, shape.num_kv_heads, block_bytes),
+                                        options);
+  }
+
+  cache_shape shape_;
+  [[no_unique_address]] Codec codec_;
+  std::shared_ptr<page_store> store_;
+};
+
+static_assert(block_storage<paged_storage> && kv_cache<paged_cache<>>);
+
+}  // namespace kvcache::inline v0

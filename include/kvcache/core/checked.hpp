@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT
+// Size arithmetic that throws instead of wrapping.
+#pragma once
+
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+
+#include <limits>
+
+namespace kvcache::inline v0 {
+
+/// \return the product; throws shape_error if a factor is negative or the product does not fit index_t.
+constexpr index_t checked_mul(index_t a, index_t b) {
+  if (a < 0 || b < 0) throw shape_error("kvcache: negative size");
+  if (b != 0 && a > std::numeric_limits<index_t>::max() / b) throw shape_error("kvcache: size overflows");
+  return a * b;
+}
+
+template <class... More>
+constexpr index_t checked_mul(index_t a, index_t b, More... more) {
+  return checked_mul(checked_mul(a, b), more...);
+}
+
+/// \return the sum; throws shape_error if a term is negative or the sum does not fit index_t.
+constexpr index_t checked_add(index_t a, index_t b) {
+  if (a < 0 || b < 0) throw shape_error("kvcache: negative size");
+  if (a > std::numeric_limits<index_t>::max() - b) throw shape_error("kvcache: size overflows");
+  return a + b;
+}
+
+/// ceil(a / b). \pre `a >= 0`, `b > 0`
+constexpr index_t ceil_div(index_t a, index_t b) noexcept { return a / b + (a % b != 0 ? 1 : 0); }
+
+/// The smallest multiple of `unit` that is >= `n`; throws shape_error if it does not fit.
+constexpr index_t round_up(index_t n, index_t unit) { return checked_mul(ceil_div(n, unit), unit); }
+
+}  // namespace kvcache::inline v0

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: MIT
+// any_cache: a cache whose container and codec are chosen by a string at run time.
+//
+//   any_cache cache = make_cache("paged/bf16", shape);       container / codec
+//   cache[layer].append(k, v);
+//   attend(q, cache[layer], out);
+//
+// One virtual call per append and per attend; blocks are walked by the same code as in the typed containers.
+#pragma once
+
+#include <kvcache/attention/attend.hpp>
+#include <kvcache/cache/chunked.hpp>
+#include <kvcache/cache/concepts.hpp>
+#include <kvcache/cache/contiguous.hpp>
+#include <kvcache/cache/paged.hpp>
+#include <kvcache/cache/step.hpp>
+#include <kvcache/codec/exact.hpp>
+#include <kvcache/core/executor.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace kvcache::inline v0 {
+
+namespace detail {
+
+/// What any_cache calls; one function per verb of the containers.
+class erased_cache {
+ public:
+  erased_cache() = default;
+  erased_cache(const erased_cache&) = delete;
+  erased_cache& operator=(const erased_cache&) = delete;
+  virtual ~erased_cache() = default;
+
+  virtual status try_append(index_t layer, std::span<const float> k, std::span<const float> v) = 0;
+  virtual void attend(index_t layer, std::span<const float> q, std::span<float> out,
+                      const attend_options& options, executor_ref executor) const = 0;
+  virtual void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
+                        kv_layout layout) const = 0;
+  [[nodiscard]] virtual const cache_shape& shape() const noexcept = 0;
+  [[nodiscard]] virtual index_t size() const noexcept = 0;
+  [[nodiscard]] virtual index_t layer_size(index_t layer) const noexcept = 0;
+  [[nodiscard]] virtual index_t bytes_per_token() const noexcept = 0;
+  [[nodiscard]] virtual memory_use bytes() const noexcept = 0;
+  [[nodiscard]] virtual const position_map& positions() const noexcept = 0;
+  virtual void shift(index_t first, index_t last, index_t delta) = 0;
+  virtual status reserve(index_t num_tokens) = 0;
+  virtual void truncate(index_t num_tokens) noexcept = 0;
+  [[nodiscard]] virtual std::unique_ptr<erased_cache> clone() const = 0;
+  [[nodiscard]] virtual std::unique_ptr<erased_cache> fork(index_t num_tokens) const = 0;
+  virtual void shrink_to_fit() noexcept = 0;
+  virtual status begin_step(index_t num_tokens) = 0;
+  virtual void end_step(bool commit) noexcept = 0;
+  virtual void check() const = 0;
+};
+
+template <kv_cache Cache>
+class erased_cache_of final : public erased_cache {
+ public:
+  explicit erased_cache_of(Cache cache) : cache_(std::move(cache)) {}
+
+  status try_append(index_t layer, std::span<const float> k, std::span<const float> v) override {
+    return cache_.try_append(layer, k, v);
+  }
+  void attend(index_t layer, std::span<const float> q, std::span<float> out, const attend_options& options,
+              executor_ref executor) const override {
+    kvcache::attend(q, cache_[layer], out, options, executor);
+  }
+  void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
+                kv_layout layout) const override {
+    cache_.copy_out(layer, first, count, k, v, layout);
+  }
+  [[nodiscard]] const cache_shape& shape() const noexcept override { return cache_.shape(); }
+  [[nodiscard]] index_t size() const noexcept override { return cache_.size(); }
+  [[nodiscard]] index_t layer_size(index_t layer) const noexcept override { return cache_.layer_size(layer); }
+  [[nodiscard]] index_t bytes_per_token() const noexcept override {
+    return kvcache::bytes_per_token(cache_.shape(), cache_.codec());
+  }
+  [[nodiscard]] memory_use bytes() const noexcept override { return cache_.bytes(); }
+  [[nodiscard]] const position_map& positions() const noexcept override { return cache_.positions(); }
+  void shift(index_t first, index_t last, index_t delta) override { cache_.shift(first, last, delta); }
+  status reserve(index_t num_tokens) override { return cache_.reserve(num_tokens); }
+  void truncate(index_t num_tokens) noexcept override { cache_.truncate(num_tokens); }
+  [[nodiscard]] std::unique_ptr<erased_cache> clone() const override {
+    return std::make_unique<erased_cache_of>(cache_.clone());
+  }
+  [[nodiscard]] std::unique_ptr<erased_cache> fork(index_t num_tokens) const override {
+    return std::make_unique<erased_cache_of>(cache_.fork(num_tokens));
+  }
+  void shrink_to_fit() noexcept override { cache_.shrink_to_fit(); }
+  status begin_step(index_t num_tokens) override { return cache_.begin_step(num_tokens); }
+  void end_step(bool commit) noexcept override { cache_.end_step(commit); }
+  void check() const override { cache_.check(); }
+
+ private:
+  Cache cache_;
+};
+
+}  // namespace detail
+
+class any_cache;
+
+/// One layer of an any_cache: what layer_ref is to the typed containers, without access to encoded blocks.
+/// Like a pointer it does not pass constness on.
+class any_layer {
+ public:
+  any_layer(detail::erased_cache& cache, index_t layer) noexcept : cache_(&cache), layer_(layer) {}
+
+  [[nodiscard]] status try_append(std::span<const float> k, std::span<const float> v) const {
+    return cache_->try_append(layer_, k, v);
+  }
+  void append(std::span<const float> k, std::span<const float> v) const {
+    if (const status s = try_append(k, v); s != status::ok) throw capacity_error("append", s);
+  }
+  [[nodiscard]] index_t size() const noexcept { return cache_->layer_size(layer_); }
+  [[nodiscard]] const cache_shape& shape() const noexcept { return cache_->shape(); }
+  [[nodiscard]] const position_map& positions() const noexcept { return cache_->positions(); }
+  void copy_out(index_t first, index_t count, std::span<float> k, std::span<float> v,
+                kv_layout layout = kv_layout::nhd) const {
+    cache_->copy_out(layer_, first, count, k, v, layout);
+  }
+
+  /// See attend below.
+  void attend(std::span<const float> q, std::span<float> out, const attend_options& options,
+              executor_ref executor) const {
+    cache_->attend(layer_, q, out, options, executor);
+  }
+
+ private:
+  detail::erased_cache* cache_;
+  index_t layer_;
+};
+
+/// As for the typed containers; see attention/attend.hpp.
+template <executor Executor = serial_executor>
+void attend(std::span<const float> q, const any_layer& layer, std::span<float> out,
+            const attend_options& options = {}, Executor&& executor = {}) {
+  layer.attend(q, out, options, executor_ref(executor));
+}
+
+/// The verbs of the containers, see sequence_cache. Moved from, it may only be destroyed or assigned to.
+class any_cache {
+ public:
+  template <kv_cache Cache>
+  any_cache(std::string spec, Cache cache)
+      : spec_(std::move(spec)), cache_(std::make_unique<detail::erased_cache_of<Cache>>(std::move(cache))) {}
+
+  /// What make_cache was given.
+  [[nodiscard]] const std::string& spec() const noexcept { return spec_; }
+
+  [[nodiscard]] any_layer operator[](index_t layer) const noexcept {
+    KVCACHE_ASSERT(0 <= layer && layer < shape().num_layers, "the layer must exist");
+    return {*cache_, layer};
+  }
+  [[nodiscard]] const cache_shape& shape() const noexcept { return cache_->shape(); }
+  [[nodiscard]] index_t size() const noexcept { return cache_->size(); }
+  [[nodiscard]] index_t bytes_per_token() const noexcept { return cache_->bytes_per_token(); }
+  [[nodiscard]] memory_use bytes() const noexcept { return cache_->bytes(); }
+  [[nodiscard]] const position_map& positions() const noexcept { return cache_->positions(); }
+  void shift(index_t first, index_t last, index_t delta) { cache_->shift(first, last, delta); }
+  [[nodiscard]] status reserve(index_t num_tokens) { return cache_->reserve(num_tokens); }
+  void truncate(index_t num_tokens) noexcept { cache_->truncate(num_tokens); }
+  void clear() noexcept { truncate(0); }
+  void shrink_to_fit() noexcept { cache_->shrink_to_fit(); }
+  [[nodiscard]] any_cache clone() const { return {spec_, cache_->clone()}; }
+  [[nodiscard]] any_cache fork(index_t num_tokens) const { return {spec_, cache_->fork(num_tokens)}; }
+  [[nodiscard]] any_cache fork() const { return fork(size()); }
+  void check() const { cache_->check(); }
+
+  using step = cache_step<any_cache>;
+  step begin(index_t num_tokens) {
+    if (const status s = begin_step(num_tokens); s != status::ok) throw capacity_error("begin", s);
+    return step(*this);
+  }
+  [[nodiscard]] std::optional<step> try_begin(index_t num_tokens) {
+    return begin_step(num_tokens) == status::ok ? std::optional<step>(std::in_place, *this) : std::nullopt;
+  }
+  [[nodiscard]] status begin_step(index_t num_tokens) { return cache_->begin_step(num_tokens); }
+  void end_step(bool commit) noexcept { cache_->end_step(commit); }
+
+ private:
+  any_cache(std::string spec, std::unique_ptr<detail::erased_cache> cache)
+      : spec_(std::move(spec)), cache_(std::move(cache)) {}
+
+  std::string spec_;
+  std::unique_ptr<detail::erased_cache> cache_;
+};
+
+namespace detail {
+
+template <class... Codecs>
+struct codec_list {};
+
+/// What make_cache knows. A new codec is one more name here.
+using known_codecs = codec_list<codec::f32, codec::f16, codec::bf16>;
+inline constexpr std::string_view known_containers[] = {"contiguous", "chunked", "paged"};
+
+template <block_codec Codec>
+any_cache make_container(const std::string& spec, std::string_view container, const cache_shape& shape) {
+  if (container == "contiguous") return {spec, contiguous_cache<Codec>(shape)};
+  if (container == "chunked") return {spec, chunked_cache<Codec>(shape)};
+  return {spec, page_pool<Codec>(shape).sequence()};  // a pool of its own, without a limit
+}
+
+template <class... Codecs>
+std::vector<std::string> list_specs(codec_list<Codecs...>) {
+  std::vector<std::string> specs;
+  for (const std::string_view container : known_containers)
+    (specs.push_back(std::string(container) + "/" + std::string(Codecs::name)), ...);
+  return specs;
+}
+
+template <class... Codecs>
+any_cache make_known(codec_list<Codecs...>, const std::string& spec, const cache_shape& shape) {
+  const std::string_view text = spec;
+  const std::size_t slash = std::min(text.find('/'), text.size());
+  std::optional<any_cache> made;
+  const auto make_if = [&]<class Codec>() {
+    if (text.substr(slash + 1) == Codec::name)
+      made.emplace(make_container<Codec>(spec, text.substr(0, slash), shape));
+  };
+  (make_if.template operator()<Codecs>(), ...);
+  return std::move(*made);
+}
+
+}  // namespace detail
+
+/// Every spec that make_cache takes.
+inline std::vector<std::string> cache_specs() { return detail::list_specs(detail::known_codecs{}); }
+
+/// \param spec  "container/codec", as cache_specs() lists them
+/// Throws std::invalid_argument that lists what there is, and shape_error.
+inline any_cache make_cache(const std::string& spec, const cache_shape& shape) {
+  std::string known;
+  for (const std::string& s : cache_specs()) {
+    if (s == spec) return detail::make_known(detail::known_codecs{}, spec, shape);
+    known.append(known.empty() ? "" : ", ").append(s);
+  }
+  throw std::invalid_argument("kvcache: there is no cache '" + spec + "'; there is " + known);
+}
+
+}  // namespace kvcache::inline v0

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: MIT
+// The portable kernels: plain C++ that compilers vectorise, and what every other instruction set is tested
+// against. Inner loops run over exactly 16 lanes and carry no branches, which is all a vectoriser needs.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace kvcache::inline v0::kernel::portable {
+
+inline constexpr index_t lanes = 16;
+static_assert(lanes == key_lanes);
+
+/// exp(x) for x <= 0: relative error below 2e-7, zero below -87.3 (so never subnormal), NaN stays NaN.
+/// Source: argument reduction by Cody and Waite 1980; the polynomial is a Taylor sum on |r| <= ln(2)/2.
+inline float exp_nonpositive(float x) noexcept {
+  constexpr float round_to_integer = 0x1.8p23F;  // adding it leaves the integer in the low mantissa bits
+  const float shifted = x * 1.44269504F + round_to_integer;
+  const float n = shifted - round_to_integer;
+  const float r = (x - n * 0x1.62e4p-1F) - n * 0x1.7f7d1cp-20F;  // ln(2) in two parts, n * first is exact
+  float p = 1.0F / 5040.0F;
+  p = p * r + 1.0F / 720.0F;
+  p = p * r + 1.0F / 120.0F;
+  p = p * r + 1.0F / 24.0F;
+  p = p * r + 1.0F / 6.0F;
+  p = p * r + 0.5F;
+  p = p * r + 1.0F;
+  p = p * r + 1.0F;
+  const std::uint32_t exponent = std::bit_cast<std::uint32_t>(shifted) << 23;
+  const float scaled = std::bit_cast<float>(std::bit_cast<std::uint32_t>(p) + exponent);
+  return x != x ? x : (x < -87.3F ? 0.0F : scaled);
+}
+
+using lane_array = std::array<float, lanes>;
+
+/// Combines 16 lanes in a fixed tree, so that the result does not depend on how the loop was vectorised.
+template <class Combine>
+float fold(lane_array& lane, Combine combine) noexcept {
+  for (std::size_t width = lanes / 2; width > 0; width /= 2) {
+    for (std::size_t i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
+  }
+  return lane[0];
+}
+
+inline float softmax(float* scores, index_t count, softmax_row& row) {
+  constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+  const auto larger = [](float a, float b) { return a < b ? b : a; };
+
+  // pass 1: the new maximum
+  lane_array lane;
+  lane.fill(row.max);
+  for (index_t t = 0; t < count; t += lanes) {
+    for (std::size_t i = 0; i < lanes; ++i) lane[i] = larger(lane[i], scores[t + static_cast<index_t>(i)]);
+  }
+  const float max = fold(lane, larger);
+  if (max == minus_infinity && std::none_of(scores, scores + count, [](float s) { return s != s; })) {
+    std::fill_n(scores, count, 0.0F);  // nothing visible so far; exp(-inf - -inf) would be NaN
+    return 1.0F;
+  }
+
+  // pass 2: weights and their sum
+  lane.fill(0.0F);
+  for (index_t t = 0; t < count; t += lanes) {
+    float* weights = scores + t;
+    for (index_t i = 0; i < lanes; ++i) weights[i] = exp_nonpositive(weights[i] - max);
+    for (std::size_t i = 0; i < lanes; ++i) lane[i] += weights[i];
+  }
+  const float rescale = row.max == minus_infinity ? 0.0F : exp_nonpositive(row.max - max);
+  row.sum = row.sum * rescale + fold(lane, [](float x, float y) { return x + y; });
+  row.max = max;
+  return rescale;
+}
+
+/// sum[i] += sum_j weights[j] * rows[j, i], in the order of j. rows: [num_rows, 16 lanes].
+/// Eight rows at a time: each lane is one chain of additions that stays in a register.
+inline void add_rows(const float* __restrict weights, const float* __restrict rows, index_t num_rows,
+                     float* __restrict sum) noexcept {
+  index_t j = 0;
+  for (; j + 8 <= num_rows; j += 8) {
+    const float* w = weights + j;
+    const float* r = rows + j * lanes;
+    for (index_t i = 0; i < lanes; ++i) {
+      sum[i] = (((((((sum[i] + w[0] * r[i]) + w[1] * r[lanes + i]) + w[2] * r[2 * lanes + i]) +
+                   w[3] * r[3 * lanes + i]) +
+                  w[4] * r[4 * lanes + i]) +
+                 w[5] * r[5 * lanes + i]) +
+                w[6] * r[6 * lanes + i]) +
+               w[7] * r[7 * lanes + i];
+    }
+  }
+  for (; j < num_rows; ++j) {
+    for (index_t i = 0; i < lanes; ++i) sum[i] += weights[j] * rows[j * lanes + i];
+  }
+}
+
+/// Widens `n` packs of 32 bits: element j of pack i goes to out[j][i]. One pack for float, two for 16 bit.
+template <class Element>
+inline void unpack_lanes(const Element* in, std::array<float*, block_order<Element>::pack> out) noexcept {
+  if constexpr (sizeof(Element) == 4) {
+    std::memcpy(out[0], in, lanes * sizeof(float));
+  } else {
+    std::array<std::uint32_t, lanes> packs;
+    std::memcpy(packs.data(), in, sizeof(packs));
+    float* __restrict even = out[0];
+    float* __restrict odd = out[1];
+    for (std::size_t i = 0; i < lanes; ++i) {
+      even[i] = to_float(Element{static_cast<std::uint16_t>(packs[i])});
+      odd[i] = to_float(Element{static_cast<std::uint16_t>(packs[i] >> 16)});
+    }
+  }
+}
+
+template <class Element>
+struct element {
+  using order = block_order<Element>;
+  static constexpr index_t pack = order::pack;
+
+  static void encode_keys(const block_geometry& g, std::byte* keys, index_t first, index_t count,
+                          const_rows rows) {
+    auto* out = reinterpret_cast<Element*>(keys);
+    const index_t last = first + count;
+    for (index_t group = first / lanes * lanes; group < last; group += lanes) {
+      const index_t from = std::max(first, group);
+      const index_t to = std::min(last, group + lanes);
+      for (index_t p = 0; p < order::key_packs(g) * pack; p += pack) {
+        for (index_t t = from; t < to; ++t) {
+          const float* row = rows.row(t - first);
+          for (index_t j = 0; j < pack; ++j) {
+            const float x = p + j < g.head_dim ? row[p + j] : 0.0F;
+            out[order::key_index(g, t, p) + j] = from_float<Element>(x);
+          }
+        }
+      }
+    }
+  }
+
+  static void encode_values(const block_geometry& g, std::byte* values, index_t first, index_t count,
+                            const_rows rows) {
+    auto* out = reinterpret_cast<Element*>(values);
+    for (index_t t = first; t < first + count; ++t) {
+      const float* row = rows.row(t - first);
+      for (index_t d = 0; d < g.head_dim; ++d) out[order::value_index(g, t, d)] = from_float<Element>(row[d]);
+    }
+  }
+
+  static void decode_keys(const block_geometry& g, const std::byte* keys, index_t first, index_t count,
+                          mutable_rows rows) {
+    const auto* in = reinterpret_cast<const Element*>(keys);
+    for (index_t t = first; t < first + count; ++t) {
+      float* row = rows.row(t - first);
+      for (index_t d = 0; d < g.head_dim; ++d) row[d] = to_float(in[order::key_index(g, t, d)]);
+    }
+  }
+
+  static void decode_values(const block_geometry& g, const std::byte* values, index_t first, index_t count,
+                            mutable_rows rows) {
+    const auto* in = reinterpret_cast<const Element*>(values);
+    for (index_t t = first; t < first + count; ++t) {
+      float* row = rows.row(t - first);
+      for (index_t d = 0; d < g.head_dim; ++d) row[d] = to_float(in[order::value_index(g, t, d)]);
+    }
+  }
+
+  /// Unpacks 16 tokens at a time into L1, then serves every row from there.
+  static void scores(const block_geometry& g, const std::byte* keys, index_t count, const float* queries,
+                     index_t num_rows, float* out) {
+    alignas(64) std::array<float, max_head_dim * lanes> unpacked;  // [dim, 16 tokens]
+    const auto* group = reinterpret_cast<const Element*>(keys);
+    for (index_t t = 0; t < count; t += lanes, group += order::key_group_size(g)) {
+      for (index_t p = 0; p < order::key_packs(g); ++p) {
+        std::array<float*, pack> to;
+        for (index_t j = 0; j < pack; ++j)
+          to[static_cast<std::size_t>(j)] = &unpacked[static_cast<std::size_t>((p * pack + j) * lanes)];
+        unpack_lanes<Element>(group + p * lanes * pack, to);
+      }
+      for (index_t r = 0; r < num_rows; ++r) {
+        lane_array sum{};
+        add_rows(queries + r * g.head_dim, unpacked.data(), g.head_dim, sum.data());
+        std::memcpy(out + r * g.block_size + t, sum.data(), sizeof(sum));
+      }
+    }
+  }
+
+  /// The same for values, 32 tokens at a time.
+  static void accumulate(const block_geometry& g, const std::byte* values, index_t count,
+                         const float* weights, index_t num_rows, float* sums) {
+    alignas(64) std::array<float, max_head_dim * value_chunk> unpacked;  // [dim/16, 32 tokens, 16 dims]
+    for (index_t t = 0; t < count; t += value_chunk) {
+      const index_t num_tokens = std::min(value_chunk, count - t);
+      unpack_values(g, values, t, num_tokens, unpacked.data());
+      for (index_t r = 0; r < num_rows; ++r) {
+        add_visible(g, unpacked.data(), weights + r * g.block_size + t, num_tokens, sums + r * g.head_dim);
+      }
+    }
+  }
+
+ private:
+  static constexpr index_t value_chunk = 32;  // tokens; their floats stay in L1 up to head_dim 256
+
+  /// out[dim/16, token, dim%16] for `num_tokens` tokens from `t`, rounded up to whole packs.
+  static void unpack_values(const block_geometry& g, const std::byte* values, index_t t, index_t num_tokens,
+                            float* out) {
+    const auto* in = reinterpret_cast<const Element*>(values);
+    for (index_t i = 0; i < num_tokens; i += pack) {
+      for (index_t d = 0; d < g.head_dim; d += lanes) {
+        std::array<float*, pack> to;
+        for (index_t j = 0; j < pack; ++j) {
+          to[static_cast<std::size_t>(j)] = out + (d / lanes * value_chunk + i + j) * lanes;
+        }
+        const Element* from = in + order::value_index(g, t + i, d);
+        const index_t num_dims = std::min(lanes, g.head_dim - d);
+        if (num_dims == lanes) {
+          unpack_lanes<Element>(from, to);
+        } else {  // the row ends here; what follows belongs to other tokens
+          std::array<Element, lanes * pack> padded{};
+          std::copy_n(from, num_dims * pack, padded.begin());
+          unpack_lanes<Element>(padded.data(), to);
+        }
+      }
+    }
+  }
+
+  /// sums[d] += sum_t weights[t] * values[t, d] over the runs of tokens whose weight is not zero. The inner sum
+  /// starts from zero: adding thousands of terms to one number would let its rounding drift.
+  static void add_visible(const block_geometry& g, const float* values, const float* weights,
+                          index_t num_tokens, float* sums) {
+    const auto hidden = [](float w) { return w == 0.0F; };
+    const float* end = weights + num_tokens;
+    const float* first_run = std::find_if_not(weights, end, hidden);
+    for (index_t d = 0; d < g.head_dim; d += lanes) {
+      const float* rows = values + d * value_chunk;
+      lane_array sum{};
+      for (const float* run = first_run; run != end;) {
+        const float* run_end = std::find_if(run, end, hidden);
+        add_rows(run, rows + (run - weights) * lanes, run_end - run, sum.data());
+        run = std::find_if_not(run_end, end, hidden);
+      }
+      const auto num_dims = static_cast<std::size_t>(std::min(lanes, g.head_dim - d));
+      for (std::size_t i = 0; i < num_dims; ++i) sums[d + static_cast<index_t>(i)] += sum[i];
+    }
+  }
+};
+
+template <class Element>
+inline constexpr element_kernels kernels_for = {
+    element<Element>::encode_keys,   element<Element>::encode_values, element<Element>::decode_keys,
+    element<Element>::decode_values, element<Element>::scores,        element<Element>::accumulate,
+};
+
+inline constexpr table kernels = {isa::portable, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>,
+                                  softmax};
+
+}  // namespace kvcache::inline v0::kernel::portable

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+// kernel::table: the functions that do arithmetic on blocks, one table per instruction set.
+//
+// Kernels see raw sections of one block in the order of block/order.hpp and know nothing of containers, masks
+// or positions. Rows are query heads: all that read the same KV head go through one call, so that a block is
+// read once. Slots that hold no token, or a masked one, may contain anything, NaN included: they never matter.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/types.hpp>
+
+#include <cstddef>
+#include <string_view>
+#include <type_traits>
+
+namespace kvcache::inline v0::kernel {
+
+/// Instruction sets that have a table.
+enum class isa { portable };
+
+/// Running softmax of one query row: weights seen so far are exp(score - max), `sum` is their sum.
+struct softmax_row {
+  float max;
+  float sum;
+};
+
+/// Arithmetic on blocks of one stored element type.
+struct element_kernels {
+  /// Narrows rows into slots [first, first + count) of a keys section; other slots are untouched.
+  void (*encode_keys)(const block_geometry&, std::byte* keys, index_t first, index_t count, const_rows rows);
+  void (*encode_values)(const block_geometry&, std::byte* values, index_t first, index_t count,
+                        const_rows rows);
+
+  /// Widens slots [first, first + count) back to float rows.
+  void (*decode_keys)(const block_geometry&, const std::byte* keys, index_t first, index_t count,
+                      mutable_rows rows);
+  void (*decode_values)(const block_geometry&, const std::byte* values, index_t first, index_t count,
+                        mutable_rows rows);
+
+  /// scores[r, t] = sum_d queries[r, d] * keys[t, d] for slots t in [0, round_up(count, 16)).
+  /// \param queries  [num_rows, head_dim]
+  /// \param scores   [num_rows, block_size]; slots from `count` on get indeterminate values
+  void (*scores)(const block_geometry&, const std::byte* keys, index_t count, const float* queries,
+                 index_t num_rows, float* scores);
+
+  /// sums[r, d] += sum_t weights[r, t] * values[t, d] over slots t in [0, count), in a fixed order.
+  /// A weight of exactly zero leaves its value row out, whatever it holds.
+  /// \param weights  [num_rows, block_size]
+  /// \param sums     [num_rows, head_dim]
+  void (*accumulate)(const block_geometry&, const std::byte* values, index_t count, const float* weights,
+                     index_t num_rows, float* sums);
+};
+
+struct table {
+  isa level;
+  element_kernels f32;
+  element_kernels f16;
+  element_kernels bf16;
+
+  /// One step of the online softmax over a row of scores; -infinity marks a masked slot.
+  /// Replaces each score by exp(score - new max) (relative error below 2e-7; under 1e-38 becomes zero).
+  /// \param scores  [count]; `count` is a multiple of 16
+  /// \return what the sums gathered so far must be multiplied by
+  /// Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+  float (*softmax)(float* scores, index_t count, softmax_row& row);
+};
+
+/// The kernels of a table for one element type: float, half or bfloat16.
+template <class Element>
+constexpr const element_kernels& for_element(const table& t) noexcept {
+  if constexpr (std::is_same_v<Element, float>) {
+    return t.f32;
+  } else if constexpr (std::is_same_v<Element, half>) {
+    return t.f16;
+  } else {
+    static_assert(std::is_same_v<Element, bfloat16>, "an element is float, half or bfloat16");
+    return t.bf16;
+  }
+}
+
+}  // namespace kvcache::inline v0::kernel

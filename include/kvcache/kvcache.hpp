@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MIT
+// Everything that needs no library but Eigen; without Eigen on the include path, everything that needs none.
+#pragma once
+
+#include <kvcache/attention/attend.hpp>
+#include <kvcache/attention/dense_kv.hpp>
+#include <kvcache/attention/reference.hpp>
+#include <kvcache/attention/rope.hpp>
+#include <kvcache/attention/softmax_state.hpp>
+#include <kvcache/cache/chunked.hpp>
+#include <kvcache/cache/contiguous.hpp>
+#include <kvcache/cache/paged.hpp>
+#include <kvcache/codec/exact.hpp>
+#include <kvcache/fwd.hpp>
+#include <kvcache/interop/any_cache.hpp>
+#include <kvcache/interop/openmp.hpp>
+#include <kvcache/kernel/select.hpp>
+#include <kvcache/version.hpp>
+
+#if __has_include(<Eigen/Core>)
+#include <kvcache/attention/multi_head_attention.hpp>
+#include <kvcache/interop/eigen.hpp>
+#endif

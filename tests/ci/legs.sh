@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# One leg of .ci/run by its name: bash tests/ci/legs.sh sanitizers
+# Each leg says why it is there. Exit code 77: a tool is missing, the leg is skipped.
+set -euo pipefail
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+cd "$root"
+# shellcheck source=tools/setup.sh
+. tools/setup.sh
+CMAKE_BUILD_PARALLEL_LEVEL=$(kvcache_jobs)
+CTEST_PARALLEL_LEVEL=$(kvcache_jobs)
+export CMAKE_BUILD_PARALLEL_LEVEL CTEST_PARALLEL_LEVEL
+if command -v ccache >/dev/null; then export CMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
+
+need() {
+  command -v "$1" >/dev/null || {
+    echo "skipped: $1 is not installed"
+    exit 77
+  }
+}
+
+# Tracked and new files, or everything where this is no git checkout.
+sources() {
+  if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+    git ls-files --cached --others --exclude-standard -- "$@"
+  else
+    local names=()
+    for pattern in "$@"; do names+=(-o -name "$pattern"); done
+    find . -path ./build -prune -o -type f \( "${names[@]:1}" \) -print
+  fi
+}
+
+# What `sh tests/run.sh` returned at the start of this run: g++, the library's and the standard library's assertions
+# on (-D_GLIBCXX_ASSERTIONS), every header on its own, consumers.
+leg_tests() { [ "${KVCACHE_CI_TESTS:?set by .ci/run}" = 0 ]; }
+
+# One format, so that diffs show changes only.
+leg_format() {
+  need clang-format
+  clang-format --version
+  sources '*.hpp' '*.cpp' | xargs clang-format --dry-run --Werror
+}
+
+# The scripts are POSIX sh and run on machines where /bin/sh is not bash.
+leg_shell() {
+  need shellcheck
+  shellcheck -x tools/setup.sh tests/run.sh examples/run.sh bench/run.sh .ci/run tests/ci/legs.sh
+}
+
+# The other compiler, without assertions and fully optimised: other warnings, other vectoriser, other template rules.
+leg_clang() {
+  need clang++
+  cmake --workflow --preset clang-release
+}
+
+# Mistakes a compiler sees but does not call warnings; over programs that instantiate most of the library.
+leg_tidy() {
+  need clang-tidy
+  need clang++
+  cmake -S . -B build/tidy -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
+  sources 'examples/*.cpp' 'tests/conformance/*_test.cpp' 'tests/interop/*_test.cpp' |
+    xargs -P "$(kvcache_jobs)" -n 1 clang-tidy -p build/tidy --quiet
+}
+
+# Address and undefined-behaviour sanitizers: raw memory, index arithmetic, lifetimes of forks, malformed files. The
+# tests cover what the examples are made of, so the programs themselves, slow to compile, stay out.
+leg_sanitizers() {
+  need clang++
+  cmake --preset clang-debug -DKVCACHE_BUILD_EXAMPLES=OFF
+  cmake --build --preset clang-debug
+  ctest --preset clang-debug -LE consumers
+}
+
+# Thread sanitizer over the tests that use an executor with threads.
+leg_threads() { cmake --workflow --preset gcc-tsan; }
+
+# The main job as a user starts it.
+leg_examples() { sh examples/run.sh --tokens 64; }
+
+# The benchmarks build, run and end in a report: a few rows only, whose figures mean nothing.
+leg_bench() { KVCACHE_BENCH_RING_MIB=4 sh bench/run.sh --benchmark_min_time=0.001 --benchmark_filter='kv_len:512|tokens:1/'; }
+
+"leg_$1"

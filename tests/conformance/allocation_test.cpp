@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: MIT
+// Nothing allocates once it is warm: not append, not views, not attend. Every allocation of the process is
+// counted, by replacing operator new, and those of the memory resource as well.
+
+#include <kvcache/attention/attend.hpp>
+#include <kvcache/attention/rope.hpp>
+
+#include "conformance/caches.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <span>
+
+namespace {
+
+std::atomic<std::ptrdiff_t> allocations{0};
+
+void* counted(std::size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes == 0 ? 1 : bytes)) return p;
+  throw std::bad_alloc();
+}
+
+void* counted(std::size_t bytes, std::align_val_t alignment) {
+  ++allocations;
+  const auto unit = static_cast<std::size_t>(alignment);
+  if (void* p = std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit)) return p;
+  throw std::bad_alloc();
+}
+
+}  // namespace
+
+void* operator new(std::size_t bytes) { return counted(bytes); }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
+void* operator new[](std::size_t bytes) { return counted(bytes); }
+void* operator new(std::size_t bytes, std::align_val_t alignment) { return counted(bytes, alignment); }
+void* operator new[](std::size_t bytes, std::align_val_t alignment) { return counted(bytes, alignment); }
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
+using namespace conformance;
+
+namespace {
+
+constexpr cache_shape shape{.num_layers = 2, .num_kv_heads = 2, .head_dim = 16, .block_size = 16};
+constexpr index_t num_q_heads = 6;
+
+/// Allocations while `work` runs. Nothing in `work` may be a test macro: those allocate.
+template <class Work>
+std::ptrdiff_t allocations_in(Work work) {
+  const std::ptrdiff_t before = allocations;
+  work();
+  return allocations - before;
+}
+
+}  // namespace
+
+TEST_CASE("the counter counts", "[conformance]") {
+  REQUIRE(allocations_in([] { const std::vector<int> x(3); }) == 1);
+  REQUIRE(allocations_in([] { const kvcache::memory_block block(100, kvcache::huge_page_resource()); }) == 1);
+  REQUIRE(allocations_in([] {}) == 0);
+}
+
+TEMPLATE_TEST_CASE("append, views, steps and attend do not allocate in reserved room", "[conformance]",
+                   ALL_CACHES) {
+  test::random random;
+  TestType source(shape);
+  auto cache = source.make();
+  REQUIRE(cache.reserve(200) == status::ok);
+  const std::vector<float> k = random_rows(random, shape, 40);
+  const std::vector<float> v = random_rows(random, shape, 40);
+  const auto width = static_cast<std::size_t>(shape.num_kv_heads * shape.head_dim);
+  bool all_well = true;
+
+  const auto append = [&] {
+    for (std::size_t t = 0; t < 30; ++t)  // one by one
+      for (index_t layer = 0; layer < 2; ++layer)
+        all_well &= cache[layer].try_append(std::span(k).subspan(t * width, width),
+                                            std::span(v).subspan(t * width, width)) == status::ok;
+    for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(k, v);  // many
+  };
+  REQUIRE(allocations_in(append) == 0);
+
+  REQUIRE(allocations_in([&] {
+            auto step = cache.begin(40);
+            for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(k, v);
+            step.commit();
+          }) == 0);
+  REQUIRE(cache.size() == 110);
+  if (!TestType::shrinks) {  // elsewhere a dropped step may give reserved room back
+    REQUIRE(allocations_in([&] {
+              auto step = cache.begin(40);
+              cache[0].append(k, v);
+            }) == 0);
+  }
+
+  std::vector<float> k_out(k.size());
+  std::vector<float> v_out(v.size());
+  index_t seen = 0;
+  REQUIRE(allocations_in([&] {
+            for (index_t layer = 0; layer < 2; ++layer) {
+              cache[layer].copy_out(3, 40, k_out, v_out, kv_layout::hnd);
+              for (index_t head = 0; head < shape.num_kv_heads; ++head)
+                for (const auto view : cache[layer].blocks(head)) seen += view.count;
+            }
+            all_well &= cache.size() == 110 && cache.bytes().payload > 0 && cache.positions()[5] == 5;
+          }) == 0);
+  REQUIRE(seen == 2 * 2 * 110);
+  REQUIRE(all_well);
+
+  for (const index_t q_len : {1, 20}) {
+    const std::vector<float> q = random.floats(q_len * num_q_heads * shape.head_dim);
+    std::vector<float> out(q.size());
+    std::vector<float> lse(static_cast<std::size_t>(q_len * num_q_heads));
+    const std::vector<float> slopes(static_cast<std::size_t>(num_q_heads), 0.1F);
+    const std::vector<std::uint8_t> mask(static_cast<std::size_t>(q_len * q_len), 1);
+    REQUIRE(allocations_in([&] { kvcache::attend(q, cache[1], out, {.q_len = q_len}); }) == 0);
+    REQUIRE(allocations_in([&] {
+              kvcache::attend(q, cache[1], out,
+                              {.q_len = q_len,
+                               .window = 30,
+                               .sinks = 4,
+                               .soft_cap = 5,
+                               .alibi_slopes = slopes,
+                               .mask = mask,
+                               .lse = lse});
+            }) == 0);
+  }
+}
+
+TEMPLATE_TEST_CASE("decode on and on in a cache that was this long before does not allocate", "[conformance]",
+                   contiguous<codec::bf16>, contiguous_in_memory<codec::f32>, paged<codec::bf16>) {
+  test::random random;
+  TestType source(shape);
+  auto cache = source.make();
+  const std::vector<float> rows = random_rows(random, shape, 1);
+  const std::vector<float> q = random.floats(num_q_heads * shape.head_dim);
+  std::vector<float> out(q.size());
+  const auto decode = [&] {
+    for (int t = 0; t < 150; ++t) {
+      for (index_t layer = 0; layer < 2; ++layer) {
+        cache[layer].append(rows, rows);
+        kvcache::attend(q, cache[layer], out);
+      }
+    }
+  };
+  decode();
+  cache.clear();
+  REQUIRE(allocations_in(decode) == 0);
+  cache.truncate(7);
+  REQUIRE(allocations_in([&] {
+            for (int t = 0; t < 100; ++t)
+              for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(rows, rows);
+          }) == 0);
+}
+
+TEST_CASE("writing to a fork copies its page without allocating when the pool has free ones",
+          "[conformance]") {
+  test::random random;
+  paged<codec::bf16> source(shape);
+  auto parent = source.make();
+  const std::vector<float> rows = random_rows(random, shape, 20);
+  for (index_t layer = 0; layer < 2; ++layer) parent[layer].append(rows, rows);
+  auto child = parent.fork();
+  const std::vector<float> row = random_rows(random, shape, 1);
+  REQUIRE(allocations_in([&] { child[0].append(row, row); }) == 0);
+}
+
+TEST_CASE("a memory resource is asked once for each slab, chunk or doubling, and never by views",
+          "[conformance]") {
+  test::random random;
+  const std::vector<float> row = random_rows(random, shape, 1);
+  const auto count = [&](auto make_source) {
+    watched_memory memory;
+    auto source = make_source(&memory);
+    auto cache = source.make();
+    for (int t = 0; t < 16 * 30; ++t)
+      for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(row, row);
+    const auto after = memory.allocations();
+    std::vector<float> k(row.size());
+    cache[1].copy_out(17, 1, k, k);
+    REQUIRE(memory.allocations() == after);
+    return after;
+  };
+  REQUIRE(count([](auto* m) { return chunked<codec::f32>(shape, m); }) == 30);
+  REQUIRE(count([](auto* m) { return chunked_by_3<codec::f32>(shape, m); }) == 10);
+  REQUIRE(count([](auto* m) { return contiguous_in_memory<codec::f32>(shape, m); }) ==
+          6);  // 1, 2, 4, 8, 16, 32 blocks
+  REQUIRE(count([](auto* m) { return paged<codec::f32>(shape, m); }) == 1);
+}
+
+TEST_CASE("attend with a workspace allocates for the largest call and no more", "[conformance]") {
+  test::random random;
+  const cache_shape wide{.num_layers = 1, .num_kv_heads = 1, .head_dim = 512, .block_size = 64};
+  auto cache = contiguous<codec::bf16>(wide).make();
+  const std::vector<float> rows = random_rows(random, wide, 20);
+  cache[0].append(rows, rows);
+  const std::vector<float> q = random.floats(40 * 512);
+  std::vector<float> out(q.size());
+  kvcache::attend_workspace workspace;
+  const auto decode = [&] { kvcache::attend(q, cache[0], out, {.workspace = &workspace}); };
+  decode();
+  REQUIRE(allocations_in(decode) == 0);
+}
+
+TEST_CASE("rotation does not allocate", "[conformance]") {
+  test::random random;
+  const kvcache::rope_table table({.head_dim = 16, .pairing = kvcache::rope_pairing::half}, 32);
+  std::vector<float> q = random.floats(4 * 6 * 16);
+  std::vector<float> k = random.floats(4 * 2 * 16);
+  REQUIRE(allocations_in([&] { kvcache::rope(q, k, 30, table, 4); }) == 0);
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT
+// The model of a cache: one std::vector of rows per layer. What every container has to agree with, exactly.
+// Uses nothing of the library; numbers are narrowed with Eigen's 16-bit types.
+#pragma once
+
+#include <Eigen/Core>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace oracle {
+
+/// What reading back gives after a codec stored `x`. \pre `codec` is "f32", "f16" or "bf16"
+inline float stored(float x, std::string_view codec) {
+  if (codec == "f16") return static_cast<float>(Eigen::half(x));
+  if (codec == "bf16") return static_cast<float>(Eigen::bfloat16(x));
+  return x;
+}
+
+/// Bytes of one stored number.
+inline std::ptrdiff_t element_bytes(std::string_view codec) { return codec == "f32" ? 4 : 2; }
+
+class cache {
+ public:
+  struct row {
+    std::vector<float> k;  // [num_kv_heads, head_dim], narrowed
+    std::vector<float> v;
+  };
+
+  cache(std::ptrdiff_t num_layers, std::ptrdiff_t num_kv_heads, std::ptrdiff_t head_dim,
+        std::string_view codec)
+      : num_kv_heads_(num_kv_heads),
+        head_dim_(head_dim),
+        codec_(codec),
+        layers_(static_cast<std::size_t>(num_layers)) {}
+
+  /// k, v: [tokens, num_kv_heads, head_dim]
+  void append(std::ptrdiff_t layer, const std::vector<float>& k, const std::vector<float>& v) {
+    const std::size_t width = static_cast<std::size_t>(num_kv_heads_ * head_dim_);
+    for (std::size_t first = 0; first < k.size(); first += width) {
+      row r;
+      for (std::size_t i = 0; i < width; ++i) {
+        r.k.push_back(stored(k[first + i], codec_));
+        r.v.push_back(stored(v[first + i], codec_));
+      }
+      rows(layer).push_back(r);
+    }
+    while (static_cast<std::ptrdiff_t>(positions_.size()) < longest())
+      positions_.push_back(positions_.empty() ? 0 : positions_.back() + 1);
+  }
+
+  /// Tokens that every layer has.
+  [[nodiscard]] std::ptrdiff_t size() const {
+    std::size_t n = layers_.front().size();
+    for (const auto& layer : layers_) n = std::min(n, layer.size());
+    return static_cast<std::ptrdiff_t>(n);
+  }
+
+  [[nodiscard]] std::ptrdiff_t size(std::ptrdiff_t layer) const {
+    return static_cast<std::ptrdiff_t>(layers_[static_cast<std::size_t>(layer)].size());
+  }
+
+  [[nodiscard]] std::ptrdiff_t longest() const {
+    std::size_t n = 0;
+    for (const auto& layer : layers_) n = std::max(n, layer.size());
+    return static_cast<std::ptrdiff_t>(n);
+  }
+
+  void truncate(std::ptrdiff_t n) {
+    for (auto& layer : layers_) layer.resize(std::min(layer.size(), static_cast<std::size_t>(n)));
+    positions_.resize(std::min(positions_.size(), static_cast<std::size_t>(n)));
+  }
+
+  void clear() { truncate(0); }
+
+  [[nodiscard]] cache fork(std::ptrdiff_t n) const {
+    cache copy = *this;
+    copy.truncate(n);
+    return copy;
+  }
+
+  /// Tokens [first, last) now sit `delta` positions further.
+  void shift(std::ptrdiff_t first, std::ptrdiff_t last, std::ptrdiff_t delta) {
+    for (std::ptrdiff_t i = first; i < last; ++i) positions_[static_cast<std::size_t>(i)] += delta;
+  }
+
+  [[nodiscard]] const std::vector<std::ptrdiff_t>& positions() const { return positions_; }
+  [[nodiscard]] std::ptrdiff_t num_layers() const { return static_cast<std::ptrdiff_t>(layers_.size()); }
+
+  /// Keys or values of tokens [first, first + count) of a layer, [token, head, dim]; [head, token, dim] if
+  /// `by_head`.
+  [[nodiscard]] std::vector<float> keys(std::ptrdiff_t layer, std::ptrdiff_t first, std::ptrdiff_t count,
+                                        bool by_head = false) const {
+    return copied(layer, first, count, by_head, &row::k);
+  }
+  [[nodiscard]] std::vector<float> values(std::ptrdiff_t layer, std::ptrdiff_t first, std::ptrdiff_t count,
+                                          bool by_head = false) const {
+    return copied(layer, first, count, by_head, &row::v);
+  }
+
+ private:
+  std::vector<row>& rows(std::ptrdiff_t layer) { return layers_[static_cast<std::size_t>(layer)]; }
+
+  [[nodiscard]] std::vector<float> copied(std::ptrdiff_t layer, std::ptrdiff_t first, std::ptrdiff_t count,
+                                          bool by_head, std::vector<float> row::*side) const {
+    const auto& from = layers_[static_cast<std::size_t>(layer)];
+    std::vector<float> out(static_cast<std::size_t>(count * num_kv_heads_ * head_dim_));
+    for (std::ptrdiff_t t = 0; t < count; ++t)
+      for (std::ptrdiff_t h = 0; h < num_kv_heads_; ++h)
+        for (std::ptrdiff_t d = 0; d < head_dim_; ++d) {
+          const std::ptrdiff_t to =
+              by_head ? (h * count + t) * head_dim_ + d : (t * num_kv_heads_ + h) * head_dim_ + d;
+          out[static_cast<std::size_t>(to)] =
+              (from[static_cast<std::size_t>(first + t)].*side)[static_cast<std::size_t>(h * head_dim_ + d)];
+        }
+    return out;
+  }
+
+  std::ptrdiff_t num_kv_heads_;
+  std::ptrdiff_t head_dim_;
+  std::string codec_;
+  std::vector<std::vector<row>> layers_;
+  std::vector<std::ptrdiff_t> positions_;
+};
+
+}  // namespace oracle
