@@ -84,7 +84,7 @@ TEST_CASE("a contiguous cache with a memory resource doubles and copies", "[cach
 TEST_CASE("shrink_to_fit gives memory back and keeps the tokens", "[cache]") {
   test::random random;
   std::pmr::memory_resource* memory =
-      GENERATE(static_cast<std::pmr::memory_resource*>(nullptr), huge_page_resource());
+      GENERATE(values<std::pmr::memory_resource*>({nullptr, huge_page_resource()}));
   contiguous_cache<codec::f32> cache(shape, {}, {.memory = memory});
   append(cache, 2000, random);
   cache.truncate(20);

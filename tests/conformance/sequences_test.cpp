@@ -223,6 +223,7 @@ TEMPLATE_TEST_CASE("a moved cache keeps its tokens and its blocks", "[conformanc
   require_same(first, fresh);
 
   std::vector<cache_type> many;
+  many.reserve(5);
   for (int i = 0; i < 5; ++i) many.push_back(third.fork(10 + i));
   for (int i = 0; i < 5; ++i) require_same(many[static_cast<std::size_t>(i)], model.fork(10 + i));
 }
