@@ -5,12 +5,15 @@
 #include "support/random.hpp"
 
 #include <kvcache/block/order.hpp>
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/memory.hpp>
 #include <kvcache/kernel/select.hpp>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -114,7 +117,7 @@ void check_scores(const kernel::table& kernels, const sizes& n, test::random& ra
   const std::vector<float> q = random.floats(n.num_rows * n.head_dim);
   std::vector<float> scores(static_cast<std::size_t>(n.num_rows * n.block_size), not_a_number);
   kernel::for_element<Element>(kernels).scores(g, b.keys.data(), n.count, q.data(), n.num_rows,
-                                               scores.data());
+                                               scores.data(), nullptr);
   double worst = 0;
   for (index_t r = 0; r < n.num_rows; ++r) {
     for (index_t t = 0; t < n.count; ++t) {
@@ -138,11 +141,15 @@ void check_accumulate(const kernel::table& kernels, const sizes& n, test::random
   const block_geometry g{n.block_size, n.head_dim};
   const block<Element> b(kernels, g, n.count, random);
   std::vector<float> weights(static_cast<std::size_t>(n.num_rows * n.block_size));
-  for (float& w : weights) w = random.chance(0.3) ? 0.0F : random.uniform(0, 1);
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const index_t slot = static_cast<index_t>(i) % n.block_size;
+    const bool zero = (slot >= n.count && slot < round_up(n.count, key_lanes)) || random.chance(0.3);
+    weights[i] = zero ? 0.0F : random.uniform(0, 1);
+  }
   std::vector<float> sums = random.floats(n.num_rows * n.head_dim);
   const std::vector<float> before = sums;
   kernel::for_element<Element>(kernels).accumulate(g, b.values.data(), n.count, weights.data(), n.num_rows,
-                                                   sums.data());
+                                                   sums.data(), nullptr);
   double worst = 0;
   for (index_t r = 0; r < n.num_rows; ++r) {
     for (index_t d = 0; d < n.head_dim; ++d) {
@@ -209,11 +216,59 @@ TEST_CASE("a value that is NaN or infinite does not leak through a weight of zer
     std::vector<float> weights(16, 0.5F);
     weights[5] = weights[6] = 0.0F;
     std::vector<float> sums(20, 0.0F);
-    kernels.f16.accumulate(g, values.data(), 16, weights.data(), 1, sums.data());
+    kernels.f16.accumulate(g, values.data(), 16, weights.data(), 1, sums.data(), nullptr);
     CHECK(sums == std::vector<float>(20, 7.0F));
     weights[5] = 0.5F;  // attended after all: NaN it must be
-    kernels.f16.accumulate(g, values.data(), 16, weights.data(), 1, sums.data());
+    kernels.f16.accumulate(g, values.data(), 16, weights.data(), 1, sums.data(), nullptr);
     CHECK(std::isnan(sums[0]));
+  }
+}
+
+/// Random bits: every exponent, infinities, NaN, subnormals, ties of the narrowing.
+std::vector<float> any_floats(index_t n, test::random& random) {
+  std::vector<float> all(static_cast<std::size_t>(n));
+  for (float& x : all) {
+    auto u = static_cast<std::uint32_t>(random.below(index_t{1} << 32));
+    if (random.chance(0.3)) u &= 0xffff8000U;  // half-way between two bfloat16
+    if (random.chance(0.2)) u = (u & 0x8fffffffU) | 0x38000000U;  // around the ends of half's range
+    if (random.chance(0.05)) u |= 0x7f800000U;
+    x = std::bit_cast<float>(u);
+  }
+  return all;
+}
+
+template <class Element>
+void check_same_bytes(const kernel::table& kernels, const sizes& n, test::random& random) {
+  const block_geometry g{n.block_size, n.head_dim};
+  const std::vector<float> rows = any_floats(n.count * n.head_dim, random);
+  const index_t first = random.below(n.block_size - n.count + 1);
+  std::vector<std::byte> expected[2];
+  std::vector<std::byte> stored[2];
+  for (auto& bytes : expected)
+    bytes.assign(static_cast<std::size_t>(round_up(g.block_size * (g.head_dim + 1) * index_t{sizeof(Element)}, 64)),
+                 std::byte{0x5a});
+  for (int i = 0; i < 2; ++i) stored[i] = expected[i];
+  const auto encode = [&](const kernel::table& with, std::vector<std::byte>* to) {
+    const auto& kernel = kernel::for_element<Element>(with);
+    kernel.encode_keys(g, to[0].data(), first, n.count, {rows.data(), n.head_dim});
+    kernel.encode_values(g, to[1].data(), first, n.count, {rows.data(), n.head_dim});
+  };
+  encode(kernel::portable::kernels, expected);
+  encode(kernels, stored);
+  CHECK(stored[0] == expected[0]);
+  CHECK(stored[1] == expected[1]);
+}
+
+TEST_CASE("every level stores the same bytes", "[kernel]") {
+  test::random random;
+  for (const kernel::isa level : levels()) {
+    CAPTURE(kernel::to_string(level));
+    for (const sizes& n : awkward_sizes()) {
+      CAPTURE(n.block_size, n.head_dim, n.count);
+      check_same_bytes<float>(kernel::select(level), n, random);
+      check_same_bytes<half>(kernel::select(level), n, random);
+      check_same_bytes<bfloat16>(kernel::select(level), n, random);
+    }
   }
 }
 

@@ -63,11 +63,11 @@ constexpr index_t span_scratch_floats(const block_geometry& g, index_t num_rows)
   return num_rows * (round_up(g.head_dim, 16) + g.block_size);
 }
 
-/// One block, of which `tokens` (all in `segment`) count.
+/// One block, of which `tokens` (all in `segment`) count; `next_block` is read after it, or null.
 template <block_codec Codec>
 void attend_block(const Codec& codec, const span_context& c, const query_tile& tile, const float* queries,
-                  const std::byte* block, token_range tokens, const position_segment& segment, float* scores,
-                  const softmax_state& state) {
+                  const std::byte* block, const std::byte* next_block, token_range tokens,
+                  const position_segment& segment, float* scores, const softmax_state& state) {
   const block_geometry& g = c.geometry;
   const index_t base = tokens.first / g.block_size * g.block_size;
   const index_t count = tokens.last - base;
@@ -86,11 +86,11 @@ void attend_block(const Codec& codec, const span_context& c, const query_tile& t
       for (float& sum : state.row_sums(static_cast<std::size_t>(r))) sum *= rescale;
     }
   }
-  codec.accumulate(*c.kernels, g, block, count, scores, tile.num_rows(), state.sums.data());
+  codec.accumulate(*c.kernels, g, block, count, scores, tile.num_rows(), state.sums.data(), next_block);
 }
 
 /// Adds tokens [span.first, span.last) to `state`. At most span_tokens of them, starting at a multiple of that.
-/// \param blocks   the span's blocks, in order
+/// \param blocks   the span's blocks, in order, and the one after them, or null
 /// \param scratch  [span_scratch_floats]
 template <block_codec Codec>
 void attend_span(const Codec& codec, const span_context& c, const query_tile& tile,
@@ -120,8 +120,8 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
       const token_range tokens{t, std::min(last, (index + 1) * g.block_size)};
       const auto sees = [&](index_t position) { return c.visible.any(position, segment, tokens); };
       if (std::any_of(tile.positions, tile.positions + tile.num_queries, sees)) {
-        const std::byte* block = blocks[static_cast<std::size_t>(index - span.first / g.block_size)];
-        attend_block(codec, c, tile, queries, block, tokens, segment, scores, state);
+        const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
+        attend_block(codec, c, tile, queries, blocks[b], blocks[b + 1], tokens, segment, scores, state);
       }
       t = tokens.last;
     }

@@ -167,18 +167,20 @@ class item_plan {
     state.reset();
     const token_range tokens{span * span_tokens, std::min(kv_len_, (span + 1) * span_tokens)};
     const index_t head = tile_index % shape_.num_kv_heads;
-    std::array<const std::byte*, max_span_blocks> blocks;
+    std::array<const std::byte*, max_span_blocks + 1> blocks;
     const index_t first_block = tokens.first / shape_.block_size;
     const index_t num_blocks = ceil_div(tokens.last - tokens.first, shape_.block_size);
-    for (index_t b = 0; b < num_blocks; ++b)
-      blocks[static_cast<std::size_t>(b)] = item_->layer.block(head, first_block + b);
+    for (index_t b = 0; b <= num_blocks; ++b) {
+      const bool exists = (first_block + b) * shape_.block_size < kv_len_;
+      blocks[static_cast<std::size_t>(b)] = exists ? item_->layer.block(head, first_block + b) : nullptr;
+    }
     const span_context context{kernels_,
                                geometry(),
                                visibility(*options_, item_->q_len, kv_len_, item_->mask, item_->k_positions),
                                item_->layer.positions().segments(),
                                options_->alibi_slopes,
                                options_->rope};
-    attend_span(item_->layer.codec(), context, tile, {blocks.data(), static_cast<std::size_t>(num_blocks)},
+    attend_span(item_->layer.codec(), context, tile, {blocks.data(), static_cast<std::size_t>(num_blocks + 1)},
                 tokens, scratch, state);
   }
 

@@ -17,7 +17,8 @@ namespace kvcache::inline v0 {
 /// \tparam C  stores the keys and values of a block in `block_bytes(geometry)` bytes, 64-byte aligned
 ///
 /// `encode` writes slots [first, first + count) from float rows and touches no other slot; on any status but
-/// `ok` nothing was written. `scores` and `accumulate` are those of kernel::element_kernels, for this encoding.
+/// `ok` nothing was written. `scores` and `accumulate` are those of kernel::element_kernels, for this encoding;
+/// the last argument of `accumulate` is the block that will be read next, or null.
 template <class C>
 concept block_codec = std::copyable<C> && std::default_initializable<C> &&
     requires(const C& codec, const kernel::table& kernels, const block_geometry& g, std::byte* block,
@@ -29,7 +30,7 @@ concept block_codec = std::copyable<C> && std::default_initializable<C> &&
   { codec.encode(kernels, g, block, n, n, in, in) } -> std::same_as<status>;
   codec.decode(kernels, g, sealed, n, n, out, out);
   codec.scores(kernels, g, sealed, n, q, n, scores);
-  codec.accumulate(kernels, g, sealed, n, q, n, scores);
+  codec.accumulate(kernels, g, sealed, n, q, n, scores, sealed);
 };
 
 }  // namespace kvcache::inline v0

@@ -57,13 +57,15 @@ struct exact {
 
   static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                      index_t count, const float* queries, index_t num_rows, float* scores) {
-    kernel::for_element<Element>(kernels).scores(g, block, count, queries, num_rows, scores);
+    kernel::for_element<Element>(kernels).scores(g, block, count, queries, num_rows, scores,
+                                                 block + values_offset(g));
   }
 
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
-                         index_t count, const float* weights, index_t num_rows, float* sums) {
+                         index_t count, const float* weights, index_t num_rows, float* sums,
+                         const std::byte* next_block) {
     kernel::for_element<Element>(kernels).accumulate(g, block + values_offset(g), count, weights, num_rows,
-                                                     sums);
+                                                     sums, next_block);
   }
 
  private:

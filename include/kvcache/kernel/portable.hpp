@@ -43,6 +43,8 @@ inline float exp_nonpositive(float x) noexcept {
   return x != x ? x : (x < -87.3F ? 0.0F : scaled);
 }
 
+inline bool is_nan(float x) noexcept { return x != x; }
+
 using lane_array = std::array<float, lanes>;
 
 /// Combines 16 lanes in a fixed tree, so that the result does not depend on how the loop was vectorised.
@@ -65,7 +67,7 @@ inline float softmax(float* scores, index_t count, softmax_row& row) {
     for (std::size_t i = 0; i < lanes; ++i) lane[i] = larger(lane[i], scores[t + static_cast<index_t>(i)]);
   }
   const float max = fold(lane, larger);
-  if (max == minus_infinity && std::none_of(scores, scores + count, [](float s) { return s != s; })) {
+  if (max == minus_infinity && std::none_of(scores, scores + count, is_nan)) {
     std::fill_n(scores, count, 0.0F);  // nothing visible so far; exp(-inf - -inf) would be NaN
     return 1.0F;
   }
@@ -175,7 +177,7 @@ struct element {
 
   /// Unpacks 16 tokens at a time into L1, then serves every row from there.
   static void scores(const block_geometry& g, const std::byte* keys, index_t count, const float* queries,
-                     index_t num_rows, float* out) {
+                     index_t num_rows, float* out, const std::byte* /*next*/) {
     alignas(64) std::array<float, max_head_dim * lanes> unpacked;  // [dim, 16 tokens]
     const auto* group = reinterpret_cast<const Element*>(keys);
     for (index_t t = 0; t < count; t += lanes, group += order::key_group_size(g)) {
@@ -195,7 +197,7 @@ struct element {
 
   /// The same for values, 32 tokens at a time.
   static void accumulate(const block_geometry& g, const std::byte* values, index_t count,
-                         const float* weights, index_t num_rows, float* sums) {
+                         const float* weights, index_t num_rows, float* sums, const std::byte* /*next*/) {
     alignas(64) std::array<float, max_head_dim * value_chunk> unpacked;  // [dim/16, 32 tokens, 16 dims]
     for (index_t t = 0; t < count; t += value_chunk) {
       const index_t num_tokens = std::min(value_chunk, count - t);

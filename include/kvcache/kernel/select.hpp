@@ -2,6 +2,8 @@
 // Which instruction sets there are, and which one to use. A new one is one header and one line in `tables`.
 #pragma once
 
+#include <kvcache/kernel/avx2.hpp>
+#include <kvcache/kernel/avx512.hpp>
 #include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -18,6 +20,10 @@ constexpr std::string_view to_string(isa level) noexcept {
   switch (level) {
     case isa::portable:
       return "portable";
+    case isa::avx2:
+      return "avx2";
+    case isa::avx512:
+      return "avx512";
   }
   return "unknown";
 }
@@ -32,6 +38,10 @@ struct entry {
 /// Best last.
 inline constexpr std::array tables = {
     entry{&portable::kernels, [] { return true; }},
+#if defined(__x86_64__)
+    entry{&avx2::kernels, avx2::runs_here},
+    entry{&avx512::kernels, avx512::runs_here},
+#endif
 };
 
 struct available_tables {

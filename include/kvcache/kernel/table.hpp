@@ -18,7 +18,7 @@
 namespace kvcache::inline v0::kernel {
 
 /// Instruction sets that have a table.
-enum class isa { portable };
+enum class isa { portable, avx2, avx512 };
 
 /// Running softmax of one query row: weights seen so far are exp(score - max), `sum` is their sum.
 struct softmax_row {
@@ -42,15 +42,17 @@ struct element_kernels {
   /// scores[r, t] = sum_d queries[r, d] * keys[t, d] for slots t in [0, round_up(count, 16)).
   /// \param queries  [num_rows, head_dim]
   /// \param scores   [num_rows, block_size]; slots from `count` on get indeterminate values
+  /// \param next     what will be read after these keys, fetched meanwhile; may be null
   void (*scores)(const block_geometry&, const std::byte* keys, index_t count, const float* queries,
-                 index_t num_rows, float* scores);
+                 index_t num_rows, float* scores, const std::byte* next);
 
   /// sums[r, d] += sum_t weights[r, t] * values[t, d] over slots t in [0, count), in a fixed order.
   /// A weight of exactly zero leaves its value row out, whatever it holds.
-  /// \param weights  [num_rows, block_size]
+  /// \param weights  [num_rows, block_size]; zero from slot `count` to the next multiple of 16
   /// \param sums     [num_rows, head_dim]
+  /// \param next     as for scores
   void (*accumulate)(const block_geometry&, const std::byte* values, index_t count, const float* weights,
-                     index_t num_rows, float* sums);
+                     index_t num_rows, float* sums, const std::byte* next);
 };
 
 struct table {

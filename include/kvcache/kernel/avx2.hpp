@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: MIT
+// The kernels for x86 with AVX2, FMA and F16C (Intel since Haswell, AMD since Zen). 16 lanes are two registers.
+#pragma once
+
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/portable.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+
+#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c")]]
+#define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
+
+namespace kvcache::inline v0::kernel::avx2 {
+
+struct vec {
+  __m256 low, high;
+};
+struct bits {
+  __m256i low, high;
+};
+
+/// One line of block order as floats, one vector for each element of a pack.
+template <int Pack>
+struct widened {
+  vec part[Pack];
+};
+
+inline constexpr int max_score_rows = 4;
+constexpr int score_groups(int rows) { return rows == 1 ? 2 : 1; }
+inline constexpr int max_sum_rows = 4;
+constexpr int sum_chunks(int rows) { return rows == 4 ? 1 : 2; }
+
+KVCACHE_INLINE vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+KVCACHE_INLINE vec broadcast(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+KVCACHE_INLINE vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+KVCACHE_INLINE void store(float* p, vec a) {
+  _mm256_storeu_ps(p, a.low);
+  _mm256_storeu_ps(p + 8, a.high);
+}
+KVCACHE_INLINE vec add(vec a, vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+KVCACHE_INLINE vec sub(vec a, vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+KVCACHE_INLINE vec fma(vec a, vec b, vec c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+KVCACHE_INLINE vec larger(vec a, vec b) {
+  return {_mm256_max_ps(b.low, a.low), _mm256_max_ps(b.high, a.high)};
+}
+
+KVCACHE_INLINE __m256 add_to_exponent(__m256 p, __m256 n) {
+  const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shifted));
+}
+KVCACHE_INLINE vec add_to_exponent(vec p, vec n) {
+  return {add_to_exponent(p.low, n.low), add_to_exponent(p.high, n.high)};
+}
+
+KVCACHE_INLINE __m256 zero_below(__m256 x, float limit, __m256 y) {
+  const __m256 kept = _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLT_UQ), y);
+  return _mm256_blendv_ps(kept, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+KVCACHE_INLINE vec zero_below(vec x, float limit, vec y) {
+  return {zero_below(x.low, limit, y.low), zero_below(x.high, limit, y.high)};
+}
+
+KVCACHE_INLINE float sum_of(vec a) {
+  const __m256 eight = _mm256_add_ps(a.low, a.high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+KVCACHE_INLINE float largest_of(vec a) {
+  const __m256 eight = _mm256_max_ps(a.high, a.low);
+  const __m128 four = _mm_max_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
+  const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
+}
+
+KVCACHE_INLINE bool all_finite(vec a) {
+  const __m256 none = _mm256_setzero_ps();  // x - x is zero for finite x, else NaN
+  const __m256 low = _mm256_cmp_ps(_mm256_sub_ps(a.low, a.low), none, _CMP_EQ_OQ);
+  const __m256 high = _mm256_cmp_ps(_mm256_sub_ps(a.high, a.high), none, _CMP_EQ_OQ);
+  return _mm256_movemask_ps(_mm256_and_ps(low, high)) == 0xff;
+}
+
+KVCACHE_INLINE widened<1> widen(const float* p) { return {{load(p)}}; }
+
+KVCACHE_INLINE bits load_bits(const void* p) {
+  const auto* words = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(words), _mm256_loadu_si256(words + 1)};
+}
+KVCACHE_INLINE void store_bits(void* p, bits a) {
+  auto* words = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(words, a.low);
+  _mm256_storeu_si256(words + 1, a.high);
+}
+
+KVCACHE_INLINE widened<2> widen(const bfloat16* p) {
+  const bits words = load_bits(p);
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000U));
+  return {{vec{_mm256_castsi256_ps(_mm256_slli_epi32(words.low, 16)),
+              _mm256_castsi256_ps(_mm256_slli_epi32(words.high, 16))},
+          vec{_mm256_castsi256_ps(_mm256_and_si256(words.low, upper)),
+              _mm256_castsi256_ps(_mm256_and_si256(words.high, upper))}}};
+}
+
+/// The lower halves of eight words in the lower 128 bits, their upper halves in the upper ones.
+KVCACHE_INLINE __m256i split_halves(__m256i words) {
+  const __m256i in_lane =
+      _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                       0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, in_lane), 0b11'01'10'00);
+}
+
+KVCACHE_INLINE widened<2> widen(const half* p) {
+  const bits words = load_bits(p);
+  const __m256i low = split_halves(words.low);
+  const __m256i high = split_halves(words.high);
+  return {{vec{_mm256_cvtph_ps(_mm256_castsi256_si128(low)), _mm256_cvtph_ps(_mm256_castsi256_si128(high))},
+          vec{_mm256_cvtph_ps(_mm256_extracti128_si256(low, 1)),
+              _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1))}}};
+}
+
+template <class Element>
+KVCACHE_INLINE bits narrow(vec a);
+
+template <>
+KVCACHE_INLINE bits narrow<half>(vec a) {
+  return {_mm256_cvtepu16_epi32(_mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT)),
+          _mm256_cvtepu16_epi32(_mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT))};
+}
+
+KVCACHE_INLINE __m256i narrow_bfloat16(__m256 a) {
+  const __m256i u = _mm256_castps_si256(a);
+  const __m256i upper = _mm256_srli_epi32(u, 16);
+  const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+
+template <>
+KVCACHE_INLINE bits narrow<bfloat16>(vec a) {
+  return {narrow_bfloat16(a.low), narrow_bfloat16(a.high)};
+}
+
+KVCACHE_INLINE void store_low_halves(void* p, bits a) {
+  const __m256i mixed = _mm256_packus_epi32(a.low, a.high);
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0b11'01'10'00));
+}
+KVCACHE_INLINE bits low_high(bits a, bits b) {
+  return {_mm256_or_si256(a.low, _mm256_slli_epi32(b.low, 16)),
+          _mm256_or_si256(a.high, _mm256_slli_epi32(b.high, 16))};
+}
+KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
+  const bits both = low_high(half_words, half_words);
+  const __m256i replace = _mm256_set1_epi32(slot == 0 ? 0xffff : static_cast<int>(0xffff0000U));
+  return {_mm256_blendv_epi8(words.low, both.low, replace), _mm256_blendv_epi8(words.high, both.high, replace)};
+}
+
+KVCACHE_INLINE vec interleave(__m256 a, __m256 b) {
+  const __m256 low = _mm256_unpacklo_ps(a, b);
+  const __m256 high = _mm256_unpackhi_ps(a, b);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+KVCACHE_INLINE vec interleave_low(vec a, vec b) { return interleave(a.low, b.low); }
+KVCACHE_INLINE vec interleave_high(vec a, vec b) { return interleave(a.high, b.high); }
+
+#include <kvcache/kernel/vector_kernels.inl>
+
+inline constexpr table kernels = {isa::avx2, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>,
+                                  softmax};
+
+inline bool runs_here() noexcept {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) != 0 &&
+         (c & bit_F16C) != 0;
+}
+
+}  // namespace kvcache::inline v0::kernel::avx2
+
+#undef KVCACHE_TARGET
+#undef KVCACHE_INLINE
+
+#endif

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT
+// The kernels for x86 with AVX-512 F, BW, DQ, VL (Intel since Skylake-SP, AMD since Zen 4). 16 lanes are one register.
+#pragma once
+
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/portable.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+// The maskz forms with a full mask are the plain instructions; g++ 12 warns about the undefined source of the others.
+#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]]
+#define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
+
+namespace kvcache::inline v0::kernel::avx512 {
+
+inline constexpr __mmask16 all = 0xffff;
+
+struct vec {
+  __m512 x;
+};
+struct bits {
+  __m512i x;
+};
+
+/// One line of block order as floats, one vector for each element of a pack.
+template <int Pack>
+struct widened {
+  vec part[Pack];
+};
+
+inline constexpr int max_score_rows = 8;
+constexpr int score_groups(int rows) { return rows == 8 ? 2 : 4; }
+inline constexpr int max_sum_rows = 4;
+constexpr int sum_chunks(int) { return 4; }
+
+KVCACHE_INLINE vec zero() { return {_mm512_setzero_ps()}; }
+KVCACHE_INLINE vec broadcast(float a) { return {_mm512_set1_ps(a)}; }
+KVCACHE_INLINE vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+KVCACHE_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a.x); }
+KVCACHE_INLINE vec add(vec a, vec b) { return {_mm512_add_ps(a.x, b.x)}; }
+KVCACHE_INLINE vec sub(vec a, vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
+KVCACHE_INLINE vec fma(vec a, vec b, vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+KVCACHE_INLINE vec larger(vec a, vec b) { return {_mm512_maskz_max_ps(all, b.x, a.x)}; }
+
+KVCACHE_INLINE vec add_to_exponent(vec p, vec n) {
+  const __m512i shifted = _mm512_maskz_slli_epi32(all, _mm512_castps_si512(n.x), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.x), shifted))};
+}
+
+KVCACHE_INLINE vec zero_below(vec x, float limit, vec y) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(limit), _CMP_NLT_UQ);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.x, x.x, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(_mm512_maskz_mov_ps(keep, y.x), nan, x.x)};
+}
+
+KVCACHE_INLINE __m256 lower(vec a) { return __builtin_shufflevector(a.x, a.x, 0, 1, 2, 3, 4, 5, 6, 7); }
+KVCACHE_INLINE __m256 upper(vec a) { return __builtin_shufflevector(a.x, a.x, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+KVCACHE_INLINE float sum_of(vec a) {
+  const __m256 eight = _mm256_add_ps(lower(a), upper(a));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+KVCACHE_INLINE float largest_of(vec a) {
+  const __m256 eight = _mm256_max_ps(upper(a), lower(a));
+  const __m128 four = _mm_max_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
+  const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
+}
+
+KVCACHE_INLINE bool all_finite(vec a) {
+  return _mm512_cmp_ps_mask(_mm512_sub_ps(a.x, a.x), _mm512_setzero_ps(), _CMP_EQ_OQ) == all;
+}
+
+KVCACHE_INLINE widened<1> widen(const float* p) { return {{load(p)}}; }
+
+KVCACHE_INLINE widened<2> widen(const bfloat16* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  return {{vec{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(all, words, 16))},
+          vec{_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000U))))}}};
+}
+
+KVCACHE_INLINE widened<2> widen(const half* p) {
+  // the halves of all words, then their other halves
+  alignas(64) static constexpr std::array<std::int16_t, 32> even_then_odd = {
+      0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+      1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const __m512i halves = _mm512_maskz_permutexvar_epi16(
+      ~__mmask32{0}, _mm512_load_si512(even_then_odd.data()), _mm512_loadu_si512(p));
+  return {{vec{_mm512_maskz_cvtph_ps(all, __builtin_shufflevector(halves, halves, 0, 1, 2, 3))},
+          vec{_mm512_maskz_cvtph_ps(all, __builtin_shufflevector(halves, halves, 4, 5, 6, 7))}}};
+}
+
+template <class Element>
+KVCACHE_INLINE bits narrow(vec a);
+
+template <>
+KVCACHE_INLINE bits narrow<half>(vec a) {
+  return {_mm512_maskz_cvtepu16_epi32(all, _mm512_maskz_cvtps_ph(all, a.x, _MM_FROUND_TO_NEAREST_INT))};
+}
+
+template <>
+KVCACHE_INLINE bits narrow<bfloat16>(vec a) {
+  const __m512i u = _mm512_castps_si512(a.x);
+  const __m512i high = _mm512_maskz_srli_epi32(all, u, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_maskz_srli_epi32(
+      all, _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
+  return {_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))};
+}
+
+KVCACHE_INLINE bits load_bits(const void* p) { return {_mm512_loadu_si512(p)}; }
+KVCACHE_INLINE void store_bits(void* p, bits a) { _mm512_storeu_si512(p, a.x); }
+KVCACHE_INLINE void store_low_halves(void* p, bits a) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(all, a.x));
+}
+KVCACHE_INLINE bits low_high(bits a, bits b) {
+  return {_mm512_or_si512(a.x, _mm512_maskz_slli_epi32(all, b.x, 16))};
+}
+KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
+  const __mmask32 odd_halves = 0xaaaaaaaaU;
+  const __m512i both = low_high(half_words, half_words).x;
+  return {_mm512_mask_mov_epi16(words.x, slot == 0 ? ~odd_halves : odd_halves, both)};
+}
+
+KVCACHE_INLINE vec interleave_low(vec a, vec b) {
+  const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return {_mm512_permutex2var_ps(a.x, order, b.x)};
+}
+KVCACHE_INLINE vec interleave_high(vec a, vec b) {
+  const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return {_mm512_permutex2var_ps(a.x, order, b.x)};
+}
+
+#include <kvcache/kernel/vector_kernels.inl>
+
+inline constexpr table kernels = {isa::avx512, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>,
+                                  softmax};
+
+inline bool runs_here() noexcept {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace kvcache::inline v0::kernel::avx512
+
+#undef KVCACHE_TARGET
+#undef KVCACHE_INLINE
+
+#endif

@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: MIT
+// The kernels, written once over a few vector primitives and compiled for each instruction set: every header
+// that has vectors includes this file inside its own namespace, after it defined
+//
+//   KVCACHE_TARGET      attribute of functions that use the instruction set; KVCACHE_INLINE: always inlined
+//   vec, bits           16 floats; 16 words of 32 bits
+//   zero, broadcast, load, store, add, sub, fma (a * b + c), larger (a < b ? b : a)
+//   add_to_exponent(p, n)      p * 2^n, n in the low mantissa bits of a float in [2^23, 2^24)
+//   zero_below(x, limit, y)    x is NaN ? x : x < limit ? 0 : y
+//   sum_of, largest_of, all_finite
+//   widened<n>, widen(const Element*)      one 64-byte line in block order -> `pack` vectors, .part[j]
+//   narrow<Element>(vec)       rounded to 16 bits, in the low half of each word
+//   load_bits, store_bits, store_low_halves, low_high(a, b): a | b << 16, with_half(word, slot, half)
+//   interleave_low, interleave_high     a0 b0 a1 b1 ..., of the lower and of the upper eight lanes
+//   score_groups(rows), max_score_rows, sum_chunks(rows), max_sum_rows          tiles that fit the registers
+//
+// A row's arithmetic never depends on the tile it is computed in: one chain of fused multiply-adds per number, in
+// the order of dims (scores) or tokens (sums).
+
+inline constexpr index_t sum_tokens = 64;  // after which a weighted sum starts again
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+/// As portable::exp_nonpositive, with the same polynomial and bound.
+KVCACHE_INLINE vec exp_nonpositive(vec x) {
+  const vec round_to_integer = broadcast(0x1.8p23F);
+  const vec shifted = fma(x, broadcast(1.44269504F), round_to_integer);
+  const vec n = sub(shifted, round_to_integer);
+  const vec r = fma(n, broadcast(-0x1.7f7d1cp-20F), fma(n, broadcast(-0x1.62e4p-1F), x));
+  vec p = fma(r, broadcast(1.0F / 5040.0F), broadcast(1.0F / 720.0F));
+  p = fma(p, r, broadcast(1.0F / 120.0F));
+  p = fma(p, r, broadcast(1.0F / 24.0F));
+  p = fma(p, r, broadcast(1.0F / 6.0F));
+  p = fma(p, r, broadcast(0.5F));
+  p = fma(p, r, broadcast(1.0F));
+  p = fma(p, r, broadcast(1.0F));
+  return zero_below(x, -87.3F, add_to_exponent(p, shifted));
+}
+
+KVCACHE_TARGET inline float softmax(float* scores, index_t count, softmax_row& row) {
+  constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+  vec largest = broadcast(row.max);
+  for (index_t t = 0; t < count; t += key_lanes) largest = larger(largest, load(scores + t));
+  const float max = largest_of(largest);
+  if (max == minus_infinity && std::none_of(scores, scores + count, portable::is_nan)) {
+    std::fill_n(scores, count, 0.0F);  // nothing visible so far; exp(-inf - -inf) would be NaN
+    return 1.0F;
+  }
+  vec sum = zero();
+  for (index_t t = 0; t < count; t += key_lanes) {
+    const vec weights = exp_nonpositive(sub(load(scores + t), broadcast(max)));
+    store(scores + t, weights);
+    sum = add(sum, weights);
+  }
+  float rescale = 1.0F;
+  if (row.max != max) {
+    rescale = row.max == minus_infinity ? 0.0F : portable::exp_nonpositive(row.max - max);
+    row.max = max;
+  }
+  row.sum = row.sum * rescale + sum_of(sum);
+  return rescale;
+}
+
+// ---- reading ahead --------------------------------------------------------------------------------------------------
+
+/// Fetches, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy during
+/// the softmax and across blocks. `stride` is less than a line where the kernel passes over its own lines often.
+struct read_ahead {
+  const std::byte* at;
+  index_t stride;
+};
+
+KVCACHE_INLINE void fetch(read_ahead& next) {
+  __builtin_prefetch(next.at, 0, 3);
+  next.at += next.stride;
+}
+
+/// `next` may be null; then a line that is at hand anyway is asked for.
+inline read_ahead ahead_of(const std::byte* next, const std::byte* at_hand, index_t passes) {
+  return next == nullptr ? read_ahead{at_hand, 0} : read_ahead{next, 64 / passes};
+}
+
+/// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
+inline index_t num_row_tiles(index_t num_rows, index_t max_rows) {
+  index_t tiles = num_rows / max_rows;
+  for (index_t rest = num_rows % max_rows; rest != 0; rest &= rest - 1) ++tiles;
+  return std::max(tiles, index_t{1});
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+/// out[r, g * 16 + lane] for `Rows` rows and `Groups` groups of 16 keys. All sums stay in registers.
+template <class Element, int Rows, int Groups>
+KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* keys, const float* queries,
+                                      float* out, read_ahead& next) {
+  constexpr index_t pack = block_order<Element>::pack;
+  const index_t group_size = block_order<Element>::key_group_size(g);
+  vec sum[Rows][Groups];
+#pragma GCC unroll 16
+  for (auto& row : sum) {
+#pragma GCC unroll 16
+    for (vec& s : row) s = zero();
+  }
+  index_t d = 0;
+  for (; d + pack <= g.head_dim; d += pack, keys += key_lanes * pack) {
+    widened<pack> k[Groups];
+#pragma GCC unroll 16
+    for (int i = 0; i < Groups; ++i) {
+      k[i] = widen(keys + i * group_size);
+      fetch(next);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < pack; ++j) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const vec q = broadcast(queries[r * g.head_dim + d + j]);
+#pragma GCC unroll 16
+        for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, k[i].part[j], sum[r][i]);
+      }
+    }
+  }
+  if (d < g.head_dim) {  // an odd head_dim: the second half of the last pack is padding
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const vec q = broadcast(queries[r * g.head_dim + d]);
+#pragma GCC unroll 16
+      for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, widen(keys + i * group_size).part[0], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Groups; ++i) store(out + r * g.block_size + i * key_lanes, sum[r][i]);
+  }
+}
+
+/// `Groups` groups of keys, in tiles, for as many times `Rows` rows as there are, then for fewer.
+template <class Element, int Rows, int Groups>
+KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* keys, const float* queries,
+                                      index_t num_rows, float* out, read_ahead& next) {
+  constexpr int tile_groups = std::min(Groups, score_groups(Rows));
+  for (; num_rows >= Rows; num_rows -= Rows, queries += Rows * g.head_dim, out += Rows * g.block_size) {
+    for (int i = 0; i < Groups; i += tile_groups) {
+      score_tile<Element, Rows, tile_groups>(g, keys + i * block_order<Element>::key_group_size(g), queries,
+                                             out + i * key_lanes, next);
+    }
+  }
+  if constexpr (Rows > 1) score_rows<Element, Rows / 2, Groups>(g, keys, queries, num_rows, out, next);
+}
+
+template <class Element>
+KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
+                                  const float* queries, index_t num_rows, float* out, const std::byte* next) {
+  const auto* group = reinterpret_cast<const Element*>(keys);
+  const index_t group_size = block_order<Element>::key_group_size(g);
+  read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, max_score_rows));
+  index_t t = 0;
+  for (; t + 3 * key_lanes < count; t += 4 * key_lanes, group += 4 * group_size)
+    score_rows<Element, max_score_rows, 4>(g, group, queries, num_rows, out + t, ahead);
+  for (; t < count; t += key_lanes, group += group_size)
+    score_rows<Element, max_score_rows, 1>(g, group, queries, num_rows, out + t, ahead);
+}
+
+// ---- weighted sums --------------------------------------------------------------------------------------------------
+
+/// Values of some tokens and the weights of some rows for them.
+template <class Element>
+struct weighted_values {
+  const Element* values;  // [num_packs, stride]
+  index_t stride;         // elements from one pack of tokens to the next
+  index_t num_packs;
+  const float* weights;  // [rows, weight_stride]
+  index_t weight_stride;
+};
+
+/// One row and 16 dims again, leaving out tokens of weight zero: for when what they hold is not finite.
+template <class Element>
+[[gnu::cold, gnu::noinline]] KVCACHE_TARGET inline vec sum_visible(const weighted_values<Element>& in) {
+  constexpr index_t pack = block_order<Element>::pack;
+  vec sum = zero();
+  for (index_t i = 0; i < in.num_packs; ++i) {
+    const auto v = widen(in.values + i * in.stride);
+    for (index_t j = 0; j < pack; ++j) {
+      const float w = in.weights[i * pack + j];
+      if (w != 0.0F) sum = fma(broadcast(w), v.part[j], sum);
+    }
+  }
+  return sum;
+}
+
+/// sums[r, d] += sum_t weights[r, t] * values[t, d] for `Rows` rows and 16 * `Chunks` dims. The inner sum starts
+/// from zero: adding thousands of terms to one number would let its rounding drift.
+template <class Element, int Rows, int Chunks>
+KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* sums, index_t sum_stride,
+                                    read_ahead& next) {
+  constexpr index_t pack = block_order<Element>::pack;
+  constexpr index_t width = key_lanes * pack;
+  vec sum[Rows][Chunks];
+#pragma GCC unroll 16
+  for (auto& row : sum) {
+#pragma GCC unroll 16
+    for (vec& s : row) s = zero();
+  }
+  const Element* values = in.values;
+  const float* weights = in.weights;
+  for (index_t i = 0; i < in.num_packs; ++i, values += in.stride, weights += pack) {
+    vec w[pack][Rows];
+#pragma GCC unroll 16
+    for (int j = 0; j < pack; ++j) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) w[j][r] = broadcast(weights[r * in.weight_stride + j]);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < Chunks; ++c) {
+      const auto v = widen(values + c * width);
+      fetch(next);
+#pragma GCC unroll 16
+      for (int j = 0; j < pack; ++j) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) sum[r][c] = fma(w[j][r], v.part[j], sum[r][c]);
+      }
+    }
+  }
+  vec probe = zero();
+#pragma GCC unroll 16
+  for (const auto& row : sum) {
+#pragma GCC unroll 16
+    for (const vec& s : row) probe = add(probe, s);
+  }
+  const bool finite = all_finite(probe);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < Chunks; ++c) {
+      float* to = sums + r * sum_stride + c * key_lanes;
+      if (!finite) [[unlikely]] {
+        sum[r][c] = sum_visible<Element>({in.values + c * width, in.stride, in.num_packs,
+                                          in.weights + r * in.weight_stride, in.weight_stride});
+      }
+      store(to, add(load(to), sum[r][c]));
+    }
+  }
+}
+
+/// 16 * `Chunks` dims, in tiles, for as many times `Rows` rows as there are, then for fewer.
+template <class Element, int Rows, int Chunks>
+KVCACHE_TARGET inline void sum_rows(weighted_values<Element> in, index_t num_rows, float* sums,
+                                    index_t sum_stride, read_ahead& next) {
+  constexpr int tile_chunks = std::min(Chunks, sum_chunks(Rows));
+  for (; num_rows >= Rows; num_rows -= Rows, in.weights += Rows * in.weight_stride) {
+    for (int c = 0; c < Chunks; c += tile_chunks) {
+      weighted_values<Element> tile = in;
+      tile.values += c * key_lanes * block_order<Element>::pack;
+      sum_tile<Element, Rows, tile_chunks>(tile, sums + c * key_lanes, sum_stride, next);
+    }
+    sums += Rows * sum_stride;
+  }
+  if constexpr (Rows > 1) sum_rows<Element, Rows / 2, Chunks>(in, num_rows, sums, sum_stride, next);
+}
+
+/// The last dims of rows that are not a multiple of 16: on a padded copy, since what follows in memory is not theirs.
+template <class Element>
+KVCACHE_TARGET inline void sum_last_dims(weighted_values<Element> in, index_t num_dims, index_t num_rows,
+                                         float* sums, index_t sum_stride) {
+  constexpr index_t pack = block_order<Element>::pack;
+  constexpr index_t width = key_lanes * pack;
+  alignas(64) std::array<Element, sum_tokens * key_lanes> padded{};
+  for (index_t i = 0; i < in.num_packs; ++i)
+    std::copy_n(in.values + i * in.stride, num_dims * pack, padded.data() + i * width);
+  in.values = padded.data();
+  in.stride = width;
+  for (index_t r = 0; r < num_rows; ++r, in.weights += in.weight_stride, sums += sum_stride) {
+    alignas(64) std::array<float, key_lanes> sum{};
+    read_ahead nothing = ahead_of(nullptr, reinterpret_cast<const std::byte*>(padded.data()), 1);
+    sum_tile<Element, 1, 1>(in, sum.data(), key_lanes, nothing);
+    for (index_t d = 0; d < num_dims; ++d) sums[d] += sum[static_cast<std::size_t>(d)];
+  }
+}
+
+template <class Element>
+KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* values, index_t count,
+                                      const float* weights, index_t num_rows, float* sums,
+                                      const std::byte* next) {
+  constexpr index_t pack = block_order<Element>::pack;
+  constexpr index_t wide = 4 * key_lanes;
+  read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, max_sum_rows));
+  for (index_t t = 0; t < count; t += sum_tokens) {
+    weighted_values<Element> in{reinterpret_cast<const Element*>(values) + t * g.head_dim, g.head_dim * pack,
+                                ceil_div(std::min(sum_tokens, count - t), pack), weights + t, g.block_size};
+    index_t d = 0;
+    for (; d + wide <= g.head_dim; d += wide, in.values += wide * pack)
+      sum_rows<Element, max_sum_rows, 4>(in, num_rows, sums + d, g.head_dim, ahead);
+    for (; d + key_lanes <= g.head_dim; d += key_lanes, in.values += key_lanes * pack)
+      sum_rows<Element, max_sum_rows, 1>(in, num_rows, sums + d, g.head_dim, ahead);
+    if (d < g.head_dim) sum_last_dims(in, g.head_dim - d, num_rows, sums + d, g.head_dim);
+  }
+}
+
+// ---- encoding, and the table ----------------------------------------------------------------------------------------
+
+#include <kvcache/kernel/vector_encode.inl>
+
+template <class Element>
+inline constexpr element_kernels kernels_for = {
+    encode_keys<Element>,
+    encode_values<Element>,
+    portable::element<Element>::decode_keys,
+    portable::element<Element>::decode_values,
+    scores<Element>,
+    accumulate<Element>,
+};
