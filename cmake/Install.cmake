@@ -5,7 +5,9 @@ include(GNUInstallDirs)
 
 set(kvcache_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/kvcache")
 
-install(TARGETS kvcache EXPORT kvcache-targets FILE_SET HEADERS COMPONENT kvcache)
+install(TARGETS kvcache EXPORT kvcache-targets
+        FILE_SET HEADERS COMPONENT kvcache
+        FILE_SET fragments COMPONENT kvcache)
 install(EXPORT kvcache-targets NAMESPACE kvcache:: DESTINATION "${kvcache_package_dir}"
         COMPONENT kvcache)
 

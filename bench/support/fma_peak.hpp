@@ -19,7 +19,8 @@ namespace kvcache::bench {
 // Ten independent chains: two pipes times a latency of four or five cycles.
 #if defined(__x86_64__)
 #define KVCACHE_BENCH_FMA_LOOP(vec, set1, fmadd)                                    \
-  vec a = set1(1), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a;   \
+  vec a = set1(1), b = set1(2), c = set1(3), d = set1(4), e = set1(5);              \
+  vec f = set1(6), g = set1(7), h = set1(8), i = set1(9), j = set1(10);             \
   const vec x = set1(0.999F), y = set1(0.001F);                                     \
   for (index_t n = 0; n < rounds; ++n) {                                            \
     a = fmadd(a, x, y), b = fmadd(b, x, y), c = fmadd(c, x, y), d = fmadd(d, x, y); \

@@ -38,7 +38,7 @@ leg_tests() { [ "${KVCACHE_CI_TESTS:?set by .ci/run}" = 0 ]; }
 leg_format() {
   need clang-format
   clang-format --version
-  sources '*.hpp' '*.cpp' | xargs clang-format --dry-run --Werror
+  sources '*.hpp' '*.inl' '*.cpp' | xargs clang-format --dry-run --Werror
 }
 
 # The scripts are POSIX sh and run on machines where /bin/sh is not bash.

@@ -116,8 +116,8 @@ void check_scores(const kernel::table& kernels, const sizes& n, test::random& ra
   const block<Element> b(kernels, g, n.count, random);
   const std::vector<float> q = random.floats(n.num_rows * n.head_dim);
   std::vector<float> scores(static_cast<std::size_t>(n.num_rows * n.block_size), not_a_number);
-  kernel::for_element<Element>(kernels).scores(g, b.keys.data(), n.count, q.data(), n.num_rows,
-                                               scores.data(), nullptr);
+  kernel::for_element<Element>(kernels).scores(g, b.keys.data(), n.count, q.data(), n.num_rows, scores.data(),
+                                               nullptr);
   double worst = 0;
   for (index_t r = 0; r < n.num_rows; ++r) {
     for (index_t t = 0; t < n.count; ++t) {
@@ -229,7 +229,7 @@ std::vector<float> any_floats(index_t n, test::random& random) {
   std::vector<float> all(static_cast<std::size_t>(n));
   for (float& x : all) {
     auto u = static_cast<std::uint32_t>(random.below(index_t{1} << 32));
-    if (random.chance(0.3)) u &= 0xffff8000U;  // half-way between two bfloat16
+    if (random.chance(0.3)) u &= 0xffff8000U;                     // half-way between two bfloat16
     if (random.chance(0.2)) u = (u & 0x8fffffffU) | 0x38000000U;  // around the ends of half's range
     if (random.chance(0.05)) u |= 0x7f800000U;
     x = std::bit_cast<float>(u);
@@ -245,8 +245,9 @@ void check_same_bytes(const kernel::table& kernels, const sizes& n, test::random
   std::vector<std::byte> expected[2];
   std::vector<std::byte> stored[2];
   for (auto& bytes : expected)
-    bytes.assign(static_cast<std::size_t>(round_up(g.block_size * (g.head_dim + 1) * index_t{sizeof(Element)}, 64)),
-                 std::byte{0x5a});
+    bytes.assign(
+        static_cast<std::size_t>(round_up(g.block_size * (g.head_dim + 1) * index_t{sizeof(Element)}, 64)),
+        std::byte{0x5a});
   for (int i = 0; i < 2; ++i) stored[i] = expected[i];
   const auto encode = [&](const kernel::table& with, std::vector<std::byte>* to) {
     const auto& kernel = kernel::for_element<Element>(with);

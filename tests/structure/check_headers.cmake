@@ -22,6 +22,9 @@ set(may_use_eigen "^(attention/multi_head_attention|codec/low_rank|interop/[a-z0
 # Headers that need more than Eigen/Core and the standard library; kvcache.hpp leaves them out.
 set(optional_headers interop/eigen_thread_pool.hpp store/lmdb.hpp store/redis.hpp)
 
+# Parts that several headers include, each inside a namespace of its own.
+set(fragments "^kernel/[a-z0-9_]+\\.inl$")
+
 set(max_lines 400)
 
 # ---- the check ------------------------------------------------------------------------------------------------------
@@ -40,7 +43,7 @@ endif()
 
 foreach(header IN LISTS headers)
   set(path "${root}/${header}")
-  if(NOT header MATCHES "\\.hpp$")
+  if(NOT header MATCHES "\\.hpp$" AND NOT header MATCHES "${fragments}")
     report("${header}: only .hpp files belong here")
     continue()
   endif()
@@ -57,8 +60,10 @@ foreach(header IN LISTS headers)
   if(NOT text MATCHES "^// SPDX-License-Identifier: MIT\n")
     report("${header}:1: the first line is not the SPDX line")
   endif()
-  if(NOT text MATCHES "^(//[^\n]*\n|\n)*#pragma once\n")
+  if(header MATCHES "\\.hpp$" AND NOT text MATCHES "^(//[^\n]*\n|\n)*#pragma once\n")
     report("${header}: code before #pragma once, or none")
+  elseif(header MATCHES "${fragments}" AND text MATCHES "#pragma once")
+    report("${header}: #pragma once would keep the second namespace from including it")
   endif()
 
   # "" at the top, otherwise the folder

@@ -91,3 +91,11 @@ expect("an optional header in the umbrella" "store/redis.hpp: needs another libr
 write_good_tree()
 write_header(misc/odd.hpp "${good_head}")
 expect("a folder that is no layer" "misc/odd.hpp: folder 'misc' is not a layer")
+
+write_good_tree()
+write_header(kernel/shared.inl "${good_head}")
+expect("a fragment with #pragma once" "kernel/shared.inl: #pragma once would keep")
+
+write_good_tree()
+write_header(cache/shared.inl "// SPDX-License-Identifier: MIT\n")
+expect("a fragment outside kernel" "cache/shared.inl: only .hpp files belong here")

@@ -180,8 +180,8 @@ class item_plan {
                                item_->layer.positions().segments(),
                                options_->alibi_slopes,
                                options_->rope};
-    attend_span(item_->layer.codec(), context, tile, {blocks.data(), static_cast<std::size_t>(num_blocks + 1)},
-                tokens, scratch, state);
+    attend_span(item_->layer.codec(), context, tile,
+                {blocks.data(), static_cast<std::size_t>(num_blocks + 1)}, tokens, scratch, state);
   }
 
   void write(const query_tile& tile, const softmax_state& state) const noexcept {

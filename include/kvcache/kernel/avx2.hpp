@@ -39,7 +39,7 @@ struct widened {
 inline constexpr int max_score_rows = 4;
 constexpr int score_groups(int rows) { return rows == 1 ? 2 : 1; }
 inline constexpr int max_sum_rows = 4;
-constexpr int sum_chunks(int rows) { return rows == 4 ? 1 : 2; }
+constexpr int sum_chunks(int rows) { return 4 / rows; }
 
 KVCACHE_INLINE vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 KVCACHE_INLINE vec broadcast(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
@@ -110,16 +110,15 @@ KVCACHE_INLINE widened<2> widen(const bfloat16* p) {
   const bits words = load_bits(p);
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000U));
   return {{vec{_mm256_castsi256_ps(_mm256_slli_epi32(words.low, 16)),
-              _mm256_castsi256_ps(_mm256_slli_epi32(words.high, 16))},
-          vec{_mm256_castsi256_ps(_mm256_and_si256(words.low, upper)),
-              _mm256_castsi256_ps(_mm256_and_si256(words.high, upper))}}};
+               _mm256_castsi256_ps(_mm256_slli_epi32(words.high, 16))},
+           vec{_mm256_castsi256_ps(_mm256_and_si256(words.low, upper)),
+               _mm256_castsi256_ps(_mm256_and_si256(words.high, upper))}}};
 }
 
 /// The lower halves of eight words in the lower 128 bits, their upper halves in the upper ones.
 KVCACHE_INLINE __m256i split_halves(__m256i words) {
-  const __m256i in_lane =
-      _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
-                       0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i in_lane = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                           0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
   return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, in_lane), 0b11'01'10'00);
 }
 
@@ -128,8 +127,8 @@ KVCACHE_INLINE widened<2> widen(const half* p) {
   const __m256i low = split_halves(words.low);
   const __m256i high = split_halves(words.high);
   return {{vec{_mm256_cvtph_ps(_mm256_castsi256_si128(low)), _mm256_cvtph_ps(_mm256_castsi256_si128(high))},
-          vec{_mm256_cvtph_ps(_mm256_extracti128_si256(low, 1)),
-              _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1))}}};
+           vec{_mm256_cvtph_ps(_mm256_extracti128_si256(low, 1)),
+               _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1))}}};
 }
 
 template <class Element>
@@ -167,7 +166,8 @@ KVCACHE_INLINE bits low_high(bits a, bits b) {
 KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
   const bits both = low_high(half_words, half_words);
   const __m256i replace = _mm256_set1_epi32(slot == 0 ? 0xffff : static_cast<int>(0xffff0000U));
-  return {_mm256_blendv_epi8(words.low, both.low, replace), _mm256_blendv_epi8(words.high, both.high, replace)};
+  return {_mm256_blendv_epi8(words.low, both.low, replace),
+          _mm256_blendv_epi8(words.high, both.high, replace)};
 }
 
 KVCACHE_INLINE vec interleave(__m256 a, __m256 b) {
@@ -189,8 +189,8 @@ inline bool runs_here() noexcept {
   unsigned c = 0;
   unsigned d = 0;
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) != 0 &&
-         (c & bit_F16C) != 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
 
 }  // namespace kvcache::inline v0::kernel::avx2

@@ -42,7 +42,7 @@ struct widened {
 inline constexpr int max_score_rows = 8;
 constexpr int score_groups(int rows) { return rows == 8 ? 2 : 4; }
 inline constexpr int max_sum_rows = 4;
-constexpr int sum_chunks(int) { return 4; }
+constexpr int sum_chunks(int rows) { return rows == 4 ? 4 : 8; }
 
 KVCACHE_INLINE vec zero() { return {_mm512_setzero_ps()}; }
 KVCACHE_INLINE vec broadcast(float a) { return {_mm512_set1_ps(a)}; }
@@ -89,8 +89,9 @@ KVCACHE_INLINE widened<1> widen(const float* p) { return {{load(p)}}; }
 
 KVCACHE_INLINE widened<2> widen(const bfloat16* p) {
   const __m512i words = _mm512_loadu_si512(p);
-  return {{vec{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(all, words, 16))},
-          vec{_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000U))))}}};
+  return {
+      {vec{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(all, words, 16))},
+       vec{_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000U))))}}};
 }
 
 KVCACHE_INLINE widened<2> widen(const half* p) {
@@ -101,7 +102,7 @@ KVCACHE_INLINE widened<2> widen(const half* p) {
   const __m512i halves = _mm512_maskz_permutexvar_epi16(
       ~__mmask32{0}, _mm512_load_si512(even_then_odd.data()), _mm512_loadu_si512(p));
   return {{vec{_mm512_maskz_cvtph_ps(all, __builtin_shufflevector(halves, halves, 0, 1, 2, 3))},
-          vec{_mm512_maskz_cvtph_ps(all, __builtin_shufflevector(halves, halves, 4, 5, 6, 7))}}};
+           vec{_mm512_maskz_cvtph_ps(all, __builtin_shufflevector(halves, halves, 4, 5, 6, 7))}}};
 }
 
 template <class Element>
@@ -117,8 +118,8 @@ KVCACHE_INLINE bits narrow<bfloat16>(vec a) {
   const __m512i u = _mm512_castps_si512(a.x);
   const __m512i high = _mm512_maskz_srli_epi32(all, u, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_maskz_srli_epi32(
-      all, _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_maskz_srli_epi32(all, _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
   return {_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))};
 }
@@ -153,8 +154,9 @@ inline constexpr table kernels = {isa::avx512, kernels_for<float>, kernels_for<h
 
 inline bool runs_here() noexcept {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
 }
 
 }  // namespace kvcache::inline v0::kernel::avx512

@@ -45,8 +45,7 @@ KVCACHE_TARGET inline void encode_key_group(const block_geometry& g, Element* ou
       dims[t] = load(row);
     }
     transpose(dims);
-    for (index_t i = 0; i < num_dims; i += pack, out += key_lanes * pack)
-      store_line(out, dims + i);
+    for (index_t i = 0; i < num_dims; i += pack, out += key_lanes * pack) store_line(out, dims + i);
   }
 }
 
@@ -54,7 +53,8 @@ KVCACHE_TARGET inline void encode_key_group(const block_geometry& g, Element* ou
 template <class Element>
 KVCACHE_TARGET inline void narrow_row(const block_geometry& g, const float* row, Element* out) {
   index_t d = 0;
-  for (; d + key_lanes <= g.head_dim; d += key_lanes) store_low_halves(out + d, narrow<Element>(load(row + d)));
+  for (; d + key_lanes <= g.head_dim; d += key_lanes)
+    store_low_halves(out + d, narrow<Element>(load(row + d)));
   for (; d < g.head_dim; ++d) out[d] = from_float<Element>(row[d]);
   for (; d % block_order<Element>::pack != 0; ++d) out[d] = Element{};
 }
@@ -104,8 +104,7 @@ KVCACHE_TARGET inline void encode_values(const block_geometry& g, std::byte* val
     } else {
       Element* line = to - t % 2;
       for (; d + key_lanes <= g.head_dim; d += key_lanes)
-        store_bits(line + 2 * d,
-                   with_half(load_bits(line + 2 * d), t % 2, narrow<Element>(load(row + d))));
+        store_bits(line + 2 * d, with_half(load_bits(line + 2 * d), t % 2, narrow<Element>(load(row + d))));
     }
     for (index_t i = 0; i < num_tokens; ++i) {
       for (index_t e = d; e < g.head_dim; ++e)

@@ -63,21 +63,30 @@ KVCACHE_TARGET inline float softmax(float* scores, index_t count, softmax_row& r
 
 // ---- reading ahead --------------------------------------------------------------------------------------------------
 
-/// Fetches, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy during
-/// the softmax and across blocks. `stride` is less than a line where the kernel passes over its own lines often.
+/// Fetches into L2, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy
+/// during the softmax and across blocks. `stride` is less than a line where the kernel passes over its own lines more
+/// often than once.
 struct read_ahead {
   const std::byte* at;
+  const std::byte* first;
   index_t stride;
 };
 
+/// `Lines` lines, and once more those some way back: when the miss buffers are full, processors drop prefetches.
+template <int Lines>
 KVCACHE_INLINE void fetch(read_ahead& next) {
-  __builtin_prefetch(next.at, 0, 3);
-  next.at += next.stride;
+  constexpr index_t second_chance = 4096;  // bytes
+  const std::byte* again = std::max(next.at - second_chance, next.first);
+#pragma GCC unroll 16
+  for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
+    __builtin_prefetch(next.at, 0, 2);
+    __builtin_prefetch(again, 0, 2);
+  }
 }
 
 /// `next` may be null; then a line that is at hand anyway is asked for.
 inline read_ahead ahead_of(const std::byte* next, const std::byte* at_hand, index_t passes) {
-  return next == nullptr ? read_ahead{at_hand, 0} : read_ahead{next, 64 / passes};
+  return next == nullptr ? read_ahead{at_hand, at_hand, 0} : read_ahead{next, next, 64 / passes};
 }
 
 /// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
@@ -92,9 +101,10 @@ inline index_t num_row_tiles(index_t num_rows, index_t max_rows) {
 /// out[r, g * 16 + lane] for `Rows` rows and `Groups` groups of 16 keys. All sums stay in registers.
 template <class Element, int Rows, int Groups>
 KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* keys, const float* queries,
-                                      float* out, read_ahead& next) {
+                                      float* out, read_ahead& ahead) {
   constexpr index_t pack = block_order<Element>::pack;
   const index_t group_size = block_order<Element>::key_group_size(g);
+  read_ahead next = ahead;  // in a register
   vec sum[Rows][Groups];
 #pragma GCC unroll 16
   for (auto& row : sum) {
@@ -103,11 +113,11 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
   }
   index_t d = 0;
   for (; d + pack <= g.head_dim; d += pack, keys += key_lanes * pack) {
+    fetch<Groups>(next);
     widened<pack> k[Groups];
 #pragma GCC unroll 16
     for (int i = 0; i < Groups; ++i) {
       k[i] = widen(keys + i * group_size);
-      fetch(next);
     }
 #pragma GCC unroll 16
     for (int j = 0; j < pack; ++j) {
@@ -119,6 +129,7 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
       }
     }
   }
+  ahead = next;
   if (d < g.head_dim) {  // an odd head_dim: the second half of the last pack is padding
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
@@ -192,9 +203,10 @@ template <class Element>
 /// from zero: adding thousands of terms to one number would let its rounding drift.
 template <class Element, int Rows, int Chunks>
 KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* sums, index_t sum_stride,
-                                    read_ahead& next) {
+                                    read_ahead& ahead) {
   constexpr index_t pack = block_order<Element>::pack;
   constexpr index_t width = key_lanes * pack;
+  read_ahead next = ahead;
   vec sum[Rows][Chunks];
 #pragma GCC unroll 16
   for (auto& row : sum) {
@@ -204,23 +216,19 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
   const Element* values = in.values;
   const float* weights = in.weights;
   for (index_t i = 0; i < in.num_packs; ++i, values += in.stride, weights += pack) {
-    vec w[pack][Rows];
-#pragma GCC unroll 16
-    for (int j = 0; j < pack; ++j) {
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) w[j][r] = broadcast(weights[r * in.weight_stride + j]);
-    }
+    fetch<Chunks>(next);
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) {
       const auto v = widen(values + c * width);
-      fetch(next);
 #pragma GCC unroll 16
       for (int j = 0; j < pack; ++j) {
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) sum[r][c] = fma(w[j][r], v.part[j], sum[r][c]);
+        for (int r = 0; r < Rows; ++r)
+          sum[r][c] = fma(broadcast(weights[r * in.weight_stride + j]), v.part[j], sum[r][c]);
       }
     }
   }
+  ahead = next;
   vec probe = zero();
 #pragma GCC unroll 16
   for (const auto& row : sum) {
@@ -282,14 +290,14 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
                                       const float* weights, index_t num_rows, float* sums,
                                       const std::byte* next) {
   constexpr index_t pack = block_order<Element>::pack;
-  constexpr index_t wide = 4 * key_lanes;
+  constexpr index_t wide = 8 * key_lanes;
   read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, max_sum_rows));
   for (index_t t = 0; t < count; t += sum_tokens) {
     weighted_values<Element> in{reinterpret_cast<const Element*>(values) + t * g.head_dim, g.head_dim * pack,
                                 ceil_div(std::min(sum_tokens, count - t), pack), weights + t, g.block_size};
     index_t d = 0;
     for (; d + wide <= g.head_dim; d += wide, in.values += wide * pack)
-      sum_rows<Element, max_sum_rows, 4>(in, num_rows, sums + d, g.head_dim, ahead);
+      sum_rows<Element, max_sum_rows, 8>(in, num_rows, sums + d, g.head_dim, ahead);
     for (; d + key_lanes <= g.head_dim; d += key_lanes, in.values += key_lanes * pack)
       sum_rows<Element, max_sum_rows, 1>(in, num_rows, sums + d, g.head_dim, ahead);
     if (d < g.head_dim) sum_last_dims(in, g.head_dim - d, num_rows, sums + d, g.head_dim);
