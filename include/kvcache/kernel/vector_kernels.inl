@@ -76,7 +76,7 @@ struct read_ahead {
 template <int Lines>
 KVCACHE_INLINE void fetch(read_ahead& next) {
   constexpr index_t second_chance = 4096;  // bytes
-  const std::byte* again = std::max(next.at - second_chance, next.first);
+  const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
 #pragma GCC unroll 16
   for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
     __builtin_prefetch(next.at, 0, 2);
