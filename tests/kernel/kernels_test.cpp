@@ -290,6 +290,32 @@ TEST_CASE("exp is accurate over its whole range", "[kernel]") {
   }
 }
 
+TEST_CASE("soft caps are accurate over their whole range", "[kernel]") {
+  for (const kernel::isa level : levels()) {
+    CAPTURE(kernel::to_string(level));
+    double worst = 0;
+    for (int i = -40'000; i <= 40'000; ++i) {
+      const float x =
+          static_cast<float>(std::copysign(std::exp(std::abs(i) / 1500.0 - 20.0), i));  // 2e-9 to 8e2
+      std::vector<float> scores(16, x);
+      kernel::select(level).soft_cap(scores.data(), 16, 30.0F);
+      worst = std::max(worst, std::abs(double{scores[5]} / (30 * std::tanh(double{x} / 30)) - 1.0));
+    }
+    CHECK(worst < 5e-7);
+    std::vector<float> ends = {0, -0.0F, infinity, -infinity, not_a_number, 1e38F, -1e38F, 1e-40F, 0, 0, 0, 0,
+                               0, 0,     0,        0};
+    kernel::select(level).soft_cap(ends.data(), 16, 50.0F);
+    CHECK(ends[0] == 0.0F);
+    CHECK(std::signbit(ends[1]));
+    CHECK(ends[2] == 50.0F);
+    CHECK(ends[3] == -50.0F);
+    CHECK(std::isnan(ends[4]));
+    CHECK(ends[5] == 50.0F);
+    CHECK(ends[6] == -50.0F);
+    CHECK(std::abs(ends[7]) <= 1e-39F);
+  }
+}
+
 TEST_CASE("softmax steps keep the running maximum and sum", "[kernel]") {
   for (const kernel::isa level : levels()) {
     const kernel::table& kernels = kernel::select(level);

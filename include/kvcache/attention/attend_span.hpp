@@ -79,7 +79,8 @@ void attend_block(const Codec& codec, const span_context& c, const query_tile& t
     const index_t position = tile.positions[query];
     const auto head = static_cast<std::size_t>(tile.first_head + r % tile.group_size);
     const float slope = c.alibi_slopes.empty() ? 0.0F : c.alibi_slopes[head];
-    c.visible.shape_logits(position, segment, slope, tokens, base, row_scores);
+    if (c.visible.soft_cap() != 0.0F) c.kernels->soft_cap(row_scores, num_scores, c.visible.soft_cap());
+    c.visible.add_alibi(position, segment, slope, tokens, base, row_scores);
     c.visible.hide(tile.first_query + query, position, segment, tokens, base, num_scores, row_scores);
     const float rescale = c.kernels->softmax(row_scores, num_scores, state.rows[static_cast<std::size_t>(r)]);
     if (rescale != 1.0F) {

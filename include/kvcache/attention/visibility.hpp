@@ -55,14 +55,12 @@ class visibility {
     }
   }
 
-  /// scores[t] = soft_cap(scores[t]) + slope * (position of token base + t - query_position) for t in `tokens`.
-  void shape_logits(index_t query_position, const position_segment& segment, float slope, token_range tokens,
-                    index_t base, float* scores) const noexcept {
-    const float cap = options_->soft_cap;
-    if (cap != 0.0F) {
-      for (index_t t = tokens.first - base; t < tokens.last - base; ++t)
-        scores[t] = cap * std::tanh(scores[t] / cap);
-    }
+  /// 0: none.
+  [[nodiscard]] float soft_cap() const noexcept { return options_->soft_cap; }
+
+  /// scores[t] += slope * (position of token base + t - query_position) for t in `tokens`.
+  void add_alibi(index_t query_position, const position_segment& segment, float slope, token_range tokens,
+                 index_t base, float* scores) const noexcept {
     if (slope == 0.0F) return;
     for (index_t t = tokens.first; t < tokens.last; ++t) {
       const index_t position = k_positions_.empty() ? segment.first_position + (t - segment.first_token)

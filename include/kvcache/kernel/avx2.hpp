@@ -50,11 +50,28 @@ KVCACHE_INLINE void store(float* p, vec a) {
 }
 KVCACHE_INLINE vec add(vec a, vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 KVCACHE_INLINE vec sub(vec a, vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+KVCACHE_INLINE vec mul(vec a, vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+KVCACHE_INLINE vec div(vec a, vec b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 KVCACHE_INLINE vec fma(vec a, vec b, vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 KVCACHE_INLINE vec larger(vec a, vec b) {
   return {_mm256_max_ps(b.low, a.low), _mm256_max_ps(b.high, a.high)};
+}
+
+KVCACHE_INLINE vec magnitude(vec a) {
+  const __m256 sign = _mm256_set1_ps(-0.0F);
+  return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+}
+KVCACHE_INLINE vec with_sign(vec sign, vec size) {
+  const __m256 bit = _mm256_set1_ps(-0.0F);
+  return {_mm256_or_ps(size.low, _mm256_and_ps(bit, sign.low)),
+          _mm256_or_ps(size.high, _mm256_and_ps(bit, sign.high))};
+}
+KVCACHE_INLINE vec either_below(vec x, float limit, vec a, vec b) {
+  const __m256 bound = _mm256_set1_ps(limit);
+  return {_mm256_blendv_ps(b.low, a.low, _mm256_cmp_ps(x.low, bound, _CMP_LT_OQ)),
+          _mm256_blendv_ps(b.high, a.high, _mm256_cmp_ps(x.high, bound, _CMP_LT_OQ))};
 }
 
 KVCACHE_INLINE __m256 add_to_exponent(__m256 p, __m256 n) {
@@ -180,8 +197,8 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) { return interleave(a.high, b.h
 
 #include <kvcache/kernel/vector_kernels.inl>
 
-inline constexpr table kernels = {isa::avx2, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>,
-                                  softmax};
+inline constexpr table kernels = {
+    isa::avx2, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
 
 inline bool runs_here() noexcept {
   unsigned a = 0;

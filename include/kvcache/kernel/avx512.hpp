@@ -50,8 +50,18 @@ KVCACHE_INLINE vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 KVCACHE_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a.x); }
 KVCACHE_INLINE vec add(vec a, vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 KVCACHE_INLINE vec sub(vec a, vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
+KVCACHE_INLINE vec mul(vec a, vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+KVCACHE_INLINE vec div(vec a, vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 KVCACHE_INLINE vec fma(vec a, vec b, vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 KVCACHE_INLINE vec larger(vec a, vec b) { return {_mm512_maskz_max_ps(all, b.x, a.x)}; }
+
+KVCACHE_INLINE vec magnitude(vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0F), a.x)}; }
+KVCACHE_INLINE vec with_sign(vec sign, vec size) {
+  return {_mm512_or_ps(size.x, _mm512_and_ps(_mm512_set1_ps(-0.0F), sign.x))};
+}
+KVCACHE_INLINE vec either_below(vec x, float limit, vec a, vec b) {
+  return {_mm512_mask_mov_ps(b.x, _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(limit), _CMP_LT_OQ), a.x)};
+}
 
 KVCACHE_INLINE vec add_to_exponent(vec p, vec n) {
   const __m512i shifted = _mm512_maskz_slli_epi32(all, _mm512_castps_si512(n.x), 23);
@@ -149,8 +159,8 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
 
 #include <kvcache/kernel/vector_kernels.inl>
 
-inline constexpr table kernels = {isa::avx512, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>,
-                                  softmax};
+inline constexpr table kernels = {
+    isa::avx512, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
 
 inline bool runs_here() noexcept {
   __builtin_cpu_init();

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -83,6 +84,25 @@ inline float softmax(float* scores, index_t count, softmax_row& row) {
   row.sum = row.sum * rescale + fold(lane, [](float x, float y) { return x + y; });
   row.max = max;
   return rescale;
+}
+
+/// tanh(x), relative error below 4e-7, NaN stays NaN: the Taylor series near zero, where the quotient would cancel.
+inline float tanh(float x) noexcept {
+  const float size = std::fabs(x);
+  const float x2 = x * x;
+  float p = -1382.0F / 155925.0F;
+  p = p * x2 + 62.0F / 2835.0F;
+  p = p * x2 - 17.0F / 315.0F;
+  p = p * x2 + 2.0F / 15.0F;
+  p = p * x2 - 1.0F / 3.0F;
+  const float near_zero = size + size * x2 * p;
+  const float e = exp_nonpositive(-2.0F * size);
+  const float far = (1.0F - e) / (1.0F + e);
+  return std::copysign(size < 0.35F ? near_zero : far, x);
+}
+
+inline void soft_cap(float* scores, index_t count, float cap) {
+  for (index_t t = 0; t < count; ++t) scores[t] = cap * tanh(scores[t] / cap);
 }
 
 /// sum[i] += sum_j weights[j] * rows[j, i], in the order of j. rows: [num_rows, 16 lanes].
@@ -261,7 +281,7 @@ inline constexpr element_kernels kernels_for = {
     element<Element>::decode_values, element<Element>::scores,        element<Element>::accumulate,
 };
 
-inline constexpr table kernels = {isa::portable, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>,
-                                  softmax};
+inline constexpr table kernels = {
+    isa::portable, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
 
 }  // namespace kvcache::inline v0::kernel::portable

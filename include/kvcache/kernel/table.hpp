@@ -67,6 +67,10 @@ struct table {
   /// \return what the sums gathered so far must be multiplied by
   /// Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
   float (*softmax)(float* scores, index_t count, softmax_row& row);
+
+  /// scores[t] = cap * tanh(scores[t] / cap), relative error below 5e-7; NaN stays NaN.
+  /// \param scores  [count]; `count` is a multiple of 16
+  void (*soft_cap)(float* scores, index_t count, float cap);
 };
 
 /// The kernels of a table for one element type: float, half or bfloat16.

@@ -4,7 +4,8 @@
 //
 //   KVCACHE_TARGET      attribute of functions that use the instruction set; KVCACHE_INLINE: always inlined
 //   vec, bits           16 floats; 16 words of 32 bits
-//   zero, broadcast, load, store, add, sub, fma (a * b + c), larger (a < b ? b : a)
+//   zero, broadcast, load, store, add, sub, mul, div, fma (a * b + c), larger (a < b ? b : a)
+//   magnitude, with_sign(sign, size), either_below(x, limit, a, b)    |x|; x < limit ? a : b
 //   add_to_exponent(p, n)      p * 2^n, n in the low mantissa bits of a float in [2^23, 2^24)
 //   zero_below(x, limit, y)    x is NaN ? x : x < limit ? 0 : y
 //   sum_of, largest_of, all_finite
@@ -59,6 +60,23 @@ KVCACHE_TARGET inline float softmax(float* scores, index_t count, softmax_row& r
   }
   row.sum = row.sum * rescale + sum_of(sum);
   return rescale;
+}
+
+/// As portable::tanh, times `cap`.
+KVCACHE_TARGET inline void soft_cap(float* scores, index_t count, float cap) {
+  for (index_t t = 0; t < count; t += key_lanes) {
+    const vec x = div(load(scores + t), broadcast(cap));
+    const vec size = magnitude(x);
+    const vec x2 = mul(x, x);
+    vec p = fma(x2, broadcast(-1382.0F / 155925.0F), broadcast(62.0F / 2835.0F));
+    p = fma(p, x2, broadcast(-17.0F / 315.0F));
+    p = fma(p, x2, broadcast(2.0F / 15.0F));
+    p = fma(p, x2, broadcast(-1.0F / 3.0F));
+    const vec near_zero = fma(mul(size, x2), p, size);
+    const vec e = exp_nonpositive(mul(broadcast(-2.0F), size));
+    const vec far = div(sub(broadcast(1.0F), e), add(broadcast(1.0F), e));
+    store(scores + t, mul(broadcast(cap), with_sign(x, either_below(size, 0.35F, near_zero, far))));
+  }
 }
 
 // ---- reading ahead --------------------------------------------------------------------------------------------------
