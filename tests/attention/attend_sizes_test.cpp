@@ -197,6 +197,7 @@ TEMPLATE_TEST_CASE("a batch of different lengths is its single calls", "[attenti
                      .k_positions = p.k_positions,
                      .lse = answers[i].lse});
   }
+  common.kernel = &kernels_under_test();
   kvcache::attend(std::span<const kvcache::attend_item<layer_type>>(batch), common);
   for (std::size_t i = 0; i < problems.size(); ++i) {
     CAPTURE(i);

@@ -17,6 +17,9 @@
 #include "oracle/cache_oracle.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#if defined(KVCACHE_TEST_EMULATED_TILES)
+#include "support/emulated_tiles.hpp"
+#endif
 
 #include <bit>
 #include <cmath>
@@ -111,9 +114,19 @@ Cache filled(const problem& p, index_t block_size) {
   return cache;
 }
 
+/// The kernels that problems run on: the best ones, or those that the program was built to test.
+inline const kvcache::kernel::table& kernels_under_test() {
+#if defined(KVCACHE_TEST_EMULATED_TILES)
+  return kvcache::kernel::amx::kernels_on<test::emulated_tiles>;
+#else
+  return kvcache::kernel::best();
+#endif
+}
+
 /// The options of a problem with their spans set; `lse` is where the library writes.
 inline attend_options options_of(const problem& p, std::span<float> lse) {
   attend_options o = p.options;
+  if (o.kernel == nullptr) o.kernel = &kernels_under_test();
   o.q_len = p.n.q_len;
   o.alibi_slopes = p.alibi_slopes;
   o.mask = p.mask;
@@ -162,9 +175,10 @@ inline oracle::attention_result expected(const problem& p, std::string_view code
 }
 
 /// The largest error in units of the bound that attend states, 1e-6 * (4 + scale * max|q| * max|k|) * max|v|,
-/// where ALiBi's share of a logit counts as well; twice that, without the value, for lse. `slack` multiplies
+/// eight times that on AMX, where ALiBi's share of a logit counts as well; twice that, without the value, for lse. `slack` multiplies
 /// the bound. Rows that see nothing must be exactly zero and -infinity.
 inline double worst_error(const answer& got, const oracle::attention_result& want, double slack = 1) {
+  if (kernels_under_test().level == kvcache::kernel::isa::amx) slack *= 8;
   const std::size_t rows = want.lse.size();
   const std::size_t dim = rows == 0 ? 0 : want.out.size() / rows;
   if (got.out.size() != want.out.size() || got.lse.size() != rows)

@@ -2,6 +2,7 @@
 // Every kernel of every instruction set that runs here, against plain double-precision loops over the same
 // stored numbers, at awkward sizes.
 #include "support/catch.hpp"
+#include "support/emulated_tiles.hpp"
 #include "support/random.hpp"
 
 #include <kvcache/block/order.hpp>
@@ -16,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 using namespace kvcache;
@@ -25,7 +27,22 @@ namespace {
 constexpr float infinity = std::numeric_limits<float>::infinity();
 const float not_a_number = std::numeric_limits<float>::quiet_NaN();
 
-std::vector<kernel::isa> levels() { return {kernel::available().begin(), kernel::available().end()}; }
+/// Every table that runs here, and that for AMX on emulated tiles.
+std::vector<const kernel::table*> tables() {
+  std::vector<const kernel::table*> all;
+  for (const kernel::isa level : kernel::available()) all.push_back(&kernel::select(level));
+#if defined(__x86_64__) && defined(__linux__)
+  if (kernel::avx512::runs_here()) all.push_back(&kernel::amx::kernels_on<test::emulated_tiles>);
+#endif
+  return all;
+}
+
+/// Relative error of a sum of products in units of the sum of their sizes: that of float addition of up to 512 terms;
+/// AMX splits operands into two bf16.
+template <class Element>
+double bound_of(const kernel::table& kernels) {
+  return kernels.level == kernel::isa::amx && std::is_same_v<Element, bfloat16> ? 1e-5 : 2e-6;
+}
 
 /// One block of random rows, what each element became when stored, and garbage wherever no token is.
 template <class Element>
@@ -133,7 +150,7 @@ void check_scores(const kernel::table& kernels, const sizes& n, test::random& ra
       worst = std::max(worst, std::isnan(error) ? 1.0 : error / std::max(size, 1e-30));
     }
   }
-  CHECK(worst < 2e-6);  // of sum |q k|; float addition of up to 512 terms
+  CHECK(worst < bound_of<Element>(kernels));
 }
 
 template <class Element>
@@ -166,7 +183,7 @@ void check_accumulate(const kernel::table& kernels, const sizes& n, test::random
       worst = std::max(worst, std::isnan(error) ? 1.0 : error / size);
     }
   }
-  CHECK(worst < 2e-6);  // of sum |w v|
+  CHECK(worst < bound_of<Element>(kernels));
 }
 
 }  // namespace
@@ -174,10 +191,10 @@ void check_accumulate(const kernel::table& kernels, const sizes& n, test::random
 TEMPLATE_TEST_CASE("rows are stored where the block order says and come back", "[kernel]", float, half,
                    bfloat16) {
   test::random random;
-  for (const kernel::isa level : levels()) {
+  for (const kernel::table* level : tables()) {
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(kernel::to_string(level), n.block_size, n.head_dim, n.count);
-      check_encode_and_decode<TestType>(kernel::select(level), n, random);
+      check_encode_and_decode<TestType>(*level, n, random);
     }
   }
 }
@@ -185,10 +202,10 @@ TEMPLATE_TEST_CASE("rows are stored where the block order says and come back", "
 TEMPLATE_TEST_CASE("scores are dot products, whatever lies in unused slots", "[kernel]", float, half,
                    bfloat16) {
   test::random random;
-  for (const kernel::isa level : levels()) {
+  for (const kernel::table* level : tables()) {
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(kernel::to_string(level), n.block_size, n.head_dim, n.count, n.num_rows);
-      check_scores<TestType>(kernel::select(level), n, random);
+      check_scores<TestType>(*level, n, random);
     }
   }
 }
@@ -196,17 +213,17 @@ TEMPLATE_TEST_CASE("scores are dot products, whatever lies in unused slots", "[k
 TEMPLATE_TEST_CASE("accumulate adds weighted values and leaves out weights of zero", "[kernel]", float, half,
                    bfloat16) {
   test::random random;
-  for (const kernel::isa level : levels()) {
+  for (const kernel::table* level : tables()) {
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(kernel::to_string(level), n.block_size, n.head_dim, n.count, n.num_rows);
-      check_accumulate<TestType>(kernel::select(level), n, random);
+      check_accumulate<TestType>(*level, n, random);
     }
   }
 }
 
 TEST_CASE("a value that is NaN or infinite does not leak through a weight of zero", "[kernel]") {
-  for (const kernel::isa level : levels()) {
-    const kernel::table& kernels = kernel::select(level);
+  for (const kernel::table* level : tables()) {
+    const kernel::table& kernels = *level;
     const block_geometry g{16, 20};
     std::vector<float> v(16 * 20, 1.0F);
     std::fill(v.begin() + 5 * 20, v.begin() + 6 * 20, not_a_number);
@@ -262,28 +279,28 @@ void check_same_bytes(const kernel::table& kernels, const sizes& n, test::random
 
 TEST_CASE("every level stores the same bytes", "[kernel]") {
   test::random random;
-  for (const kernel::isa level : levels()) {
-    CAPTURE(kernel::to_string(level));
+  for (const kernel::table* level : tables()) {
+    CAPTURE(kernel::to_string(level->level));
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(n.block_size, n.head_dim, n.count);
-      check_same_bytes<float>(kernel::select(level), n, random);
-      check_same_bytes<half>(kernel::select(level), n, random);
-      check_same_bytes<bfloat16>(kernel::select(level), n, random);
+      check_same_bytes<float>(*level, n, random);
+      check_same_bytes<half>(*level, n, random);
+      check_same_bytes<bfloat16>(*level, n, random);
     }
   }
 }
 
 TEST_CASE("exp is accurate over its whole range", "[kernel]") {
   // Through the softmax of each level: the first score is the maximum 0, so weight t is exp(score t).
-  for (const kernel::isa level : levels()) {
-    CAPTURE(kernel::to_string(level));
+  for (const kernel::table* level : tables()) {
+    CAPTURE(kernel::to_string(level->level));
     double worst = 0;
     for (int i = 0; i < 200'000; ++i) {
       const auto x = static_cast<float>(-87.3 * i / 200'000.0);
       std::vector<float> scores(16, x);
       scores[0] = 0.0F;
       kernel::softmax_row row{-infinity, 0.0F};
-      (void)kernel::select(level).softmax(scores.data(), 16, row);
+      (void)level->softmax(scores.data(), 16, row);
       worst = std::max(worst, std::abs(double{scores[7]} / std::exp(double{x}) - 1.0));
     }
     CHECK(worst < 2e-7);
@@ -291,20 +308,20 @@ TEST_CASE("exp is accurate over its whole range", "[kernel]") {
 }
 
 TEST_CASE("soft caps are accurate over their whole range", "[kernel]") {
-  for (const kernel::isa level : levels()) {
-    CAPTURE(kernel::to_string(level));
+  for (const kernel::table* level : tables()) {
+    CAPTURE(kernel::to_string(level->level));
     double worst = 0;
     for (int i = -40'000; i <= 40'000; ++i) {
       const float x =
           static_cast<float>(std::copysign(std::exp(std::abs(i) / 1500.0 - 20.0), i));  // 2e-9 to 8e2
       std::vector<float> scores(16, x);
-      kernel::select(level).soft_cap(scores.data(), 16, 30.0F);
+      level->soft_cap(scores.data(), 16, 30.0F);
       worst = std::max(worst, std::abs(double{scores[5]} / (30 * std::tanh(double{x} / 30)) - 1.0));
     }
     CHECK(worst < 5e-7);
     std::vector<float> ends = {0, -0.0F, infinity, -infinity, not_a_number, 1e38F, -1e38F, 1e-40F, 0, 0, 0, 0,
                                0, 0,     0,        0};
-    kernel::select(level).soft_cap(ends.data(), 16, 50.0F);
+    level->soft_cap(ends.data(), 16, 50.0F);
     CHECK(ends[0] == 0.0F);
     CHECK(std::signbit(ends[1]));
     CHECK(ends[2] == 50.0F);
@@ -317,8 +334,8 @@ TEST_CASE("soft caps are accurate over their whole range", "[kernel]") {
 }
 
 TEST_CASE("softmax steps keep the running maximum and sum", "[kernel]") {
-  for (const kernel::isa level : levels()) {
-    const kernel::table& kernels = kernel::select(level);
+  for (const kernel::table* level : tables()) {
+    const kernel::table& kernels = *level;
     test::random random;
     kernel::softmax_row row{-infinity, 0.0F};
     double max = -infinity;
@@ -344,8 +361,8 @@ TEST_CASE("softmax steps keep the running maximum and sum", "[kernel]") {
 }
 
 TEST_CASE("softmax of nothing but masked scores is nothing, and NaN stays NaN", "[kernel]") {
-  for (const kernel::isa level : levels()) {
-    const kernel::table& kernels = kernel::select(level);
+  for (const kernel::table* level : tables()) {
+    const kernel::table& kernels = *level;
     std::vector<float> scores(32, -infinity);
     kernel::softmax_row row{-infinity, 0.0F};
     CHECK(kernels.softmax(scores.data(), 32, row) == 1.0F);

@@ -134,6 +134,9 @@ KVCACHE_INLINE bits narrow<bfloat16>(vec a) {
   return {_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40))};
 }
 
+/// bf16 in the low half of each word.
+KVCACHE_INLINE vec widen_low(bits a) { return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(all, a.x, 16))}; }
+
 KVCACHE_INLINE bits load_bits(const void* p) { return {_mm512_loadu_si512(p)}; }
 KVCACHE_INLINE void store_bits(void* p, bits a) { _mm512_storeu_si512(p, a.x); }
 KVCACHE_INLINE void store_low_halves(void* p, bits a) {

@@ -2,6 +2,7 @@
 // Which instruction sets there are, and which one to use. A new one is one header and one line in `tables`.
 #pragma once
 
+#include <kvcache/kernel/amx.hpp>
 #include <kvcache/kernel/avx2.hpp>
 #include <kvcache/kernel/avx512.hpp>
 #include <kvcache/kernel/portable.hpp>
@@ -24,6 +25,10 @@ constexpr std::string_view to_string(isa level) noexcept {
       return "avx2";
     case isa::avx512:
       return "avx512";
+    case isa::amx:
+      return "amx";
+    case isa::neon:
+      return "neon";
   }
   return "unknown";
 }
@@ -41,6 +46,9 @@ inline constexpr std::array tables = {
 #if defined(__x86_64__)
     entry{&avx2::kernels, avx2::runs_here},
     entry{&avx512::kernels, avx512::runs_here},
+#if defined(__linux__)
+    entry{&amx::kernels, amx::runs_here},
+#endif
 #endif
 };
 

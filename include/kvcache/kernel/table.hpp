@@ -18,7 +18,7 @@
 namespace kvcache::inline v0::kernel {
 
 /// Instruction sets that have a table.
-enum class isa { portable, avx2, avx512 };
+enum class isa { portable, avx2, avx512, amx, neon };
 
 /// Running softmax of one query row: weights seen so far are exp(score - max), `sum` is their sum.
 struct softmax_row {

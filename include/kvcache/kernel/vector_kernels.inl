@@ -92,7 +92,7 @@ struct read_ahead {
 
 /// `Lines` lines, and once more those some way back: when the miss buffers are full, processors drop prefetches.
 template <int Lines>
-KVCACHE_INLINE void fetch(read_ahead& next) {
+[[gnu::always_inline]] inline void fetch(read_ahead& next) {
   constexpr index_t second_chance = 4096;  // bytes
   const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
 #pragma GCC unroll 16

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+// The tile registers of AMX in plain C++, for kernel::amx on processors that have AVX-512 but no tiles.
+#pragma once
+
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/amx.hpp>
+
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <stdexcept>
+
+#if defined(__x86_64__) && defined(__linux__)
+
+namespace test {
+
+struct emulated_tiles {
+  struct state {
+    bool configured = false;
+    std::array<std::array<std::byte, 1024>, 8> tiles{};
+  };
+  static state& registers() {
+    thread_local state s;
+    return s;
+  }
+  /// A tile instruction without a configuration is an illegal one.
+  template <int Tile>
+  static std::byte* tile() {
+    if (!registers().configured) throw std::logic_error("tiles are not configured");
+    return registers().tiles.at(Tile).data();
+  }
+
+  static void configure() { registers().configured = true; }
+  static void release() { registers() = {}; }
+  template <int Tile>
+  static void zero() {
+    std::memset(tile<Tile>(), 0, 1024);
+  }
+  template <int Tile>
+  static void load(const void* rows, kvcache::index_t stride) {
+    for (kvcache::index_t r = 0; r < 16; ++r)
+      std::memcpy(tile<Tile>() + r * 64, static_cast<const std::byte*>(rows) + r * stride, 64);
+  }
+  template <int Tile>
+  static void store(void* rows, kvcache::index_t stride) {
+    for (kvcache::index_t r = 0; r < 16; ++r)
+      std::memcpy(static_cast<std::byte*>(rows) + r * stride, tile<Tile>() + r * 64, 64);
+  }
+  template <int C, int A, int B>
+  static void multiply() {
+    std::array<float, 256> c;
+    std::array<kvcache::bfloat16, 512> a;
+    std::array<kvcache::bfloat16, 512> b;
+    std::memcpy(c.data(), tile<C>(), 1024);
+    std::memcpy(a.data(), tile<A>(), 1024);
+    std::memcpy(b.data(), tile<B>(), 1024);
+    for (std::size_t m = 0; m < 16; ++m) {
+      for (std::size_t k = 0; k < 32; ++k) {
+        const float x = kvcache::to_float(a[m * 32 + k]);
+        for (std::size_t n = 0; n < 16; ++n)
+          c[m * 16 + n] += x * kvcache::to_float(b[k / 2 * 32 + 2 * n + k % 2]);
+      }
+    }
+    std::memcpy(tile<C>(), c.data(), 1024);
+  }
+};
+
+}  // namespace test
+
+#endif
