@@ -193,7 +193,7 @@ TEMPLATE_TEST_CASE("rows are stored where the block order says and come back", "
   test::random random;
   for (const kernel::table* level : tables()) {
     for (const sizes& n : awkward_sizes()) {
-      CAPTURE(kernel::to_string(level), n.block_size, n.head_dim, n.count);
+      CAPTURE(kernel::to_string(level->level), n.block_size, n.head_dim, n.count);
       check_encode_and_decode<TestType>(*level, n, random);
     }
   }
@@ -204,7 +204,7 @@ TEMPLATE_TEST_CASE("scores are dot products, whatever lies in unused slots", "[k
   test::random random;
   for (const kernel::table* level : tables()) {
     for (const sizes& n : awkward_sizes()) {
-      CAPTURE(kernel::to_string(level), n.block_size, n.head_dim, n.count, n.num_rows);
+      CAPTURE(kernel::to_string(level->level), n.block_size, n.head_dim, n.count, n.num_rows);
       check_scores<TestType>(*level, n, random);
     }
   }
@@ -215,7 +215,7 @@ TEMPLATE_TEST_CASE("accumulate adds weighted values and leaves out weights of ze
   test::random random;
   for (const kernel::table* level : tables()) {
     for (const sizes& n : awkward_sizes()) {
-      CAPTURE(kernel::to_string(level), n.block_size, n.head_dim, n.count, n.num_rows);
+      CAPTURE(kernel::to_string(level->level), n.block_size, n.head_dim, n.count, n.num_rows);
       check_accumulate<TestType>(*level, n, random);
     }
   }
