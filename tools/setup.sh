@@ -31,6 +31,8 @@ kvcache_present() {
     g++) command -v "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ;;
     ninja-build) command -v ninja >/dev/null 2>&1 || command -v ninja-build >/dev/null 2>&1 ;;
     clang) command -v clang++ >/dev/null 2>&1 ;;
+    g++-aarch64-linux-gnu) command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 ;;
+    qemu-user-static) command -v qemu-aarch64-static >/dev/null 2>&1 ;;
     libeigen3-dev) kvcache_has_header eigen3/Eigen/Core || kvcache_has_header Eigen/Core ;;
     catch2) kvcache_has_header catch2/catch.hpp || kvcache_has_header catch2/catch_test_macros.hpp ;;
     libbenchmark-dev) kvcache_has_header benchmark/benchmark.h ;;

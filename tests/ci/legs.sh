@@ -62,6 +62,32 @@ leg_tidy() {
     xargs -P "$(kvcache_jobs)" -n 1 clang-tidy -p build/tidy --quiet
 }
 
+# The kernels for ARM: what computes on blocks, cross-compiled and run in an emulator.
+leg_neon() {
+  need aarch64-linux-gnu-g++
+  need qemu-aarch64-static
+  if [ ! -e /usr/include/catch2/catch.hpp ]; then
+    echo "skipped: only the header-only Catch2 2 can be cross-compiled without a build of its own"
+    exit 77
+  fi
+  mkdir -p build/neon
+  local flags=(-std=c++20 -O1 -Wall -Wextra -Wshadow -Wconversion -Werror -static -Iinclude -Itests
+    -idirafter /usr/include -idirafter /usr/include/eigen3
+    "-DKVCACHE_TESTS_DIR=\"$root/tests\"" "-DKVCACHE_SOURCE_DIR=\"$root\"")
+  aarch64-linux-gnu-g++ "${flags[@]}" -c tests/support/main.cpp -o build/neon/main.o
+  # shellcheck disable=SC2016 # expanded by the inner shell
+  printf '%s\n' tests/core/half_test.cpp tests/codec/*_test.cpp tests/kernel/*_test.cpp \
+    tests/attention/{adversarial,attend,attend_sizes,determinism,golden,shift}_test.cpp \
+    tests/conformance/{verbs,sequences}_test.cpp |
+    xargs -P "$(kvcache_jobs)" -I '{}' bash -euc '
+      source=$1 name=build/neon/$(basename "$1" .cpp); shift
+      aarch64-linux-gnu-g++ "$@" "$source" build/neon/main.o -o "$name"
+      for level in neon portable; do
+        echo "$name on $level"
+        KVCACHE_ISA=$level qemu-aarch64-static "$name"
+      done' compile '{}' "${flags[@]}"
+}
+
 # Address and undefined-behaviour sanitizers: raw memory, index arithmetic, lifetimes of forks, malformed files. The
 # tests cover what the examples are made of, so the programs themselves, slow to compile, stay out.
 leg_sanitizers() {

@@ -5,6 +5,7 @@
 #include <kvcache/kernel/amx.hpp>
 #include <kvcache/kernel/avx2.hpp>
 #include <kvcache/kernel/avx512.hpp>
+#include <kvcache/kernel/neon.hpp>
 #include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -44,11 +45,13 @@ struct entry {
 inline constexpr std::array tables = {
     entry{&portable::kernels, [] { return true; }},
 #if defined(__x86_64__)
-    entry{&avx2::kernels, avx2::runs_here},
-    entry{&avx512::kernels, avx512::runs_here},
+    entry{&avx2::kernels, avx2::runs_here},         entry{&avx512::kernels, avx512::runs_here},
 #if defined(__linux__)
     entry{&amx::kernels, amx::runs_here},
 #endif
+#endif
+#if defined(__aarch64__)
+    entry{&neon::kernels, neon::runs_here},
 #endif
 };
 

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: MIT
+// The kernels for 64-bit ARM: Advanced SIMD, which every such processor has. 16 lanes are four registers.
+#pragma once
+
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/portable.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+
+#define KVCACHE_TARGET
+#define KVCACHE_INLINE [[gnu::always_inline]] inline
+
+namespace kvcache::inline v0::kernel::neon {
+
+struct vec {
+  float32x4_t x[4];
+};
+struct bits {
+  uint32x4_t x[4];
+};
+
+/// One line of block order as floats, one vector for each element of a pack.
+template <int Pack>
+struct widened {
+  vec part[Pack];
+};
+
+// 32 registers: four rows of one group take 16, a line and its halves 8 to 12.
+inline constexpr int max_score_rows = 4;
+constexpr int score_groups(int rows) { return rows == 1 ? 2 : 1; }
+inline constexpr int max_sum_rows = 4;
+constexpr int sum_chunks(int rows) { return 4 / rows; }
+
+/// Applies an operation on four lanes to all 16.
+template <class F>
+KVCACHE_INLINE vec each(F f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+template <class F>
+KVCACHE_INLINE bits each_word(F f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+
+KVCACHE_INLINE vec broadcast(float a) {
+  const float32x4_t x = vdupq_n_f32(a);
+  return {{x, x, x, x}};
+}
+KVCACHE_INLINE vec zero() { return broadcast(0.0F); }
+KVCACHE_INLINE vec load(const float* p) {
+  return each([p](int i) { return vld1q_f32(p + 4 * i); });
+}
+KVCACHE_INLINE void store(float* p, vec a) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.x[i]);
+}
+KVCACHE_INLINE vec add(vec a, vec b) {
+  return each([&](int i) { return vaddq_f32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE vec sub(vec a, vec b) {
+  return each([&](int i) { return vsubq_f32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE vec mul(vec a, vec b) {
+  return each([&](int i) { return vmulq_f32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE vec div(vec a, vec b) {
+  return each([&](int i) { return vdivq_f32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE vec fma(vec a, vec b, vec c) {
+  return each([&](int i) { return vfmaq_f32(c.x[i], a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE vec larger(vec a, vec b) {
+  return each([&](int i) { return vbslq_f32(vcltq_f32(a.x[i], b.x[i]), b.x[i], a.x[i]); });
+}
+KVCACHE_INLINE vec magnitude(vec a) {
+  return each([&](int i) { return vabsq_f32(a.x[i]); });
+}
+KVCACHE_INLINE vec with_sign(vec sign, vec size) {
+  return each([&](int i) { return vbslq_f32(vdupq_n_u32(0x80000000U), sign.x[i], size.x[i]); });
+}
+KVCACHE_INLINE vec either_below(vec x, float limit, vec a, vec b) {
+  return each([&](int i) { return vbslq_f32(vcltq_f32(x.x[i], vdupq_n_f32(limit)), a.x[i], b.x[i]); });
+}
+
+KVCACHE_INLINE vec add_to_exponent(vec p, vec n) {
+  return each([&](int i) {
+    const uint32x4_t shifted = vshlq_n_u32(vreinterpretq_u32_f32(n.x[i]), 23);
+    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(p.x[i]), shifted));
+  });
+}
+KVCACHE_INLINE vec zero_below(vec x, float limit, vec y) {
+  return each([&](int i) {
+    const uint32x4_t below = vcltq_f32(x.x[i], vdupq_n_f32(limit));
+    const float32x4_t kept = vbslq_f32(below, vdupq_n_f32(0.0F), y.x[i]);
+    return vbslq_f32(vceqq_f32(x.x[i], x.x[i]), kept, x.x[i]);
+  });
+}
+
+KVCACHE_INLINE float sum_of(vec a) {
+  return vaddvq_f32(vaddq_f32(vaddq_f32(a.x[0], a.x[1]), vaddq_f32(a.x[2], a.x[3])));
+}
+KVCACHE_INLINE float largest_of(vec a) {
+  const auto larger_of = [](float32x4_t x, float32x4_t y) { return vbslq_f32(vcltq_f32(x, y), y, x); };
+  return vmaxnmvq_f32(larger_of(larger_of(a.x[0], a.x[1]), larger_of(a.x[2], a.x[3])));
+}
+KVCACHE_INLINE bool all_finite(vec a) {
+  const vec none = sub(a, a);  // zero for what is finite, else NaN
+  const float32x4_t sum = vaddq_f32(vaddq_f32(none.x[0], none.x[1]), vaddq_f32(none.x[2], none.x[3]));
+  return vminvq_u32(vceqq_f32(sum, sum)) != 0;
+}
+
+KVCACHE_INLINE bits load_bits(const void* p) {
+  return each_word([p](int i) { return vld1q_u32(static_cast<const std::uint32_t*>(p) + 4 * i); });
+}
+KVCACHE_INLINE void store_bits(void* p, bits a) {
+  for (int i = 0; i < 4; ++i) vst1q_u32(static_cast<std::uint32_t*>(p) + 4 * i, a.x[i]);
+}
+
+KVCACHE_INLINE widened<1> widen(const float* p) { return {{load(p)}}; }
+
+KVCACHE_INLINE widened<2> widen(const bfloat16* p) {
+  const bits words = load_bits(p);
+  const uint32x4_t upper = vdupq_n_u32(0xffff0000U);
+  return {{each([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(words.x[i], 16)); }),
+           each([&](int i) { return vreinterpretq_f32_u32(vandq_u32(words.x[i], upper)); })}};
+}
+
+KVCACHE_INLINE widened<2> widen(const half* p) {
+  const bits words = load_bits(p);
+  const auto to_floats = [](uint16x4_t halves) { return vcvt_f32_f16(vreinterpret_f16_u16(halves)); };
+  return {{each([&](int i) { return to_floats(vmovn_u32(words.x[i])); }),
+           each([&](int i) { return to_floats(vshrn_n_u32(words.x[i], 16)); })}};
+}
+
+template <class Element>
+KVCACHE_INLINE bits narrow(vec a);
+
+template <>
+KVCACHE_INLINE bits narrow<half>(vec a) {
+  return each_word([&](int i) { return vmovl_u16(vreinterpret_u16_f16(vcvt_f16_f32(a.x[i]))); });
+}
+
+template <>
+KVCACHE_INLINE bits narrow<bfloat16>(vec a) {
+  return each_word([&](int i) {
+    const uint32x4_t u = vreinterpretq_u32_f32(a.x[i]);
+    const uint32x4_t upper = vshrq_n_u32(u, 16);
+    const uint32x4_t odd = vandq_u32(upper, vdupq_n_u32(1));
+    const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+    return vbslq_u32(vceqq_f32(a.x[i], a.x[i]), rounded, vorrq_u32(upper, vdupq_n_u32(0x40)));
+  });
+}
+
+KVCACHE_INLINE void store_low_halves(void* p, bits a) {
+  for (int i = 0; i < 4; ++i) vst1_u16(static_cast<std::uint16_t*>(p) + 4 * i, vmovn_u32(a.x[i]));
+}
+KVCACHE_INLINE bits low_high(bits a, bits b) {
+  return each_word([&](int i) { return vorrq_u32(a.x[i], vshlq_n_u32(b.x[i], 16)); });
+}
+KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
+  const uint32x4_t replaced = vdupq_n_u32(slot == 0 ? 0xffffU : 0xffff0000U);
+  const bits both = low_high(half_words, half_words);
+  return each_word([&](int i) { return vbslq_u32(replaced, both.x[i], words.x[i]); });
+}
+
+KVCACHE_INLINE vec interleave_low(vec a, vec b) {
+  return {{vzip1q_f32(a.x[0], b.x[0]), vzip2q_f32(a.x[0], b.x[0]), vzip1q_f32(a.x[1], b.x[1]),
+           vzip2q_f32(a.x[1], b.x[1])}};
+}
+KVCACHE_INLINE vec interleave_high(vec a, vec b) {
+  return {{vzip1q_f32(a.x[2], b.x[2]), vzip2q_f32(a.x[2], b.x[2]), vzip1q_f32(a.x[3], b.x[3]),
+           vzip2q_f32(a.x[3], b.x[3])}};
+}
+
+#include <kvcache/kernel/vector_kernels.inl>
+
+inline constexpr table kernels = {
+    isa::neon, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
+
+inline bool runs_here() noexcept { return true; }
+
+}  // namespace kvcache::inline v0::kernel::neon
+
+#undef KVCACHE_TARGET
+#undef KVCACHE_INLINE
+
+#endif
