@@ -58,8 +58,9 @@ void check_cache(const problem& p, const golden::test_case& c) {
   for (const index_t block_size : {16, 64}) {
     CAPTURE(block_size);
     const answer a = computed(p, filled<Cache>(p, block_size)[0]);
-    REQUIRE(worst(a.out, c.at("out").values) < 3e-6);
-    REQUIRE(worst(a.lse, c.at("lse").values) < 3e-6);
+    const double bound = kernels_under_test().level == kvcache::kernel::isa::amx ? 2.4e-5 : 3e-6;
+    REQUIRE(worst(a.out, c.at("out").values) < bound);
+    REQUIRE(worst(a.lse, c.at("lse").values) < bound);
   }
 }
 

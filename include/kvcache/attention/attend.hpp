@@ -129,7 +129,9 @@ class batch_plan {
 /// \param executor  runs the tasks; see core/executor.hpp
 /// Rows that see no key get a zero output and lse = -infinity.
 /// Numerics: float accumulation. Against exact arithmetic on the stored numbers the output is off by less than
-/// 1e-6 * (4 + scale * max|q| * max|k|) * max|v| with Euclidean norms, up to head_dim 512 and kv_len 65536.
+/// 1e-6 * (4 + scale * max|q| * max|k|) * max|v| with Euclidean norms, up to head_dim 512 and kv_len 65536. On AMX,
+/// with bf16 blocks, eight times that: queries and weights enter as two bf16 each. For float operands there, set
+/// options.kernel to &kernel::select(kernel::isa::avx512).
 /// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
 /// Allocates only where a group's rows exceed 48 KiB of working memory or workers share one tile's spans, and
 /// then from options.workspace if given. Threads: reads the caches only. Throws: what allocation and the

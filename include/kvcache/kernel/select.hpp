@@ -42,10 +42,12 @@ struct entry {
 };
 
 /// Best last.
+// clang-format off
 inline constexpr std::array tables = {
     entry{&portable::kernels, [] { return true; }},
 #if defined(__x86_64__)
-    entry{&avx2::kernels, avx2::runs_here},         entry{&avx512::kernels, avx512::runs_here},
+    entry{&avx2::kernels, avx2::runs_here},
+    entry{&avx512::kernels, avx512::runs_here},
 #if defined(__linux__)
     entry{&amx::kernels, amx::runs_here},
 #endif
@@ -54,6 +56,7 @@ inline constexpr std::array tables = {
     entry{&neon::kernels, neon::runs_here},
 #endif
 };
+// clang-format on
 
 struct available_tables {
   std::array<isa, tables.size()> levels{};
