@@ -40,6 +40,7 @@ class batch_plan {
       const auto plan = plan_of(item);
       num_tiles_ += plan.num_tiles();
       num_parts_ += plan.num_tiles() * plan.num_spans();
+      longest_tile_ = std::max(longest_tile_, plan.num_spans());
       part_floats_ = std::max(part_floats_, plan.state_floats());
       worker_floats_ = std::max(worker_floats_, plan.worker_floats());
     }
@@ -47,9 +48,11 @@ class batch_plan {
 
   template <class Executor>
   void run(Executor& executor) {
-    // Spans become tasks of their own where tiles alone would leave workers idle. The arithmetic is the same.
+    // Spans become tasks of their own where tiles alone would leave workers idle: few tiles, or one sequence so long
+    // that its tiles outlast everybody else's. The arithmetic is the same.
     const index_t num_workers = executor.num_workers();
-    const bool split = num_workers > 1 && num_tiles_ < 4 * num_workers && num_parts_ > num_tiles_;
+    const bool uneven = num_tiles_ < 4 * num_workers || longest_tile_ * 4 * num_workers > num_parts_;
+    const bool split = num_workers > 1 && uneven && num_parts_ > num_tiles_;
     const index_t parts_floats = split ? num_parts_ * part_floats_ : 0;
     const index_t scratch_floats = worker_floats_ > stack_floats ? num_workers * worker_floats_ : 0;
 
@@ -113,7 +116,8 @@ class batch_plan {
   const attend_options* options_;
   const kernel::table* kernels_;
   index_t num_tiles_ = 0;
-  index_t num_parts_ = 0;  // tiles times spans
+  index_t num_parts_ = 0;     // tiles times spans
+  index_t longest_tile_ = 0;  // spans
   index_t part_floats_ = 0;
   index_t worker_floats_ = 0;
   float* parts_ = nullptr;      // [num_parts, part_floats]
