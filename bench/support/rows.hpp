@@ -3,6 +3,7 @@
 #pragma once
 
 #include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/int8.hpp>
 #include <kvcache/core/types.hpp>
 
 #include <benchmark/benchmark.h>
@@ -59,6 +60,7 @@ void for_each_codec(F f) {
   f(codec::f32{});
   f(codec::f16{});
   f(codec::bf16{});
+  f(codec::int8{});
 }
 
 }  // namespace kvcache::bench

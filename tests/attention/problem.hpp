@@ -155,8 +155,10 @@ inline oracle::attention exact_problem(const problem& p, std::string_view codec)
   a.num_kv_heads = p.n.num_kv_heads;
   a.head_dim = p.n.head_dim;
   a.q.assign(p.q.begin(), p.q.end());
-  for (const float x : p.k) a.k.push_back(static_cast<double>(oracle::stored(x, codec)));
-  for (const float x : p.v) a.v.push_back(static_cast<double>(oracle::stored(x, codec)));
+  const std::vector<float> k = oracle::stored_rows(p.k, p.n.head_dim, codec);
+  const std::vector<float> v = oracle::stored_rows(p.v, p.n.head_dim, codec);
+  a.k.assign(k.begin(), k.end());
+  a.v.assign(v.begin(), v.end());
   if (p.options.scale) a.scale = static_cast<double>(*p.options.scale);
   a.causal = p.options.causal;
   a.window = p.options.window;

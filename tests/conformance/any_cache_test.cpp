@@ -40,6 +40,7 @@ void with_typed(const std::string& spec, Use use) {
   with_codec(std::type_identity<codec::f32>{});
   with_codec(std::type_identity<codec::f16>{});
   with_codec(std::type_identity<codec::bf16>{});
+  with_codec(std::type_identity<codec::int8>{});
 }
 
 }  // namespace
@@ -49,7 +50,7 @@ TEST_CASE("every container goes with every codec by name", "[conformance]") {
   const std::set<std::string> all(specs.begin(), specs.end());
   REQUIRE(all.size() == specs.size());
   for (const char* container : {"contiguous", "chunked", "paged"})
-    for (const char* codec : {"f32", "f16", "bf16"})
+    for (const char* codec : {"f32", "f16", "bf16", "int8"})
       REQUIRE(all.count(std::string(container) + "/" + codec) == 1);
 }
 
@@ -66,7 +67,7 @@ TEST_CASE("every verb of any_cache agrees with the model", "[conformance]") {
     require_same(cache, model);
     REQUIRE(cache.bytes().payload == cache.size() * cache.bytes_per_token());
     REQUIRE(cache.bytes().total == cache.bytes().payload + cache.bytes().slack);
-    REQUIRE(cache.bytes_per_token() == 2 * 2 * 2 * 6 * oracle::element_bytes(codec_of(spec)));
+    REQUIRE(cache.bytes_per_token() == 2 * 2 * 2 * oracle::row_bytes(6, codec_of(spec)));
 
     auto fork = cache.fork(20);
     auto fork_model = model.fork(20);

@@ -13,6 +13,7 @@
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/int8.hpp>
 
 #include "conformance/memory.hpp"
 #include "oracle/cache_oracle.hpp"
@@ -129,7 +130,8 @@ namespace codec = kvcache::codec;
 #define ALL_CACHES                                                                                        \
   contiguous<codec::f32>, contiguous<codec::f16>, contiguous<codec::bf16>, contiguous_small<codec::bf16>, \
       contiguous_in_memory<codec::f32>, chunked<codec::f32>, chunked<codec::f16>, chunked<codec::bf16>,   \
-      chunked_by_3<codec::bf16>, paged<codec::f32>, paged<codec::f16>, paged<codec::bf16>
+      chunked_by_3<codec::bf16>, paged<codec::f32>, paged<codec::f16>, paged<codec::bf16>,                \
+      contiguous<codec::int8>, chunked_by_3<codec::int8>, paged<codec::int8>
 // ... each container once, where the codec cannot matter ...
 #define ALL_CONTAINERS                                                                      \
   contiguous<codec::bf16>, contiguous_small<codec::f16>, contiguous_in_memory<codec::bf16>, \

@@ -6,6 +6,7 @@
 #include <Eigen/Core>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -21,8 +22,44 @@ inline float stored(float x, std::string_view codec) {
   return x;
 }
 
-/// Bytes of one stored number.
-inline std::ptrdiff_t element_bytes(std::string_view codec) { return codec == "f32" ? 4 : 2; }
+/// Bytes of one row of keys or values.
+inline std::ptrdiff_t row_bytes(std::ptrdiff_t head_dim, std::string_view codec) {
+  if (codec == "int8") return head_dim + 2;
+  return head_dim * (codec == "f32" ? 4 : 2);
+}
+
+/// The smallest bfloat16 that is not less than `x`. \pre x >= 0
+inline float bfloat16_not_below(float x) {
+  Eigen::bfloat16 b(x);
+  while (static_cast<float>(b) < x)
+    b = Eigen::numext::bit_cast<Eigen::bfloat16>(
+        static_cast<std::uint16_t>(Eigen::numext::bit_cast<std::uint16_t>(b) + 1));
+  while (x > 0 && static_cast<float>(b) > x) {
+    const auto below = Eigen::numext::bit_cast<Eigen::bfloat16>(
+        static_cast<std::uint16_t>(Eigen::numext::bit_cast<std::uint16_t>(b) - 1));
+    if (static_cast<float>(below) < x) break;
+    b = below;
+  }
+  return static_cast<float>(b);
+}
+
+/// The same for rows of one token and head, [n, head_dim], and any codec.
+inline std::vector<float> stored_rows(std::vector<float> rows, std::ptrdiff_t head_dim,
+                                      std::string_view codec) {
+  if (codec != "int8") {
+    for (float& x : rows) x = stored(x, codec);
+    return rows;
+  }
+  for (auto row = rows.begin(); row != rows.end(); row += head_dim) {
+    float largest = 0;
+    std::for_each(row, row + head_dim, [&](float x) { largest = std::max(largest, std::fabs(x)); });
+    const float scale = bfloat16_not_below(largest / 127);
+    // + 0: an integer has no negative zero
+    std::for_each(row, row + head_dim,
+                  [&](float& x) { x = scale == 0 ? 0 : scale * std::nearbyint(x / scale) + 0.0F; });
+  }
+  return rows;
+}
 
 class cache {
  public:
@@ -42,12 +79,11 @@ class cache {
   void append(std::ptrdiff_t layer, const std::vector<float>& k, const std::vector<float>& v) {
     const std::size_t width = static_cast<std::size_t>(num_kv_heads_ * head_dim_);
     for (std::size_t first = 0; first < k.size(); first += width) {
-      row r;
-      for (std::size_t i = 0; i < width; ++i) {
-        r.k.push_back(stored(k[first + i], codec_));
-        r.v.push_back(stored(v[first + i], codec_));
-      }
-      rows(layer).push_back(r);
+      const auto narrowed = [&](const std::vector<float>& x) {
+        const auto begin = x.begin() + static_cast<std::ptrdiff_t>(first);
+        return stored_rows({begin, begin + static_cast<std::ptrdiff_t>(width)}, head_dim_, codec_);
+      };
+      rows(layer).push_back({narrowed(k), narrowed(v)});
     }
     while (static_cast<std::ptrdiff_t>(positions_.size()) < longest())
       positions_.push_back(positions_.empty() ? 0 : positions_.back() + 1);

@@ -15,6 +15,7 @@
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/step.hpp>
 #include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/int8.hpp>
 #include <kvcache/core/executor.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -201,7 +202,7 @@ template <class... Codecs>
 struct codec_list {};
 
 /// What make_cache knows. A new codec is one more name here.
-using known_codecs = codec_list<codec::f32, codec::f16, codec::bf16>;
+using known_codecs = codec_list<codec::f32, codec::f16, codec::bf16, codec::int8>;
 inline constexpr std::string_view known_containers[] = {"contiguous", "chunked", "paged"};
 
 template <block_codec Codec>

@@ -29,7 +29,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]]
+#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]]
 #define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
 
 namespace kvcache::inline v0::kernel::amx {
@@ -310,6 +310,7 @@ inline constexpr table kernels_on = {
     avx512::kernels_for<half>,
     {avx512::encode_keys<bfloat16>, avx512::encode_values<bfloat16>, portable::element<bfloat16>::decode_keys,
      portable::element<bfloat16>::decode_values, scores<Tiles>, accumulate<Tiles>},
+    avx512::kernels_for_bytes,
     avx512::softmax,
     avx512::soft_cap,
 };

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 
@@ -148,6 +149,38 @@ KVCACHE_INLINE widened<2> widen(const half* p) {
                _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1))}}};
 }
 
+template <int Byte>
+KVCACHE_INLINE __m256 widen_byte(__m256i words) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * Byte), 24));
+}
+KVCACHE_INLINE widened<4> widen(const std::int8_t* p) {
+  const bits words = load_bits(p);
+  return {{vec{widen_byte<0>(words.low), widen_byte<0>(words.high)},
+           vec{widen_byte<1>(words.low), widen_byte<1>(words.high)},
+           vec{widen_byte<2>(words.low), widen_byte<2>(words.high)},
+           vec{widen_byte<3>(words.low), widen_byte<3>(words.high)}}};
+}
+
+KVCACHE_INLINE bits load_low_halves(const void* p) {
+  const auto* halves = static_cast<const __m128i*>(p);
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)), _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1))};
+}
+KVCACHE_INLINE vec widen_low(bits a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(a.low, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(a.high, 16))};
+}
+KVCACHE_INLINE void store_bytes(void* p, vec a) {
+  const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));
+  const __m256i in_order = _mm256_permute4x64_epi64(halves, 0b11'01'10'00);
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
+}
+KVCACHE_INLINE vec zero_where_zero(vec w, vec x) {
+  const __m256 none = _mm256_setzero_ps();
+  return {_mm256_and_ps(_mm256_cmp_ps(w.low, none, _CMP_NEQ_UQ), x.low),
+          _mm256_and_ps(_mm256_cmp_ps(w.high, none, _CMP_NEQ_UQ), x.high)};
+}
+
 template <class Element>
 KVCACHE_INLINE bits narrow(vec a);
 
@@ -198,7 +231,8 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) { return interleave(a.high, b.h
 #include <kvcache/kernel/vector_kernels.inl>
 
 inline constexpr table kernels = {
-    isa::avx2, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
+    isa::avx2, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_int8, softmax,
+    soft_cap};
 
 inline bool runs_here() noexcept {
   unsigned a = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The kernels for x86 with AVX-512 F, BW, DQ, VL (Intel since Skylake-SP, AMD since Zen 4). 16 lanes are one register.
+// The kernels for x86 with AVX-512 F, BW, DQ, VL, VNNI (Intel since Cascade Lake, AMD since Zen 4). 16 lanes are one register.
 #pragma once
 
 #include <kvcache/core/half.hpp>
@@ -19,7 +19,7 @@
 #include <limits>
 
 // The maskz forms with a full mask are the plain instructions; g++ 12 warns about the undefined source of the others.
-#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]]
+#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]]
 #define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
 
 namespace kvcache::inline v0::kernel::avx512 {
@@ -115,6 +115,27 @@ KVCACHE_INLINE widened<2> widen(const half* p) {
            vec{_mm512_maskz_cvtph_ps(all, __builtin_shufflevector(halves, halves, 4, 5, 6, 7))}}};
 }
 
+KVCACHE_INLINE vec top_byte(__m512i words) {
+  return {_mm512_maskz_cvtepi32_ps(all, _mm512_maskz_srai_epi32(all, words, 24))};
+}
+KVCACHE_INLINE widened<4> widen(const std::int8_t* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  return {{top_byte(_mm512_maskz_slli_epi32(all, words, 24)),
+           top_byte(_mm512_maskz_slli_epi32(all, words, 16)),
+           top_byte(_mm512_maskz_slli_epi32(all, words, 8)), top_byte(words)}};
+}
+
+KVCACHE_INLINE bits load_low_halves(const void* p) {
+  return {_mm512_maskz_cvtepu16_epi32(all, _mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+KVCACHE_INLINE void store_bytes(void* p, vec a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm512_maskz_cvtepi32_epi8(all, _mm512_maskz_cvtps_epi32(all, a.x)));
+}
+KVCACHE_INLINE vec zero_where_zero(vec w, vec x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w.x, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.x)};
+}
+
 template <class Element>
 KVCACHE_INLINE bits narrow(vec a);
 
@@ -162,14 +183,20 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
 
 #include <kvcache/kernel/vector_kernels.inl>
 
+// after what it builds on
+#include <kvcache/kernel/avx512_int8.inl>
+
+inline constexpr int8_kernels kernels_for_bytes = {largest, quantize, scores_vnni, accumulate_vnni};
+
 inline constexpr table kernels = {
-    isa::avx512, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
+    isa::avx512, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_bytes, softmax,
+    soft_cap};
 
 inline bool runs_here() noexcept {
   __builtin_cpu_init();
   return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace kvcache::inline v0::kernel::avx512

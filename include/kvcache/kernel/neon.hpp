@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 
@@ -140,6 +141,34 @@ KVCACHE_INLINE widened<2> widen(const half* p) {
            each([&](int i) { return to_floats(vshrn_n_u32(words.x[i], 16)); })}};
 }
 
+template <int Byte>
+KVCACHE_INLINE vec widen_byte(bits words) {
+  return each([&](int i) {
+    const int32x4_t top = vreinterpretq_s32_u32(vshlq_u32(words.x[i], vdupq_n_s32(24 - 8 * Byte)));
+    return vcvtq_f32_s32(vshrq_n_s32(top, 24));
+  });
+}
+KVCACHE_INLINE widened<4> widen(const std::int8_t* p) {
+  const bits words = load_bits(p);
+  return {{widen_byte<0>(words), widen_byte<1>(words), widen_byte<2>(words), widen_byte<3>(words)}};
+}
+
+KVCACHE_INLINE bits load_low_halves(const void* p) {
+  return each_word([p](int i) { return vmovl_u16(vld1_u16(static_cast<const std::uint16_t*>(p) + 4 * i)); });
+}
+KVCACHE_INLINE vec widen_low(bits a) {
+  return each([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(a.x[i], 16)); });
+}
+KVCACHE_INLINE void store_bytes(void* p, vec a) {
+  const auto halves = [&a](int i) {
+    return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.x[i])), vqmovn_s32(vcvtnq_s32_f32(a.x[i + 1])));
+  };
+  vst1q_s8(static_cast<std::int8_t*>(p), vcombine_s8(vqmovn_s16(halves(0)), vqmovn_s16(halves(2))));
+}
+KVCACHE_INLINE vec zero_where_zero(vec w, vec x) {
+  return each([&](int i) { return vbslq_f32(vceqzq_f32(w.x[i]), vdupq_n_f32(0.0F), x.x[i]); });
+}
+
 template <class Element>
 KVCACHE_INLINE bits narrow(vec a);
 
@@ -183,7 +212,8 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
 #include <kvcache/kernel/vector_kernels.inl>
 
 inline constexpr table kernels = {
-    isa::neon, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
+    isa::neon, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_int8, softmax,
+    soft_cap};
 
 inline bool runs_here() noexcept { return true; }
 

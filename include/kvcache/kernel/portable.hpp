@@ -5,6 +5,7 @@
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
@@ -127,11 +128,15 @@ inline void add_rows(const float* __restrict weights, const float* __restrict ro
   }
 }
 
-/// Widens `n` packs of 32 bits: element j of pack i goes to out[j][i]. One pack for float, two for 16 bit.
+/// Widens 16 packs of 32 bits: element j of pack i goes to out[j][i].
 template <class Element>
 inline void unpack_lanes(const Element* in, std::array<float*, block_order<Element>::pack> out) noexcept {
   if constexpr (sizeof(Element) == 4) {
     std::memcpy(out[0], in, lanes * sizeof(float));
+  } else if constexpr (sizeof(Element) == 1) {
+    for (std::size_t j = 0; j < 4; ++j) {
+      for (std::size_t i = 0; i < lanes; ++i) out[j][i] = static_cast<float>(in[4 * i + j]);
+    }
   } else {
     std::array<std::uint32_t, lanes> packs;
     std::memcpy(packs.data(), in, sizeof(packs));
@@ -275,6 +280,57 @@ struct element {
   }
 };
 
+// ---- bytes with a scale per token --------------------------------------------------------------------------------------
+
+inline float largest(const float* row, index_t count) {
+  float max = 0.0F;
+  float nothing = 0.0F;  // x - x is zero for finite x, else NaN
+  for (index_t i = 0; i < count; ++i) {
+    max = std::max(max, std::fabs(row[i]));
+    nothing += row[i] - row[i];
+  }
+  return max + nothing;
+}
+
+inline void quantize(const float* row, index_t count, float scale, std::int8_t* out) {
+  constexpr float round_to_integer = 0x1.8p23F;
+  for (index_t i = 0; i < count; ++i) {
+    const float x = scale == 0.0F ? 0.0F : row[i] / scale;
+    out[i] = static_cast<std::int8_t>((x + round_to_integer) - round_to_integer);
+  }
+}
+
+inline void scores_int8(const block_geometry& g, const std::byte* keys, const bfloat16* scales, index_t count,
+                        const float* queries, index_t num_rows, float* out, const std::byte* next) {
+  element<std::int8_t>::scores(g, keys, count, queries, num_rows, out, next);
+  for (index_t r = 0; r < num_rows; ++r) {
+    for (index_t t = 0; t < count; ++t) out[r * g.block_size + t] *= to_float(scales[t]);
+  }
+}
+
+/// Rows whose weights are scaled at a time, for the stack's sake.
+inline constexpr index_t scaled_rows = 16;
+inline constexpr index_t max_block_size = 256;
+
+inline void accumulate_int8(const block_geometry& g, const std::byte* values, const bfloat16* scales,
+                            index_t count, const float* weights, index_t num_rows, float* sums,
+                            const std::byte* next) {
+  std::array<float, scaled_rows * max_block_size> scaled;
+  const index_t num_weights = std::min(g.block_size, ceil_div(count, lanes) * lanes);
+  for (index_t first = 0; first < num_rows; first += scaled_rows) {
+    const index_t rows = std::min(scaled_rows, num_rows - first);
+    for (index_t r = 0; r < rows; ++r) {
+      for (index_t t = 0; t < num_weights; ++t) {
+        const float w = weights[(first + r) * g.block_size + t];
+        scaled[static_cast<std::size_t>(r * g.block_size + t)] = w == 0.0F ? 0.0F : w * to_float(scales[t]);
+      }
+    }
+    element<std::int8_t>::accumulate(g, values, count, scaled.data(), rows, sums + first * g.head_dim, next);
+  }
+}
+
+inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, scores_int8, accumulate_int8};
+
 template <class Element>
 inline constexpr element_kernels kernels_for = {
     element<Element>::encode_keys,   element<Element>::encode_values, element<Element>::decode_keys,
@@ -282,6 +338,7 @@ inline constexpr element_kernels kernels_for = {
 };
 
 inline constexpr table kernels = {
-    isa::portable, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, softmax, soft_cap};
+    isa::portable, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_int8, softmax,
+    soft_cap};
 
 }  // namespace kvcache::inline v0::kernel::portable

@@ -12,6 +12,7 @@
 #include <kvcache/core/types.hpp>
 
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
 #include <type_traits>
 
@@ -55,11 +56,29 @@ struct element_kernels {
                      index_t num_rows, float* sums, const std::byte* next);
 };
 
+/// Arithmetic on blocks of bytes with one scale per token: a number is scale[token] * int8. Byte order as in
+/// block/order.hpp. Levels with integer dot products take queries and weights as integers of 15 and 16 bits, relative to
+/// the largest of a row; the others as floats.
+struct int8_kernels {
+  /// The largest magnitude of a row, [count]; NaN if it holds NaN or infinity.
+  float (*largest)(const float* row, index_t count);
+
+  /// out[i] = row[i] / scale, rounded to nearest even; zeros for scale 0. \pre |row[i] / scale| <= 127.5
+  void (*quantize)(const float* row, index_t count, float scale, std::int8_t* out);
+
+  /// As in element_kernels. \param scales  [block_size]
+  void (*scores)(const block_geometry&, const std::byte* keys, const bfloat16* scales, index_t count,
+                 const float* queries, index_t num_rows, float* scores, const std::byte* next);
+  void (*accumulate)(const block_geometry&, const std::byte* values, const bfloat16* scales, index_t count,
+                     const float* weights, index_t num_rows, float* sums, const std::byte* next);
+};
+
 struct table {
   isa level;
   element_kernels f32;
   element_kernels f16;
   element_kernels bf16;
+  int8_kernels int8;
 
   /// One step of the online softmax over a row of scores; -infinity marks a masked slot.
   /// Replaces each score by exp(score - new max) (relative error below 2e-7; under 1e-38 becomes zero).

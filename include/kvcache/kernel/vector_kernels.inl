@@ -12,6 +12,8 @@
 //   widened<n>, widen(const Element*)      one 64-byte line in block order -> `pack` vectors, .part[j]
 //   narrow<Element>(vec)       rounded to 16 bits, in the low half of each word
 //   load_bits, store_bits, store_low_halves, low_high(a, b): a | b << 16, with_half(word, slot, half)
+//   load_low_halves, widen_low(words)      16 bf16 side by side, and as floats
+//   store_bytes(p, x)          whole numbers as int8; zero_where_zero(w, x): w == 0 ? 0 : x
 //   interleave_low, interleave_high     a0 b0 a1 b1 ..., of the lower and of the upper eight lanes
 //   score_groups(rows), max_score_rows, sum_chunks(rows), max_sum_rows          tiles that fit the registers
 //
@@ -325,6 +327,7 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
 // ---- encoding, and the table ----------------------------------------------------------------------------------------
 
 #include <kvcache/kernel/vector_encode.inl>
+#include <kvcache/kernel/vector_int8.inl>
 
 template <class Element>
 inline constexpr element_kernels kernels_for = {
@@ -335,3 +338,5 @@ inline constexpr element_kernels kernels_for = {
     scores<Element>,
     accumulate<Element>,
 };
+
+inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, scores_int8, accumulate_int8};

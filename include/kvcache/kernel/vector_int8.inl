@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: MIT
+// Blocks of bytes with a scale per token, written once over the primitives that vector_kernels.inl lists, and included by
+// it: bytes are widened to floats. What multiplies bytes as they are (avx512_int8.inl) takes encoding from here only.
+
+KVCACHE_TARGET inline float largest(const float* row, index_t count) {
+  vec max = zero();
+  vec nothing = zero();  // x - x is zero for finite x, else NaN
+  index_t i = 0;
+  for (; i + key_lanes <= count; i += key_lanes) {
+    const vec x = load(row + i);
+    max = larger(max, magnitude(x));
+    nothing = add(nothing, sub(x, x));
+  }
+  const float rest = portable::largest(row + i, count - i);
+  return std::max(largest_of(max), rest) + (sum_of(nothing) + (rest - rest));
+}
+
+KVCACHE_TARGET inline void quantize(const float* row, index_t count, float scale, std::int8_t* out) {
+  const vec round_to_integer = broadcast(0x1.8p23F);
+  index_t i = 0;
+  for (; scale != 0.0F && i + key_lanes <= count; i += key_lanes) {
+    const vec shifted = add(div(load(row + i), broadcast(scale)), round_to_integer);
+    store_bytes(out + i, sub(shifted, round_to_integer));
+  }
+  portable::quantize(row + i, count - i, scale, out + i);
+}
+
+KVCACHE_TARGET inline void scores_int8(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
+                                       index_t count, const float* queries, index_t num_rows, float* out,
+                                       const std::byte* next) {
+  scores<std::int8_t>(g, keys, count, queries, num_rows, out, next);
+  for (index_t t = 0; t < count; t += key_lanes) {
+    const vec scale = widen_low(load_low_halves(scales + t));
+    for (index_t r = 0; r < num_rows; ++r)
+      store(out + r * g.block_size + t, mul(load(out + r * g.block_size + t), scale));
+  }
+}
+
+/// 16 weights times the scales of their tokens. A hidden token's scale may be anything.
+KVCACHE_INLINE vec scaled_weights(const float* weights, const bfloat16* scales) {
+  const vec w = load(weights);
+  return zero_where_zero(w, mul(w, widen_low(load_low_halves(scales))));
+}
+
+KVCACHE_TARGET inline void accumulate_int8(const block_geometry& g, const std::byte* values,
+                                           const bfloat16* scales, index_t count, const float* weights,
+                                           index_t num_rows, float* sums, const std::byte* next) {
+  alignas(64) std::array<float, portable::scaled_rows * portable::max_block_size> scaled;
+  for (index_t first = 0; first < num_rows; first += portable::scaled_rows) {
+    const index_t rows = std::min(portable::scaled_rows, num_rows - first);
+    for (index_t r = 0; r < rows; ++r) {
+      for (index_t t = 0; t < count; t += key_lanes)
+        store(&scaled[static_cast<std::size_t>(r * g.block_size + t)],
+              scaled_weights(weights + (first + r) * g.block_size + t, scales + t));
+    }
+    accumulate<std::int8_t>(g, values, count, scaled.data(), rows, sums + first * g.head_dim, next);
+  }
+}
