@@ -294,3 +294,30 @@ TEMPLATE_TEST_CASE("what truncated tokens left behind is never read", "[attentio
   dirty[0].append(k.subspan(10 * 5), v.subspan(10 * 5));
   require_same_bits(computed(p, dirty[0]), computed(p, filled<TestType>(p, 64)[0]));
 }
+
+TEST_CASE("visible infinities act as in exact arithmetic", "[attention]") {
+  test::random random;
+  problem p =
+      make_problem(random, {.q_len = 1, .kv_len = 70, .num_q_heads = 4, .num_kv_heads = 2, .head_dim = 20});
+  for (float& x : p.q) x = 1;
+  SECTION("a key of minus infinity has no weight") {
+    p.k[5 * 40 + 3] = -infinity;
+    const answer a = computed(p, filled<kvcache::contiguous_cache<codec::bf16>>(p, 64)[0]);
+    for (const float x : a.out) REQUIRE(std::isfinite(x));
+    problem without = p;
+    without.mask.assign(70, 1);
+    without.mask[5] = 0;
+    without.options.causal = false;
+    const answer b = computed(without, filled<kvcache::contiguous_cache<codec::bf16>>(without, 64)[0]);
+    REQUIRE(
+        same_bits({a.out.begin(), a.out.begin() + 40}, {b.out.begin(), b.out.begin() + 40}));  // KV head 0
+  }
+  SECTION("an infinite value stays in its dim") {
+    p.v[5 * 40 + 3] = infinity;
+    const answer a = computed(p, filled<kvcache::contiguous_cache<codec::bf16>>(p, 64)[0]);
+    for (std::size_t i = 0; i < a.out.size(); ++i) {
+      const bool hit = i < 40 && i % 20 == 3;
+      REQUIRE((hit ? a.out[i] == infinity : std::isfinite(a.out[i])));
+    }
+  }
+}

@@ -205,3 +205,35 @@ TEMPLATE_TEST_CASE("a batch of different lengths is its single calls", "[attenti
     require_close(answers[i], expected(problems[i], codec_type::name));
   }
 }
+
+TEST_CASE("a batch of many sequences is its single calls, with empty ones among them", "[attention]") {
+  test::random random;
+  using cache_type = kvcache::paged_cache<codec::bf16>;
+  kvcache::page_pool<codec::bf16> pool({.num_layers = 1, .num_kv_heads = 2, .head_dim = 5, .block_size = 16});
+  std::deque<cache_type> caches;
+  std::vector<problem> problems;
+  for (index_t i = 0; i < 70; ++i) {
+    const index_t q_len = i % 9 == 4 ? 0 : 1 + i % 3;
+    problems.push_back(make_problem(
+        random, {.q_len = q_len, .kv_len = 3 + 37 * i, .num_q_heads = 4, .num_kv_heads = 2, .head_dim = 5}));
+    caches.push_back(pool.sequence());
+    caches.back()[0].append(problems.back().k, problems.back().v);
+  }
+  using layer_type = decltype(caches.front()[0]);
+  std::vector<answer> answers;
+  answers.reserve(problems.size());
+  std::vector<kvcache::attend_item<layer_type>> batch;
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    const problem& p = problems[i];
+    answers.push_back({std::vector<float>(p.q.size()),
+                       std::vector<float>(static_cast<std::size_t>(p.n.q_len * p.n.num_q_heads))});
+    batch.push_back(
+        {.q = p.q, .layer = caches[i][0], .out = answers[i].out, .q_len = p.n.q_len, .lse = answers[i].lse});
+  }
+  kvcache::attend(std::span<const kvcache::attend_item<layer_type>>(batch),
+                  {.kernel = &kernels_under_test()});
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    CAPTURE(i);
+    require_same_bits(answers[i], computed(problems[i], caches[i][0]));
+  }
+}

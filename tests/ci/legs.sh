@@ -53,6 +53,16 @@ leg_clang() {
   cmake --workflow --preset clang-release
 }
 
+# What users get: g++, fully optimised, without assertions. It moves and merges vector code as -O1 and clang++ do not.
+leg_optimised() {
+  cmake -S . -B build/optimised -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVCACHE_BUILD_EXAMPLES=OFF -DKVCACHE_WERROR=ON \
+    -DCMAKE_VERIFY_INTERFACE_HEADER_SETS=OFF >/dev/null
+  local tests=(kernel.kernels codec.exact codec.int8 attention.adversarial attention.attend_sizes attention.determinism
+    attention.golden attention.adversarial_on_emulated_tiles)
+  cmake --build build/optimised --target "${tests[@]}"
+  ctest --test-dir build/optimised --output-on-failure -R "^(kernel|codec)[.]|^attention[.](adversarial|attend_sizes@|determinism@|golden)"
+}
+
 # Mistakes a compiler sees but does not call warnings; over programs that instantiate most of the library.
 leg_tidy() {
   need clang-tidy

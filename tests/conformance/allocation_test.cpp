@@ -61,6 +61,15 @@ std::ptrdiff_t allocations_in(Work work) {
   return allocations - before;
 }
 
+/// Says that it has four workers, and has one.
+struct four_workers {
+  [[nodiscard]] index_t num_workers() const { return 4; }
+  template <class Task>
+  void run(index_t num_tasks, Task&& task) {
+    for (index_t i = 0; i < num_tasks; ++i) task(i, i % 4);
+  }
+};
+
 }  // namespace
 
 TEST_CASE("the counter counts", "[conformance]") {
@@ -209,6 +218,33 @@ TEST_CASE("attend with a workspace allocates for the largest call and no more", 
   const auto decode = [&] { kvcache::attend(q, cache[0], out, {.workspace = &workspace}); };
   decode();
   REQUIRE(allocations_in(decode) == 0);
+}
+
+TEST_CASE("attend with an executor and a workspace does not allocate once warm", "[conformance]") {
+  test::random random;
+  const cache_shape long_shape{.num_layers = 1, .num_kv_heads = 2, .head_dim = 16, .block_size = 64};
+  auto cache = contiguous<codec::bf16>(long_shape).make();
+  const std::vector<float> rows = random_rows(random, long_shape, 4100);  // three spans
+  cache[0].append(rows, rows);
+  const std::vector<float> q = random.floats(4 * 16);
+  std::vector<float> out(q.size());
+  kvcache::attend_workspace workspace;
+  four_workers executor;
+  const auto split = [&] { kvcache::attend(q, cache[0], out, {.workspace = &workspace}, executor); };
+  split();
+  REQUIRE(allocations_in(split) == 0);
+
+  using layer = decltype(cache[0]);
+  std::vector<float> outs(50 * out.size());
+  std::vector<kvcache::attend_item<layer>> batch;
+  for (std::size_t i = 0; i < 50; ++i)
+    batch.push_back({q, cache[0], std::span(outs).subspan(i * out.size(), out.size())});
+  const auto many = [&] {
+    kvcache::attend(std::span<const kvcache::attend_item<layer>>(batch), {.workspace = &workspace}, executor);
+  };
+  many();
+  REQUIRE(allocations_in(many) == 0);
+  for (std::size_t i = 0; i < outs.size(); ++i) REQUIRE(outs[i] == out[i % out.size()]);
 }
 
 TEST_CASE("rotation does not allocate", "[conformance]") {

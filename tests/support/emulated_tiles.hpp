@@ -7,8 +7,10 @@
 #include <kvcache/kernel/amx.hpp>
 
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -30,6 +32,9 @@ struct emulated_tiles {
     if (!registers().configured) throw std::logic_error("tiles are not configured");
     return registers().tiles.at(Tile).data();
   }
+
+  /// The tiles take subnormal numbers for zero.
+  static float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? 0.0F * x : x; }
 
   static void configure() { registers().configured = true; }
   static void release() { registers() = {}; }
@@ -57,9 +62,11 @@ struct emulated_tiles {
     std::memcpy(b.data(), tile<B>(), 1024);
     for (std::size_t m = 0; m < 16; ++m) {
       for (std::size_t k = 0; k < 32; ++k) {
-        const float x = kvcache::to_float(a[m * 32 + k]);
-        for (std::size_t n = 0; n < 16; ++n)
-          c[m * 16 + n] += x * kvcache::to_float(b[k / 2 * 32 + 2 * n + k % 2]);
+        const float x = flushed(kvcache::to_float(a[m * 32 + k]));
+        for (std::size_t n = 0; n < 16; ++n) {
+          const float y = flushed(kvcache::to_float(b[k / 2 * 32 + 2 * n + k % 2]));
+          c[m * 16 + n] = flushed(c[m * 16 + n] + x * y);
+        }
       }
     }
     std::memcpy(tile<C>(), c.data(), 1024);

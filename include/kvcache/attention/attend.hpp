@@ -11,6 +11,7 @@
 #include <kvcache/attention/options.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/core/assert.hpp>
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/executor.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/select.hpp>
@@ -56,12 +57,20 @@ class batch_plan {
     const index_t parts_floats = split ? num_parts_ * part_floats_ : 0;
     const index_t scratch_floats = worker_floats_ > stack_floats ? num_workers * worker_floats_ : 0;
 
+    const index_t offsets_floats =
+        num_items() <= few_items ? 0
+                                 : round_up(2 * num_items() * index_t{sizeof(index_t) / sizeof(float)}, 16);
+
     attend_workspace local;
     attend_workspace& workspace = options_->workspace != nullptr ? *options_->workspace : local;
-    if (parts_floats + scratch_floats > 0) {
-      parts_ = workspace.floats(parts_floats + scratch_floats);
+    if (offsets_floats + parts_floats + scratch_floats > 0) {
+      float* memory = workspace.floats(offsets_floats + parts_floats + scratch_floats);
+      if (offsets_floats > 0) first_tiles_ = reinterpret_cast<index_t*>(memory);
+      parts_ = memory + offsets_floats;
       scratches_ = parts_ + parts_floats;
     }
+    first_parts_ = first_tiles_ + num_items();
+    count_items();
     if (split) {
       executor.run(num_parts_, [this](index_t task, index_t worker) { run_part(task, worker); });
       executor.run(num_tiles_, [this](index_t task, index_t worker) { run_tile(task, worker, true); });
@@ -75,13 +84,31 @@ class batch_plan {
     return item_plan<Layer>(item, *options_, *kernels_);
   }
 
+  [[nodiscard]] index_t num_items() const noexcept { return static_cast<index_t>(batch_.size()); }
+
+  /// Fills first_tiles_ and first_parts_.
+  void count_items() noexcept {
+    index_t tiles = 0;
+    index_t parts = 0;
+    for (index_t i = 0; i < num_items(); ++i) {
+      first_tiles_[i] = tiles;
+      first_parts_[i] = parts;
+      const auto plan = plan_of(batch_[static_cast<std::size_t>(i)]);
+      tiles += plan.num_tiles();
+      parts += plan.num_tiles() * plan.num_spans();
+    }
+  }
+
+  /// The last item whose first task is not after `task`: items without tasks share their first with the next one.
+  [[nodiscard]] index_t item_of(index_t task, const index_t* first_tasks) const noexcept {
+    return std::upper_bound(first_tasks, first_tasks + num_items(), task) - first_tasks - 1;
+  }
+
   /// One span of one tile, into its place among the parts.
   void run_part(index_t task, index_t worker) const {
-    index_t part = task;
-    const attend_item<Layer>* item = batch_.data();
-    const auto parts_of = [](const item_plan<Layer>& plan) { return plan.num_tiles() * plan.num_spans(); };
-    for (; part >= parts_of(plan_of(*item)); ++item) part -= parts_of(plan_of(*item));
-    const auto plan = plan_of(*item);
+    const index_t item = item_of(task, first_parts_);
+    const index_t part = task - first_parts_[item];
+    const auto plan = plan_of(batch_[static_cast<std::size_t>(item)]);
     with_scratch(worker, [&](float* scratch) {
       plan.run_span(part / plan.num_spans(), part % plan.num_spans(), scratch, parts_ + task * part_floats_);
     });
@@ -89,18 +116,12 @@ class batch_plan {
 
   /// A tile from beginning to end, or from the parts that run_part left.
   void run_tile(index_t task, index_t worker, bool from_parts) const {
-    index_t tile = task;
-    index_t parts_before = 0;
-    const attend_item<Layer>* item = batch_.data();
-    for (index_t tiles = plan_of(*item).num_tiles(); tile >= tiles; tiles = plan_of(*item).num_tiles()) {
-      tile -= tiles;
-      parts_before += tiles * plan_of(*item).num_spans();
-      ++item;
-    }
-    const auto plan = plan_of(*item);
+    const index_t item = item_of(task, first_tiles_);
+    const index_t tile = task - first_tiles_[item];
+    const auto plan = plan_of(batch_[static_cast<std::size_t>(item)]);
     with_scratch(worker, [&](float* scratch) {
       if (!from_parts) return plan.run_tile(tile, scratch);
-      float* parts = parts_ + (parts_before + tile * plan.num_spans()) * part_floats_;
+      float* parts = parts_ + (first_parts_[item] + tile * plan.num_spans()) * part_floats_;
       plan.finish_tile(tile, parts, part_floats_, scratch);
     });
   }
@@ -120,6 +141,10 @@ class batch_plan {
   index_t longest_tile_ = 0;  // spans
   index_t part_floats_ = 0;
   index_t worker_floats_ = 0;
+  static constexpr index_t few_items = 32;  // whose offsets lie here
+  std::array<index_t, 2 * few_items> few_offsets_;
+  index_t* first_tiles_ = few_offsets_.data();  // [num_items], of all tasks
+  index_t* first_parts_ = nullptr;
   float* parts_ = nullptr;      // [num_parts, part_floats]
   float* scratches_ = nullptr;  // [num_workers, worker_floats]
 };
@@ -137,8 +162,9 @@ class batch_plan {
 /// with bf16 blocks, eight times that: queries and weights enter as two bf16 each. For float operands there, set
 /// options.kernel to &kernel::select(kernel::isa::avx512).
 /// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
-/// Allocates only where a group's rows exceed 48 KiB of working memory or workers share one tile's spans, and
-/// then from options.workspace if given. Threads: reads the caches only. Throws: what allocation and the
+/// Allocates only where a group's rows exceed 48 KiB of working memory, workers share one tile's spans (then
+/// head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32 items, and then from
+/// options.workspace if given. An executor may allocate tasks of its own, as Eigen's pool does. Threads: reads the caches only. Throws: what allocation and the
 /// executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>
 void attend(std::span<const attend_item<Layer>> batch, const attend_options& options = {},

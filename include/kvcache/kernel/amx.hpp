@@ -6,8 +6,9 @@
 //   sums     C[rows, 16 dims]   += A[rows, 32 tokens] * B[16 pairs of tokens, 16 dims]     B: a piece of the values
 //
 // Accuracy: queries and weights enter as the sum of two bf16 (16 bits of mantissa), products are exact, sums are
-// float. So operands carry a relative error of 2^-17, where the other levels have none; subnormal operands count as
-// zero. Whoever wants float operands takes select(isa::avx512).
+// float. So operands carry a relative error of 2^-17, where the other levels have none. The tiles take subnormal numbers
+// for zero: what is below 1.2e-38, in operands and sums. Results that are not finite come from the kernels of AVX-512.
+// Whoever wants float operands takes select(isa::avx512).
 #pragma once
 
 #include <kvcache/block/order.hpp>
@@ -164,6 +165,17 @@ struct product {
   }
 };
 
+/// Scores of 16 keys and one query again, where they are not finite: half of a split operand times infinity is NaN.
+[[gnu::cold, gnu::noinline]] inline void correct_scores(const block_geometry& g, const bfloat16* keys,
+                                                        const float* query, float* scores) {
+  alignas(64) std::array<float, key_lanes> exact;
+  avx512::scores<bfloat16>(g, reinterpret_cast<const std::byte*>(keys), key_lanes, query, 1, exact.data(),
+                           nullptr);
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    if (scores[i] - scores[i] != 0.0F) scores[i] = exact[i];
+  }
+}
+
 template <class Tiles>
 KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
                                   const float* queries, index_t num_rows, float* out, const std::byte* next) {
@@ -194,8 +206,13 @@ KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys
       }
       c.end<Tiles>();
       for (index_t r = 0; r < rows; ++r) {
-        for (index_t i = 0; i < n; ++i)
-          avx512::store(out + (row + r) * g.block_size + (first + i) * key_lanes, c.row_of(i, r));
+        for (index_t i = 0; i < n; ++i) {
+          float* to = out + (row + r) * g.block_size + (first + i) * key_lanes;
+          const avx512::vec x = c.row_of(i, r);
+          avx512::store(to, x);
+          if (!avx512::all_finite(x))
+            correct_scores(g, groups + (first + i) * group_size, queries + (row + r) * g.head_dim, to);
+        }
       }
     }
   }
@@ -235,26 +252,36 @@ inline void multiply_values(const weight_operand& w, const value_piece& v, produ
   c.end<Tiles>();
 }
 
-/// C = weights * values for one row, with zeros where its weight is zero: for when what lies there is not finite.
+/// sums[d] += sum_t weights[t] * v[t, d] for one row, with zeros where its weight is zero: for when what lies there is not
+/// finite. What is not finite all the same comes from AVX-512.
 template <class Tiles>
-[[gnu::cold, gnu::noinline]] KVCACHE_TARGET inline void multiply_visible(const float* weights, value_piece v,
-                                                                         product& c) {
+[[gnu::cold, gnu::noinline]] KVCACHE_TARGET inline void add_visible(const float* weights, value_piece v,
+                                                                    float* sums) {
   alignas(64) std::array<bfloat16, avx512::sum_tokens * 64> visible{};
   for (index_t t = 0; t < v.num_tokens; ++t) {
     for (index_t d = 0; weights[t] != 0.0F && d < v.num_dims; ++d)
       visible[static_cast<std::size_t>(t / 2 * 128 + 2 * d + t % 2)] =
           v.values[t / 2 * v.line + 2 * d + t % 2];
   }
+  const auto* bytes = reinterpret_cast<const std::byte*>(visible.data());
+  alignas(64) std::array<float, 64> exact{};
+  const block_geometry g{avx512::sum_tokens, 64};
+  avx512::accumulate<bfloat16>(g, bytes, v.num_tokens, weights, 1, exact.data(), nullptr);
+
   const weight_operand w(weights, 1, 0, v.num_tokens);
   v = {visible.data(), 128, v.num_dims, v.num_tokens, avx512::sum_tokens};
-  avx512::read_ahead nothing =
-      avx512::ahead_of(nullptr, reinterpret_cast<const std::byte*>(visible.data()), 1);
+  avx512::read_ahead nothing = avx512::ahead_of(nullptr, bytes, 1);
+  product c;
   multiply_values<Tiles>(w, v, c, nothing);
+  for (index_t d = 0; d < v.num_dims; ++d) {
+    const float* high = c.tile(d / key_lanes) + d % key_lanes;
+    const float total = high[0] + high[rows_at_once * tile_rows];
+    sums[d] += total - total == 0.0F ? total : exact[static_cast<std::size_t>(d)];
+  }
 }
 
-/// sums[d] += row `row` of C. \return whether that is finite; if not, nothing was added unless `anyway`
-KVCACHE_TARGET inline bool add_row(const product& c, index_t row, index_t num_dims, float* sums,
-                                   bool anyway) {
+/// sums[d] += row `row` of C. \return whether that is finite; if not, nothing was added
+KVCACHE_TARGET inline bool add_row(const product& c, index_t row, index_t num_dims, float* sums) {
   alignas(64) std::array<float, 64> total;
   avx512::vec probe = avx512::zero();
   for (index_t i = 0; i * key_lanes < num_dims; ++i) {
@@ -262,7 +289,7 @@ KVCACHE_TARGET inline bool add_row(const product& c, index_t row, index_t num_di
     probe = avx512::add(probe, x);
     avx512::store(&total[static_cast<std::size_t>(i * key_lanes)], x);
   }
-  if (!anyway && !avx512::all_finite(probe)) return false;
+  if (!avx512::all_finite(probe)) return false;
   index_t d = 0;
   for (; d + key_lanes <= num_dims; d += key_lanes)
     avx512::store(sums + d,
@@ -292,10 +319,7 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
         multiply_values<Tiles>(w, v, c, ahead);
         for (index_t r = 0; r < rows; ++r) {
           float* to = sums + (row + r) * g.head_dim + d;
-          if (add_row(c, r, v.num_dims, to, false)) continue;
-          product visible;
-          multiply_visible<Tiles>(first_weight + r * g.block_size, v, visible);
-          add_row(visible, 0, v.num_dims, to, true);
+          if (!add_row(c, r, v.num_dims, to)) add_visible<Tiles>(first_weight + r * g.block_size, v, to);
         }
       }
     }

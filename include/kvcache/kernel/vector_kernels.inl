@@ -17,6 +17,8 @@
 //   interleave_low, interleave_high     a0 b0 a1 b1 ..., of the lower and of the upper eight lanes
 //   score_groups(rows), max_score_rows, sum_chunks(rows), max_sum_rows          tiles that fit the registers
 //
+// What returns a `vec` has to be inlined: g++ 12 clears the upper lanes (vzeroupper) before it returns a struct of one.
+//
 // A row's arithmetic never depends on the tile it is computed in: one chain of fused multiply-adds per number, in
 // the order of dims (scores) or tokens (sums).
 
@@ -206,7 +208,8 @@ struct weighted_values {
 
 /// One row and 16 dims again, leaving out tokens of weight zero: for when what they hold is not finite.
 template <class Element>
-[[gnu::cold, gnu::noinline]] KVCACHE_TARGET inline vec sum_visible(const weighted_values<Element>& in) {
+[[gnu::cold, gnu::noinline]] KVCACHE_TARGET inline void sum_visible(const weighted_values<Element>& in,
+                                                                    vec& result) {
   constexpr index_t pack = block_order<Element>::pack;
   vec sum = zero();
   for (index_t i = 0; i < in.num_packs; ++i) {
@@ -216,7 +219,7 @@ template <class Element>
       if (w != 0.0F) sum = fma(broadcast(w), v.part[j], sum);
     }
   }
-  return sum;
+  result = sum;
 }
 
 /// sums[r, d] += sum_t weights[r, t] * values[t, d] for `Rows` rows and 16 * `Chunks` dims. The inner sum starts
@@ -262,8 +265,11 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
     for (int c = 0; c < Chunks; ++c) {
       float* to = sums + r * sum_stride + c * key_lanes;
       if (!finite) [[unlikely]] {
-        sum[r][c] = sum_visible<Element>({in.values + c * width, in.stride, in.num_packs,
-                                          in.weights + r * in.weight_stride, in.weight_stride});
+        vec again;  // its address is taken, which would keep `sum` out of the registers
+        sum_visible<Element>({in.values + c * width, in.stride, in.num_packs,
+                              in.weights + r * in.weight_stride, in.weight_stride},
+                             again);
+        sum[r][c] = again;
       }
       store(to, add(load(to), sum[r][c]));
     }
