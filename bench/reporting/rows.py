@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CONTAINERS = ["contiguous", "chunked", "paged", "plain"]
-CODECS = ["f32", "f16", "bf16"]
+CODECS = ["f32", "f16", "bf16", "int8"]
 
 # A row whose wall time exceeds its processor time by more than this shared the processor.
 DISTURBED = 1.25
