@@ -10,8 +10,8 @@
 template <index_t MaxRows, index_t MaxColumns>
 struct byte_rows {
   alignas(64) std::array<std::int8_t, MaxRows * 2 * MaxColumns> bytes;  // [row][high, low][MaxColumns]
-  std::array<float, MaxRows> scales;
-  std::array<std::int32_t, MaxRows * 2> starts;  // of the accumulators of high and low
+  float scales[MaxRows];
+  std::int32_t starts[2 * MaxRows];  // of the accumulators of high and low
 
   [[nodiscard]] std::int8_t* at(index_t row, index_t part) noexcept {
     return &bytes[static_cast<std::size_t>((2 * row + part) * MaxColumns)];
@@ -41,7 +41,7 @@ KVCACHE_TARGET inline void split_query(const float* query, index_t head_dim, ind
   constexpr float largest_integer = 127 * 128;
   const float size = largest(query, head_dim);
   const float scale = size / largest_integer;
-  out.scales[static_cast<std::size_t>(row)] = scale;
+  out.scales[row] = scale;
   __m512i sum_high = _mm512_setzero_si512();
   __m512i sum_low = _mm512_setzero_si512();
   for (index_t d = 0; d < head_dim; d += key_lanes) {
@@ -60,8 +60,8 @@ KVCACHE_TARGET inline void split_query(const float* query, index_t head_dim, ind
     sum_high = _mm512_add_epi32(sum_high, high);
     sum_low = _mm512_add_epi32(sum_low, low);
   }
-  out.starts[static_cast<std::size_t>(2 * row)] = -128 * sum_of_words(sum_high);
-  out.starts[static_cast<std::size_t>(2 * row + 1)] = -128 * sum_of_words(sum_low);
+  out.starts[2 * row] = -128 * sum_of_words(sum_high);
+  out.starts[2 * row + 1] = -128 * sum_of_words(sum_low);
 }
 
 using query_bytes = byte_rows<4, max_head_dim>;
@@ -77,8 +77,8 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
     for (int i = 0; i < Groups; ++i) {
-      sum[r][0][i] = _mm512_set1_epi32(q.starts[static_cast<std::size_t>(2 * r)]);
-      sum[r][1][i] = _mm512_set1_epi32(q.starts[static_cast<std::size_t>(2 * r + 1)]);
+      sum[r][0][i] = _mm512_set1_epi32(q.starts[2 * r]);
+      sum[r][1][i] = _mm512_set1_epi32(q.starts[2 * r + 1]);
     }
   }
   for (index_t d = 0; d < g.head_dim; d += 4, keys += 64) {
@@ -105,7 +105,7 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const __m512i whole = _mm512_add_epi32(_mm512_maskz_slli_epi32(all, sum[r][0][i], 7), sum[r][1][i]);
-      const vec scale = mul(key_scale, broadcast(q.scales[static_cast<std::size_t>(r)]));
+      const vec scale = mul(key_scale, broadcast(q.scales[r]));
       store(out + r * g.block_size + i * key_lanes, mul(to_floats(whole), scale));
     }
   }
@@ -154,7 +154,7 @@ KVCACHE_TARGET inline void split_weights(const float* weights, const bfloat16* s
   const float size =
       largest_of(most) + (all_finite(all_weights) ? 0.0F : std::numeric_limits<float>::quiet_NaN());
   const float scale = size / largest_integer;
-  out.scales[static_cast<std::size_t>(row)] = scale;
+  out.scales[row] = scale;
 #pragma GCC unroll 4
   for (index_t i = 0; i < sum_tokens / key_lanes; ++i) {
     const vec x = scale > 0.0F ? div(w[i], broadcast(scale)) : zero();
@@ -194,7 +194,7 @@ KVCACHE_TARGET inline void sum_bytes(const std::int8_t* values, index_t stride, 
   ahead = next;
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
-    const vec scale = broadcast(w.scales[static_cast<std::size_t>(r)]);
+    const vec scale = broadcast(w.scales[r]);
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) {
       float* to = sums + r * sum_stride + c * key_lanes;
