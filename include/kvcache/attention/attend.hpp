@@ -164,8 +164,8 @@ class batch_plan {
 /// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
 /// Allocates only where a group's rows exceed 48 KiB of working memory, workers share one tile's spans (then
 /// head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32 items, and then from
-/// options.workspace if given. An executor may allocate tasks of its own, as Eigen's pool does. Threads: reads the caches only. Throws: what allocation and the
-/// executor throw.
+/// options.workspace if given. An executor may allocate tasks of its own, as Eigen's pool does. Threads: reads the
+/// caches only. Throws: what allocation and the executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>
 void attend(std::span<const attend_item<Layer>> batch, const attend_options& options = {},
             Executor&& executor = {}) {

@@ -7,7 +7,6 @@
 #include <kvcache/core/types.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>

@@ -109,8 +109,6 @@ struct int8 {
   friend bool operator==(const int8&, const int8&) = default;
 
  private:
-  static constexpr index_t max_block_size = 256;
-
   /// largest / 127, rounded up.
   static bfloat16 scale_of(float largest) noexcept {
     return {static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(largest / 127.0F) + 0xffffU) >> 16)};

@@ -99,12 +99,7 @@ class operand {
   }
 
   KVCACHE_INLINE void split(const float* from, index_t count, std::size_t to) noexcept {
-    alignas(64) std::array<float, key_lanes> padded{};
-    if (count < key_lanes) {
-      std::copy_n(from, count, padded.begin());
-      from = padded.data();
-    }
-    const avx512::vec x = avx512::load(from);
+    const avx512::vec x = avx512::load_first(from, count);
     const avx512::bits high = avx512::narrow<bfloat16>(x);
     const avx512::bits low = avx512::narrow<bfloat16>(avx512::sub(x, avx512::widen_low(high)));
     avx512::store_low_halves(&parts_[to], high);
@@ -160,7 +155,7 @@ struct product {
   template <class Tiles>
   void end() noexcept {
     for_tiles(4, [this]<int I>(index_t i) {
-      Tiles::template store<I>(const_cast<float*>(tile(i)), 4 * tile_rows);
+      Tiles::template store<I>(&c[static_cast<std::size_t>(i * tile_rows * tile_rows)], 4 * tile_rows);
     });
   }
 };

@@ -45,13 +45,7 @@ KVCACHE_TARGET inline void split_query(const float* query, index_t head_dim, ind
   __m512i sum_high = _mm512_setzero_si512();
   __m512i sum_low = _mm512_setzero_si512();
   for (index_t d = 0; d < head_dim; d += key_lanes) {
-    alignas(64) std::array<float, key_lanes> padded{};
-    const float* from = query + d;
-    if (head_dim - d < key_lanes) {
-      std::copy_n(from, head_dim - d, padded.begin());
-      from = padded.data();
-    }
-    const vec x = scale > 0.0F ? div(load(from), broadcast(scale)) : zero();
+    const vec x = scale > 0.0F ? div(load_first(query + d, head_dim - d), broadcast(scale)) : zero();
     const __m512i whole = _mm512_maskz_cvtps_epi32(all, x.x);
     const __m512i high = _mm512_maskz_srai_epi32(all, _mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
     const __m512i low = _mm512_sub_epi32(whole, _mm512_maskz_slli_epi32(all, high, 7));

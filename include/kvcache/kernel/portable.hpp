@@ -310,7 +310,6 @@ inline void scores_int8(const block_geometry& g, const std::byte* keys, const bf
 
 /// Rows whose weights are scaled at a time, for the stack's sake.
 inline constexpr index_t scaled_rows = 16;
-inline constexpr index_t max_block_size = 256;
 
 inline void accumulate_int8(const block_geometry& g, const std::byte* values, const bfloat16* scales,
                             index_t count, const float* weights, index_t num_rows, float* sums,

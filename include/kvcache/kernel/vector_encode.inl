@@ -34,16 +34,7 @@ KVCACHE_TARGET inline void encode_key_group(const block_geometry& g, Element* ou
   for (index_t d = 0; d < g.head_dim; d += key_lanes) {
     const index_t num_dims = std::min(key_lanes, g.head_dim - d);
     vec dims[key_lanes];
-    for (index_t t = 0; t < key_lanes; ++t) {
-      const float* row = rows.row(first_row + t) + d;
-      alignas(64) std::array<float, key_lanes> padded;
-      if (num_dims < key_lanes) {
-        padded.fill(0.0F);
-        std::copy_n(row, num_dims, padded.begin());
-        row = padded.data();
-      }
-      dims[t] = load(row);
-    }
+    for (index_t t = 0; t < key_lanes; ++t) dims[t] = load_first(rows.row(first_row + t) + d, num_dims);
     transpose(dims);
     for (index_t i = 0; i < num_dims; i += pack, out += key_lanes * pack) store_line(out, dims + i);
   }

@@ -45,7 +45,7 @@ KVCACHE_INLINE vec scaled_weights(const float* weights, const bfloat16* scales) 
 KVCACHE_TARGET inline void accumulate_int8(const block_geometry& g, const std::byte* values,
                                            const bfloat16* scales, index_t count, const float* weights,
                                            index_t num_rows, float* sums, const std::byte* next) {
-  alignas(64) std::array<float, portable::scaled_rows * portable::max_block_size> scaled;
+  alignas(64) std::array<float, portable::scaled_rows * max_block_size> scaled;
   for (index_t first = 0; first < num_rows; first += portable::scaled_rows) {
     const index_t rows = std::min(portable::scaled_rows, num_rows - first);
     for (index_t r = 0; r < rows; ++r) {

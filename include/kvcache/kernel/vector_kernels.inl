@@ -24,6 +24,14 @@
 
 inline constexpr index_t sum_tokens = 64;  // after which a weighted sum starts again
 
+/// The first `count` of 16 floats, zeros behind them: what follows in memory is not theirs.
+KVCACHE_INLINE vec load_first(const float* p, index_t count) {
+  if (count >= key_lanes) return load(p);
+  alignas(64) std::array<float, key_lanes> padded{};
+  std::copy_n(p, count, padded.begin());
+  return load(padded.data());
+}
+
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
 /// As portable::exp_nonpositive, with the same polynomial and bound.
