@@ -57,7 +57,7 @@ TEST_CASE("a contiguous cache grows in place", "[cache]") {
   append(cache, 4000, random);
   CHECK(cache[0].block(0, 0) == first);
   CHECK(cache[1].block(2, 0) == last);
-  CHECK(cache[0].block(0, 7) == first + 7 * codec::bf16::block_bytes({16, 8}));
+  CHECK(cache[0].block(0, 7) == first + 7 * codec::bf16{}.block_bytes({16, 8}));
 }
 
 TEST_CASE("a contiguous cache outgrows what it reserved and keeps its tokens", "[cache]") {
@@ -119,7 +119,7 @@ TEST_CASE("a chunked cache never moves a block and frees chunks on truncate", "[
   append(cache, 1, random);
   const std::byte* first = cache[1].block(2, 0);
   const index_t chunk = cache.bytes().total;
-  CHECK(chunk == 2 * 3 * 2 * codec::bf16::block_bytes({16, 8}));
+  CHECK(chunk == 2 * 3 * 2 * codec::bf16{}.block_bytes({16, 8}));
   append(cache, 99, random);  // 100 tokens, 7 blocks, 4 chunks
   CHECK(cache[1].block(2, 0) == first);
   CHECK(cache.bytes().total == 4 * chunk);
@@ -238,7 +238,7 @@ TEST_CASE("a page that goes from one sequence to another brings nothing along", 
   auto second = pool.sequence();
   append(second, 1, random);
   const auto* floats = reinterpret_cast<const float*>(second[0].block(0, 0));
-  const auto count = static_cast<std::size_t>(codec::f32::block_bytes({16, 8})) / sizeof(float);
+  const auto count = static_cast<std::size_t>(codec::f32{}.block_bytes({16, 8})) / sizeof(float);
   index_t not_zero = 0;
   for (std::size_t i = 0; i < count; ++i) not_zero += floats[i] != 0 ? 1 : 0;
   CHECK(not_zero <= 2 * 8);  // the one key and the one value

@@ -19,11 +19,11 @@ namespace {
 template <class Codec>
 std::vector<float> through(const std::vector<float>& row) {
   const block_geometry g{16, static_cast<index_t>(row.size())};
-  const memory_block block(Codec::block_bytes(g), huge_page_resource());
+  const memory_block block(Codec{}.block_bytes(g), huge_page_resource());
   const const_rows in{row.data(), g.head_dim};
-  REQUIRE(Codec::encode(kernel::best(), g, block.data(), 3, 1, in, in) == status::ok);
+  REQUIRE(Codec{}.encode(kernel::best(), g, block.data(), 3, 1, in, in) == status::ok);
   std::vector<float> k(row.size()), v(row.size());
-  Codec::decode(kernel::best(), g, block.data(), 3, 1, {k.data(), g.head_dim}, {v.data(), g.head_dim});
+  Codec{}.decode(kernel::best(), g, block.data(), 3, 1, {k.data(), g.head_dim}, {v.data(), g.head_dim});
   for (std::size_t i = 0; i < k.size(); ++i) CHECK((k[i] == v[i] || (std::isnan(k[i]) && std::isnan(v[i]))));
   return k;
 }
@@ -54,13 +54,13 @@ TEST_CASE("exact codecs store NaN and infinity", "[codec]") {
 }
 
 TEST_CASE("block sizes are what the layout adds up to", "[codec]") {
-  STATIC_REQUIRE(codec::bf16::block_bytes({64, 128}) == 2 * 64 * 128 * 2);
-  STATIC_REQUIRE(codec::f32::block_bytes({64, 128}) == 2 * 64 * 128 * 4);
-  STATIC_REQUIRE(codec::bf16::token_bytes({64, 128}) == 512);
+  STATIC_REQUIRE(codec::bf16{}.block_bytes({64, 128}) == 2 * 64 * 128 * 2);
+  STATIC_REQUIRE(codec::f32{}.block_bytes({64, 128}) == 2 * 64 * 128 * 4);
+  STATIC_REQUIRE(codec::bf16{}.token_bytes({64, 128}) == 512);
   // head_dim 3 in 16 bit: keys padded to 4 dims, 16 * 4 * 2 = 128 bytes; values 16 * 3 * 2 = 96, padded to 128
-  STATIC_REQUIRE(codec::f16::block_bytes({16, 3}) == 256);
-  STATIC_REQUIRE(codec::f16::token_bytes({16, 3}) == 12);
-  for (const index_t dim : {1, 7, 64, 511}) CHECK(codec::bf16::block_bytes({32, dim}) % 64 == 0);
+  STATIC_REQUIRE(codec::f16{}.block_bytes({16, 3}) == 256);
+  STATIC_REQUIRE(codec::f16{}.token_bytes({16, 3}) == 12);
+  for (const index_t dim : {1, 7, 64, 511}) CHECK(codec::bf16{}.block_bytes({32, dim}) % 64 == 0);
 }
 
 TEST_CASE("codecs go by the names that specs use", "[codec]") {

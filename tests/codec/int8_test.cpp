@@ -27,12 +27,12 @@ struct round_trip {
 round_trip through(const std::vector<float>& rows, index_t head_dim, const kvcache::kernel::table& kernels) {
   const auto count = static_cast<index_t>(rows.size()) / head_dim;
   const block_geometry g{64, head_dim};
-  const kvcache::memory_block block(codec::int8::block_bytes(g), kvcache::huge_page_resource());
+  const kvcache::memory_block block(codec::int8{}.block_bytes(g), kvcache::huge_page_resource());
   round_trip r{std::vector<float>(rows.size()), std::vector<float>(rows.size())};
   std::vector<float> values(rows.rbegin(), rows.rend());
-  REQUIRE(codec::int8::encode(kernels, g, block.data(), 0, count, {rows.data(), head_dim},
+  REQUIRE(codec::int8{}.encode(kernels, g, block.data(), 0, count, {rows.data(), head_dim},
                               {values.data(), head_dim}) == status::ok);
-  codec::int8::decode(kernels, g, block.data(), 0, count, {r.k.data(), head_dim}, {r.v.data(), head_dim});
+  codec::int8{}.decode(kernels, g, block.data(), 0, count, {r.k.data(), head_dim}, {r.v.data(), head_dim});
   std::reverse(r.v.begin(), r.v.end());
   return r;
 }
@@ -107,14 +107,14 @@ TEST_CASE("int8 refuses what is not finite and writes nothing", "[codec]") {
         for (const bool in_keys : {false, true}) {
           CAPTURE(std::string(kvcache::kernel::to_string(kernels->level)), head_dim, bad, in_keys);
           const block_geometry g{16, head_dim};
-          const kvcache::memory_block block(codec::int8::block_bytes(g), kvcache::huge_page_resource());
+          const kvcache::memory_block block(codec::int8{}.block_bytes(g), kvcache::huge_page_resource());
           std::memset(block.data(), 0x33, static_cast<std::size_t>(block.size()));
           const std::vector<float> good(static_cast<std::size_t>(3 * head_dim), 1.0F);
           std::vector<float> poisoned = good;
           poisoned.back() = bad;
           const std::vector<float>& k = in_keys ? poisoned : good;
           const std::vector<float>& v = in_keys ? good : poisoned;
-          REQUIRE(codec::int8::encode(*kernels, g, block.data(), 2, 3, {k.data(), head_dim},
+          REQUIRE(codec::int8{}.encode(*kernels, g, block.data(), 2, 3, {k.data(), head_dim},
                                       {v.data(), head_dim}) == status::not_finite);
           REQUIRE(std::all_of(block.data(), block.data() + block.size(),
                               [](std::byte b) { return b == std::byte{0x33}; }));

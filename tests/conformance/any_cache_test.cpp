@@ -2,10 +2,12 @@
 // A cache chosen by a string does what the typed one does, verb by verb and bit by bit.
 
 #include <kvcache/attention/multi_head_attention.hpp>
+#include <kvcache/codec/mixed.hpp>
 #include <kvcache/interop/any_cache.hpp>
 
 #include "conformance/caches.hpp"
 
+#include <initializer_list>
 #include <set>
 #include <type_traits>
 #include <utility>
@@ -17,6 +19,15 @@ namespace {
 constexpr cache_shape small{.num_layers = 2, .num_kv_heads = 2, .head_dim = 6, .block_size = 16};
 
 std::string codec_of(const std::string& spec) { return spec.substr(spec.find('/') + 1); }
+
+/// Every spec whose codec encodes token by token.
+std::vector<std::string> token_specs() {
+  std::vector<std::string> specs = kvcache::cache_specs();
+  std::erase_if(specs, [](const std::string& spec) {
+    return kvcache::make_codec(codec_of(spec)).needs_whole_blocks();
+  });
+  return specs;
+}
 
 std::vector<float> attended(const std::vector<float>& q, const auto& layer, index_t q_len,
                             std::vector<float>& lse) {
@@ -41,6 +52,14 @@ void with_typed(const std::string& spec, Use use) {
   with_codec(std::type_identity<codec::f16>{});
   with_codec(std::type_identity<codec::bf16>{});
   with_codec(std::type_identity<codec::int8>{});
+  with_codec(std::type_identity<codec::rotated<4>>{});
+  with_codec(std::type_identity<codec::rotated<3>>{});
+  with_codec(std::type_identity<codec::rotated<2>>{});
+  with_codec(std::type_identity<codec::channel<4>>{});
+  with_codec(std::type_identity<codec::channel<3>>{});
+  with_codec(std::type_identity<codec::balanced<4>>{});
+  with_codec(std::type_identity<codec::balanced<3>>{});
+  with_codec(std::type_identity<codec::balanced<2>>{});
 }
 
 }  // namespace
@@ -50,16 +69,16 @@ TEST_CASE("every container goes with every codec by name", "[conformance]") {
   const std::set<std::string> all(specs.begin(), specs.end());
   REQUIRE(all.size() == specs.size());
   for (const char* container : {"contiguous", "chunked", "paged"})
-    for (const char* codec : {"f32", "f16", "bf16", "int8"})
+    for (const char* codec : {"f32", "f16", "bf16", "int8", "rotated4", "channel3", "balanced2"})
       REQUIRE(all.count(std::string(container) + "/" + codec) == 1);
 }
 
 TEST_CASE("every verb of any_cache agrees with the model", "[conformance]") {
   test::random random;
-  for (const std::string& spec : kvcache::cache_specs()) {
+  for (const std::string& spec : token_specs()) {
     CAPTURE(spec);
     kvcache::any_cache cache = kvcache::make_cache(spec, small);
-    oracle::cache model(small.num_layers, small.num_kv_heads, small.head_dim, codec_of(spec));
+    oracle::cache model = model_with(small, kvcache::make_codec(codec_of(spec)), codec_of(spec));
     REQUIRE(cache.spec() == spec);
     REQUIRE(cache.shape() == small);
     require_same(cache, model);
@@ -162,9 +181,8 @@ TEST_CASE("attention layers run on any_cache", "[conformance]") {
   REQUIRE(attention.forward(x, any[1]) == attention.forward(x, typed[1]));
 }
 
-TEST_CASE("a spec that is not known is refused with a list of those that are", "[conformance]") {
-  for (const char* spec : {"", "paged", "/", "paged/", "/bf16", "paged/bf61", "pagd/bf16", "paged/bf16 ",
-                           "paged/bf16/x", "PAGED/BF16"}) {
+TEST_CASE("a spec that is not known is refused with a list of what there is", "[conformance]") {
+  const auto refused = [](const char* spec, std::initializer_list<const char*> words) {
     CAPTURE(spec);
     try {
       (void)kvcache::make_cache(spec, small);
@@ -173,10 +191,34 @@ TEST_CASE("a spec that is not known is refused with a list of those that are", "
       FAIL("wrong exception");
     } catch (const std::invalid_argument& error) {
       const std::string text = error.what();
-      for (const std::string& known : kvcache::cache_specs()) REQUIRE(text.find(known) != std::string::npos);
+      CAPTURE(text);
+      for (const char* word : words) REQUIRE(text.find(word) != std::string::npos);
     }
-  }
+  };
+  for (const char* spec : {"", "paged", "/", "/bf16", "pagd/bf16", "PAGED/BF16"})
+    refused(spec, {"contiguous/", "chunked/", "paged/"});
+  for (const char* spec : {"paged/bf61", "paged/bf16 ", "paged/bf16/x", "paged/", "paged/k=bf61", "paged/v=", "paged/k"})
+    refused(spec, {"f32", "bf16", "rotated4", "channel3", "balanced2"});
+  for (const char* spec : {"paged/bf16,bf16", "paged/bf16,tial=3", "paged/k=bf16,=3"})
+    refused(spec, {"k=", "v=", "sinks=", "tail="});
+  for (const char* spec : {"paged/bf16,tail=", "paged/bf16,tail=3x", "paged/bf16,sinks=-1", "paged/tail=99999999999"})
+    refused(spec, {"number of tokens"});
+  refused("paged/v=channel4", {"channel4", "keys"});
+  refused("paged/bf16,", {"ends"});
   REQUIRE_THROWS_AS(kvcache::make_cache("paged/bf16", {.head_dim = 0}), kvcache::shape_error);
+  REQUIRE_THROWS_AS(kvcache::make_cache("paged/bf16,sinks=17", small), kvcache::shape_error);  // more than a block
+}
+
+TEST_CASE("a spec says the codec of keys and values, sinks and tail", "[conformance]") {
+  const auto codec = kvcache::make_codec("k=channel4,v=rotated3,sinks=4,tail=128");
+  const kvcache::block_geometry g{.block_size = 64, .head_dim = 128};
+  REQUIRE(codec.tail_tokens == 128);
+  REQUIRE(codec.sink_tokens == 4);
+  REQUIRE(codec.block_bytes(g) ==
+          codec::mixed<codec::channel<4>, codec::rotated<3>>{}.block_bytes(g));
+  REQUIRE(kvcache::make_codec("int8,v=rotated4").block_bytes(g) ==
+          codec::mixed<codec::int8, codec::rotated<4>>{}.block_bytes(g));
+  REQUIRE(kvcache::make_codec("tail=5").block_bytes(g) == codec::bf16{}.block_bytes(g));
 }
 
 TEST_CASE("any_cache moves without throwing and copies only by name", "[conformance]") {

@@ -9,8 +9,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace oracle {
@@ -25,6 +27,9 @@ inline float stored(float x, std::string_view codec) {
 /// Bytes of one row of keys or values.
 inline std::ptrdiff_t row_bytes(std::ptrdiff_t head_dim, std::string_view codec) {
   if (codec == "int8") return head_dim + 2;
+  if (codec == "rotated4") return (head_dim * 4 + 7) / 8 + 2;
+  if (codec == "rotated3") return (head_dim * 3 + 7) / 8 + 2;
+  if (codec == "rotated2") return (head_dim * 2 + 7) / 8 + 2;
   return head_dim * (codec == "f32" ? 4 : 2);
 }
 
@@ -63,27 +68,37 @@ inline std::vector<float> stored_rows(std::vector<float> rows, std::ptrdiff_t he
 
 class cache {
  public:
+  /// What reading rows back gives, [n, head_dim]; keys if the flag is set.
+  using narrow_rows = std::function<std::vector<float>(std::vector<float>, bool)>;
+
   struct row {
     std::vector<float> k;  // [num_kv_heads, head_dim], narrowed
     std::vector<float> v;
   };
 
+  /// \param codec  as for stored_rows
   cache(std::ptrdiff_t num_layers, std::ptrdiff_t num_kv_heads, std::ptrdiff_t head_dim,
         std::string_view codec)
+      : cache(num_layers, num_kv_heads, head_dim,
+              [name = std::string(codec), head_dim](std::vector<float> rows, bool) {
+                return stored_rows(std::move(rows), head_dim, name);
+              }) {}
+
+  cache(std::ptrdiff_t num_layers, std::ptrdiff_t num_kv_heads, std::ptrdiff_t head_dim, narrow_rows narrow)
       : num_kv_heads_(num_kv_heads),
         head_dim_(head_dim),
-        codec_(codec),
+        narrow_(std::move(narrow)),
         layers_(static_cast<std::size_t>(num_layers)) {}
 
   /// k, v: [tokens, num_kv_heads, head_dim]
   void append(std::ptrdiff_t layer, const std::vector<float>& k, const std::vector<float>& v) {
     const std::size_t width = static_cast<std::size_t>(num_kv_heads_ * head_dim_);
     for (std::size_t first = 0; first < k.size(); first += width) {
-      const auto narrowed = [&](const std::vector<float>& x) {
+      const auto narrowed = [&](const std::vector<float>& x, bool keys) {
         const auto begin = x.begin() + static_cast<std::ptrdiff_t>(first);
-        return stored_rows({begin, begin + static_cast<std::ptrdiff_t>(width)}, head_dim_, codec_);
+        return narrow_({begin, begin + static_cast<std::ptrdiff_t>(width)}, keys);
       };
-      rows(layer).push_back({narrowed(k), narrowed(v)});
+      rows(layer).push_back({narrowed(k, true), narrowed(v, false)});
     }
     while (static_cast<std::ptrdiff_t>(positions_.size()) < longest())
       positions_.push_back(positions_.empty() ? 0 : positions_.back() + 1);
@@ -158,7 +173,7 @@ class cache {
 
   std::ptrdiff_t num_kv_heads_;
   std::ptrdiff_t head_dim_;
-  std::string codec_;
+  narrow_rows narrow_;
   std::vector<std::vector<row>> layers_;
   std::vector<std::ptrdiff_t> positions_;
 };

@@ -15,8 +15,10 @@
 #include <kvcache/attention/softmax_state.hpp>
 #include <kvcache/attention/visibility.hpp>
 #include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
 #include <kvcache/cache/positions.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/exact.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/types.hpp>
@@ -58,21 +60,43 @@ struct span_context {
   const rope_table* rope;
 };
 
-/// Working memory of one tile, in floats: turned queries, then scores.
-constexpr index_t span_scratch_floats(const block_geometry& g, index_t num_rows) noexcept {
-  return num_rows * (round_up(g.head_dim, 16) + g.block_size);
+/// The blocks of one span and one head.
+struct span_blocks {
+  std::span<const std::byte* const> data;  ///< in order, and the one after them, or null
+  index_t first_exact = 0;                 ///< token from which on blocks are exact, not the codec's
+  exact_sinks_view sinks = {};             ///< exact tokens from token 0 on, in place of those in the first block
+};
+
+/// Sums of the rows of a tile, [rows, head_dim] each: as they are, and in the codec's own coordinates.
+struct span_sums {
+  float* plain;
+  float* turned;  ///< null where the codec has none
+};
+
+/// Working memory of one tile, in floats: turned queries, prepared queries, turned sums, scores.
+template <class Codec>
+index_t span_scratch_floats(const Codec& codec, const block_geometry& g, index_t num_rows) noexcept {
+  const index_t dim = round_up(g.head_dim, 16);
+  return num_rows * (dim + codec.prepared_floats(g) + (codec.turns_sums() ? dim : 0) + g.block_size);
 }
 
-/// One block, of which `tokens` (all in `segment`) count; `next_block` is read after it, or null.
-template <block_codec Codec>
-void attend_block(const Codec& codec, const span_context& c, const query_tile& tile, const float* queries,
-                  const std::byte* block, const std::byte* next_block, token_range tokens,
-                  const position_segment& segment, float* scores, const softmax_state& state) {
-  const block_geometry& g = c.geometry;
-  const index_t base = tokens.first / g.block_size * g.block_size;
-  const index_t count = tokens.last - base;
+/// One run of tokens of a segment, in one block of which slots [0, count) are read.
+struct block_tokens {
+  const std::byte* block;
+  const std::byte* next_block;  ///< read after it, or null
+  token_range tokens;
+  index_t base;  ///< token of slot 0
+};
+
+/// \param queries  as the codec prepared them
+/// \param sums     where the codec's weighted sum goes
+template <class Codec>
+void attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
+                  const float* queries, const block_tokens& in, const position_segment& segment, float* scores,
+                  const softmax_state& state, const span_sums& all_sums, float* sums) {
+  const index_t count = in.tokens.last - in.base;
   const index_t num_scores = round_up(count, key_lanes);
-  codec.scores(*c.kernels, g, block, count, queries, tile.num_rows(), scores);
+  codec.scores(*c.kernels, g, in.block, count, queries, tile.num_rows(), scores);
   for (index_t r = 0; r < tile.num_rows(); ++r) {
     float* row_scores = scores + r * g.block_size;
     const index_t query = r / tile.group_size;
@@ -80,27 +104,37 @@ void attend_block(const Codec& codec, const span_context& c, const query_tile& t
     const auto head = static_cast<std::size_t>(tile.first_head + r % tile.group_size);
     const float slope = c.alibi_slopes.empty() ? 0.0F : c.alibi_slopes[head];
     if (c.visible.soft_cap() != 0.0F) c.kernels->soft_cap(row_scores, num_scores, c.visible.soft_cap());
-    c.visible.add_alibi(position, segment, slope, tokens, base, row_scores);
-    c.visible.hide(tile.first_query + query, position, segment, tokens, base, num_scores, row_scores);
+    c.visible.add_alibi(position, segment, slope, in.tokens, in.base, row_scores);
+    c.visible.hide(tile.first_query + query, position, segment, in.tokens, in.base, num_scores, row_scores);
     const float rescale = c.kernels->softmax(row_scores, num_scores, state.rows[static_cast<std::size_t>(r)]);
     if (rescale != 1.0F) {
-      for (float& sum : state.row_sums(static_cast<std::size_t>(r))) sum *= rescale;
+      const index_t dim = c.geometry.head_dim;
+      for (float* all : {all_sums.plain, all_sums.turned}) {
+        for (index_t d = 0; all != nullptr && d < dim; ++d) all[r * dim + d] *= rescale;
+      }
     }
   }
-  codec.accumulate(*c.kernels, g, block, count, scores, tile.num_rows(), state.sums.data(), next_block);
+  codec.accumulate(*c.kernels, g, in.block, count, scores, tile.num_rows(), sums, in.next_block);
 }
 
 /// Adds tokens [span.first, span.last) to `state`. At most span_tokens of them, starting at a multiple of that.
-/// \param blocks   the span's blocks, in order, and the one after them, or null
-/// \param scratch  [span_scratch_floats]
-template <block_codec Codec>
-void attend_span(const Codec& codec, const span_context& c, const query_tile& tile,
-                 std::span<const std::byte* const> blocks, token_range span, float* scratch,
-                 const softmax_state& state) {
+/// \param scratch  [span_scratch_floats], 64-byte aligned
+template <class Codec>
+void attend_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
+                 token_range span, float* scratch, const softmax_state& state) {
   const block_geometry& g = c.geometry;
-  const index_t num_floats = tile.num_rows() * g.head_dim;
-  float* turned = scratch;
-  float* scores = scratch + tile.num_rows() * round_up(g.head_dim, 16);
+  const index_t num_rows = tile.num_rows();
+  const index_t num_floats = num_rows * g.head_dim;
+  float* prepared = scratch;
+  float* turned = prepared + num_rows * codec.prepared_floats(g);
+  float* scores = turned + num_rows * round_up(g.head_dim, 16);
+  span_sums sums{state.sums.data(), nullptr};
+  if (codec.turns_sums()) {
+    sums.turned = scores + num_rows * g.block_size;
+    std::fill_n(sums.turned, num_floats, 0.0F);
+  }
+  float* codec_sums = codec.turns_sums() ? sums.turned : sums.plain;
+
   for (std::size_t s = 0; s < c.segments.size(); ++s) {
     const position_segment& segment = c.segments[s];
     const index_t segment_last = s + 1 < c.segments.size() ? c.segments[s + 1].first_token : span.last;
@@ -113,19 +147,37 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
     if (segment.rotation != 0) {
       KVCACHE_ASSERT(c.rope != nullptr, "attend: options.rope must be set where segments were shifted");
       std::copy_n(tile.queries, num_floats, turned);
-      c.rope->turn_by(turned, tile.num_rows(), -segment.rotation);
+      c.rope->turn_by(turned, num_rows, -segment.rotation);
       queries = turned;
     }
+    const float* codec_queries = nullptr;  // prepared when the first of the codec's blocks is seen
     for (index_t t = first; t < last;) {
       const index_t index = t / g.block_size;
-      const token_range tokens{t, std::min(last, (index + 1) * g.block_size)};
-      const auto sees = [&](index_t position) { return c.visible.any(position, segment, tokens); };
-      if (std::any_of(tile.positions, tile.positions + tile.num_queries, sees)) {
-        const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
-        attend_block(codec, c, tile, queries, blocks[b], blocks[b + 1], tokens, segment, scores, state);
-      }
+      const index_t base = index * g.block_size;
+      token_range tokens{t, std::min(last, base + g.block_size)};
+      const bool in_sinks = t < blocks.sinks.count;
+      if (in_sinks) tokens.last = std::min(tokens.last, blocks.sinks.count);
       t = tokens.last;
+      const auto sees = [&](index_t position) { return c.visible.any(position, segment, tokens); };
+      if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
+      const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
+      block_tokens in{blocks.data[b], blocks.data[b + 1], tokens, base};
+      if constexpr (sealing_codec<Codec>) {
+        if (in_sinks || base >= blocks.first_exact) {
+          if (in_sinks) in.block = blocks.sinks.data;
+          const block_geometry& exact = in_sinks ? blocks.sinks.geometry : g;
+          attend_block(codec::bf16{}, c, exact, tile, queries, in, segment, scores, state, sums, sums.plain);
+          continue;
+        }
+      }
+      if (codec_queries == nullptr)
+        codec_queries = codec.prepare(*c.kernels, g, queries, num_rows, prepared);
+      attend_block(codec, c, g, tile, codec_queries, in, segment, scores, state, sums, codec_sums);
     }
+  }
+  if (codec.turns_sums()) {
+    codec.finish(*c.kernels, g, num_rows, sums.turned);
+    for (index_t i = 0; i < num_floats; ++i) sums.plain[i] += sums.turned[i];
   }
 }
 

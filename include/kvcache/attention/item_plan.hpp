@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstddef>
 #include <span>
+#include <type_traits>
 
 namespace kvcache::inline v0::detail {
 
@@ -53,12 +54,11 @@ class item_plan {
 
   /// Floats of a softmax state of one tile, and of everything a worker needs.
   [[nodiscard]] index_t state_floats() const noexcept {
-    return max_rows() * (round_up(shape_.head_dim, 16) + 2);
+    return max_rows() * round_up(shape_.head_dim, 16) + round_up(2 * max_rows(), 16);
   }
   [[nodiscard]] index_t worker_floats() const noexcept {
-    return round_up(max_rows() * round_up(shape_.head_dim, 16) + span_scratch_floats(geometry(), max_rows()) +
-                        2 * state_floats() + 2 * max_rows(),
-                    16);
+    return positions_floats() + max_rows() * round_up(shape_.head_dim, 16) +
+           span_scratch_floats(item_->layer.codec(), geometry(), max_rows()) + 2 * state_floats();
   }
 
   /// A whole tile, span by span. \param scratch  [worker_floats()]
@@ -93,6 +93,9 @@ class item_plan {
   }
 
  private:
+  /// The positions of a tile's queries; everything that follows stays 64-byte aligned.
+  [[nodiscard]] index_t positions_floats() const noexcept { return round_up(2 * max_rows(), 16); }
+
   [[nodiscard]] block_geometry geometry() const noexcept { return {shape_.block_size, shape_.head_dim}; }
 
   /// Position of a query: given, or that of the token it belongs to.
@@ -139,7 +142,7 @@ class item_plan {
     const index_t dim = shape_.head_dim;
     const float scale = options_->scale.value_or(1.0F / std::sqrt(static_cast<float>(dim)));
     auto* positions = reinterpret_cast<index_t*>(scratch);
-    scratch += 2 * max_rows();
+    scratch += positions_floats();
     float* queries = scratch;
     scratch += max_rows() * round_up(dim, 16);
     for (index_t i = 0; i < num_queries; ++i) {
@@ -156,7 +159,7 @@ class item_plan {
   softmax_state state_in(float*& floats, index_t num_rows) const noexcept {
     static_assert(sizeof(kernel::softmax_row) == 2 * sizeof(float));
     auto* rows = reinterpret_cast<kernel::softmax_row*>(floats);
-    float* sums = floats + 2 * max_rows();
+    float* sums = floats + round_up(2 * max_rows(), 16);
     floats += state_floats();
     return {{rows, static_cast<std::size_t>(num_rows)},
             {sums, static_cast<std::size_t>(num_rows * shape_.head_dim)}};
@@ -180,8 +183,16 @@ class item_plan {
                                item_->layer.positions().segments(),
                                options_->alibi_slopes,
                                options_->rope};
-    attend_span(item_->layer.codec(), context, tile,
-                {blocks.data(), static_cast<std::size_t>(num_blocks + 1)}, tokens, scratch, state);
+    span_blocks in{{blocks.data(), static_cast<std::size_t>(num_blocks + 1)}};
+    if constexpr (sealing_codec<std::remove_cvref_t<decltype(item_->layer.codec())>>) {
+      in.first_exact = item_->layer.num_sealed() * shape_.block_size;
+      in.sinks = item_->layer.sinks(head);
+    }
+    if constexpr (requires { item_->layer.codec(head); }) {
+      attend_span(item_->layer.codec(head), context, tile, in, tokens, scratch, state);
+    } else {
+      attend_span(item_->layer.codec(), context, tile, in, tokens, scratch, state);
+    }
   }
 
   void write(const query_tile& tile, const softmax_state& state) const noexcept {

@@ -2,6 +2,7 @@
 // Views of block memory and of the caller's rows. None of them owns anything.
 #pragma once
 
+#include <kvcache/block/order.hpp>
 #include <kvcache/core/types.hpp>
 
 #include <cstddef>
@@ -14,6 +15,14 @@ struct block_view {
   index_t first_token = 0;          ///< token index of slot 0
   index_t count = 0;                ///< slots that hold tokens; the others may hold anything
   const std::byte* data = nullptr;  ///< keys section, then values section; 64-byte aligned
+  bool sealed = true;               ///< in the encoding of the cache's codec, else of codec::bf16
+};
+
+/// The exact first tokens of a sealed block; `count` is 0 where there are none.
+struct exact_sinks_view {
+  const std::byte* data = nullptr;  ///< in the encoding of codec::bf16; 64-byte aligned
+  index_t count = 0;
+  block_geometry geometry = {};
 };
 
 /// Float rows of one head inside a [token, head, dim] buffer: row i starts at `data + i * stride`.

@@ -74,6 +74,7 @@ class chunked_storage {
     return static_cast<index_t>(chunks_.size()) * chunk_bytes_;
   }
   [[nodiscard]] index_t shared_bytes() const noexcept { return 0; }
+  [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return options_.memory; }
   [[nodiscard]] chunked_storage empty_like() const { return {shape_, block_bytes_, options_}; }
 
   void check() const {

@@ -91,6 +91,9 @@ class contiguous_storage {
   [[nodiscard]] index_t num_blocks() const noexcept { return num_blocks_; }
   [[nodiscard]] index_t total_bytes() const noexcept { return num_regions() * granted_bytes(num_blocks_); }
   [[nodiscard]] index_t shared_bytes() const noexcept { return 0; }
+  [[nodiscard]] std::pmr::memory_resource* memory() const noexcept {
+    return options_.memory != nullptr ? options_.memory : huge_page_resource();
+  }
   [[nodiscard]] contiguous_storage empty_like() const { return {shape_, block_bytes_, options_}; }
 
   /// Whether growth still happens in place.

@@ -18,6 +18,9 @@
 
 namespace kvcache::inline v0 {
 
+template <class Cache>
+class layer_ref;
+
 /// The blocks of one layer and head, in order; a forward range of block_view, three words.
 template <class Cache>
 class block_range {
@@ -66,7 +69,7 @@ class block_range {
     const index_t block_size = cache_->shape().block_size;
     const index_t first = index * block_size;
     return {index, first, std::min(block_size, cache_->layer_size(layer_) - first),
-            cache_->block(layer_, head_, index)};
+            cache_->block(layer_, head_, index), index < layer_ref<const Cache>(*cache_, layer_).num_sealed()};
   }
 
   const Cache* cache_ = nullptr;
@@ -105,11 +108,33 @@ class layer_ref {
   [[nodiscard]] index_t num_blocks() const noexcept { return blocks(0).size(); }
   [[nodiscard]] const cache_shape& shape() const noexcept { return cache_->shape(); }
   [[nodiscard]] const auto& codec() const noexcept { return cache_->codec(); }
+  /// The codec for one head of this layer; the same for all where it has no settings of a head's own.
+  [[nodiscard]] decltype(auto) codec(index_t head) const noexcept {
+    return codec_at(cache_->codec(), layer_, head);
+  }
   [[nodiscard]] const position_map& positions() const noexcept { return cache_->positions(); }
 
   /// The encoded block `index` of `head`; 64-byte aligned. \pre `index < num_blocks()`. O(1).
   [[nodiscard]] const std::byte* block(index_t head, index_t index) const noexcept {
     return cache_->block(layer_, head, index);
+  }
+
+  /// Blocks [0, num_sealed) are in the encoding of codec(), those behind them in that of codec::bf16.
+  [[nodiscard]] index_t num_sealed() const noexcept {
+    if constexpr (requires { cache_->sealing(); }) {
+      return cache_->sealing().num_sealed(layer_, size());
+    } else {
+      return num_blocks();
+    }
+  }
+  /// The first tokens of a head that are exact although their block is sealed: a bf16 block of their own.
+  [[nodiscard]] exact_sinks_view sinks([[maybe_unused]] index_t head) const noexcept {
+    if constexpr (requires { cache_->sealing(); }) {
+      const auto& blocks = cache_->sealing();
+      if (blocks.num_sinks() > 0 && num_sealed() > 0)
+        return {blocks.sinks(layer_, head), blocks.num_sinks(), blocks.sink_geometry()};
+    }
+    return {};
   }
 
   /// All blocks of a head. Invalidated when the cache is moved, or the sequence changes.

@@ -65,6 +65,8 @@ class page_store {
     return num_pages() - static_cast<index_t>(free_.size());
   }
 
+  [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return memory_; }
+
   /// Gives slabs back to the memory resource, newest first, until one has a page in use. O(pages), never allocates.
   void release_free() noexcept;
 

@@ -75,6 +75,7 @@ class paged_storage {
     for (const page_id page : page_table()) pages += store_->ref_count(page) > 1 ? 1 : 0;
     return pages * store_->page_bytes();
   }
+  [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return store_->memory(); }
   [[nodiscard]] paged_storage empty_like() const { return {store_, shape_, block_bytes_}; }
   void check() const { store_->check(); }
 

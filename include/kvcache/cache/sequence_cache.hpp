@@ -10,8 +10,10 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/cache/concepts.hpp>
+#include <kvcache/cache/direct_blocks.hpp>
 #include <kvcache/cache/layer.hpp>
 #include <kvcache/cache/positions.hpp>
+#include <kvcache/cache/sealing_blocks.hpp>
 #include <kvcache/cache/step.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/core/assert.hpp>
@@ -33,6 +35,20 @@
 
 namespace kvcache::inline v0 {
 
+namespace detail {
+
+/// The blocks of a sequence, by what the codec asks for.
+template <class Codec, class Storage>
+struct blocks_for_codec {
+  using type = direct_blocks<Codec, Storage>;
+};
+template <sealing_codec Codec, class Storage>
+struct blocks_for_codec<Codec, Storage> {
+  using type = sealing_blocks<Codec, Storage>;
+};
+
+}  // namespace detail
+
 /// One sequence of keys and values in every layer. Move-only; copying is named `clone` or `fork`.
 ///
 /// Threads: any number of readers (attend, copy_out, blocks) or one writer; no locks inside.
@@ -47,11 +63,7 @@ class sequence_cache {
 
   /// An empty sequence; containers' own constructors call this. Throws shape_error.
   sequence_cache(const cache_shape& shape, const Codec& codec, Storage storage)
-      : shape_(shape),
-        codec_(codec),
-        storage_(std::move(storage)),
-        sizes_(static_cast<std::size_t>(shape.num_layers), 0),
-        step_sizes_(sizes_) {}
+      : sequence_cache(shape, blocks(shape, codec, std::move(storage))) {}
 
   /// An empty sequence over a storage built from its options. Throws shape_error naming what cannot be.
   template <class S = Storage, class Options = typename S::options>
@@ -83,8 +95,8 @@ class sequence_cache {
   // -- the sequence ---------------------------------------------------------------------------------------------
 
   [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
-  [[nodiscard]] const Codec& codec() const noexcept { return codec_; }
-  [[nodiscard]] const Storage& storage() const noexcept { return storage_; }
+  [[nodiscard]] const Codec& codec() const noexcept { return blocks_.codec(); }
+  [[nodiscard]] const Storage& storage() const noexcept { return blocks_.storage(); }
   [[nodiscard]] const position_map& positions() const noexcept { return positions_; }
 
   /// Tokens that every layer has.
@@ -93,21 +105,23 @@ class sequence_cache {
     return sizes_[static_cast<std::size_t>(layer)];
   }
 
+  /// In the encoding of codec(), or of codec::bf16 where a sealing codec keeps it exact.
   /// \pre the block exists. O(1).
   [[nodiscard]] const std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
-    return storage_.block(layer, head, index);
+    return blocks_.block(layer, head, index);
   }
+  /// Where a sealing codec keeps tokens exact; see sealing_blocks.
+  [[nodiscard]] const auto& sealing() const noexcept requires sealing_codec<Codec> { return blocks_; }
 
   /// Memory of the blocks. O(blocks) for paged, else O(layers).
-  [[nodiscard]] memory_use bytes() const noexcept;
+  [[nodiscard]] memory_use bytes() const noexcept { return blocks_.bytes(sizes_); }
 
   /// Room for `num_tokens` tokens in all, so that appends up to there cannot fail or allocate.
   /// \return out_of_pages or out_of_memory; then nothing changed
   [[nodiscard]] status reserve(index_t num_tokens) {
     if (num_tokens > max_tokens) return status::out_of_memory;
     if (num_tokens <= size()) return status::ok;
-    return storage_.prepare_write(size() / shape_.block_size,
-                                  std::max(blocks_for(num_tokens), storage_.num_blocks()));
+    return blocks_.reserve(size(), num_tokens);
   }
 
   /// Forgets every token from `num_tokens` on, in every layer; longer than the sequence is no change.
@@ -121,10 +135,11 @@ class sequence_cache {
   /// resource, the blocks move into a smaller piece, if there is one. Invalidates: all views of blocks.
   void shrink_to_fit() noexcept {
     KVCACHE_ASSERT(!in_step_, "shrink_to_fit: no step may be open");
-    if constexpr (requires { storage_.shrink_to_fit(index_t{}); }) {
-      storage_.shrink_to_fit(blocks_for(newest()));
+    Storage& storage = blocks_.storage();
+    if constexpr (requires { storage.shrink_to_fit(index_t{}); }) {
+      storage.shrink_to_fit(blocks_.blocks_needed(sizes_));
     } else {
-      storage_.shrink(blocks_for(newest()));
+      storage.shrink(blocks_.blocks_needed(sizes_));
     }
   }
 
@@ -179,6 +194,14 @@ class sequence_cache {
   void use_kernels(const kernel::table& kernels) noexcept { kernels_ = &kernels; }
 
  private:
+  using blocks = typename detail::blocks_for_codec<Codec, Storage>::type;
+
+  sequence_cache(const cache_shape& shape, blocks settled)
+      : shape_(shape),
+        blocks_(std::move(settled)),
+        sizes_(static_cast<std::size_t>(shape.num_layers), 0),
+        step_sizes_(sizes_) {}
+
   template <class Options>
   static Storage make_storage(const cache_shape& shape, const Codec& codec, const Options& options) {
     validate(shape);
@@ -200,16 +223,11 @@ class sequence_cache {
   static constexpr index_t max_tokens = std::numeric_limits<index_t>::max() / 4;
 
   [[nodiscard]] index_t newest() const noexcept { return *std::max_element(sizes_.begin(), sizes_.end()); }
-  [[nodiscard]] index_t blocks_for(index_t tokens) const noexcept {
-    return ceil_div(tokens, shape_.block_size);
-  }
-  [[nodiscard]] status encode(index_t layer, index_t num_tokens, const float* k, const float* v);
   [[nodiscard]] sequence_cache copied(index_t num_tokens) const;
   void take_sizes_from(const sequence_cache& other, index_t num_tokens);
 
   cache_shape shape_;
-  [[no_unique_address]] Codec codec_;
-  Storage storage_;
+  blocks blocks_;
   std::vector<index_t> sizes_;       // [num_layers] tokens
   std::vector<index_t> step_sizes_;  // [num_layers] the same when the open step began
   position_map positions_;
@@ -230,12 +248,13 @@ status sequence_cache<Codec, Storage>::try_append(index_t layer, std::span<const
   if (num_tokens == 0) return status::ok;
 
   index_t& size = sizes_[static_cast<std::size_t>(layer)];
-  const index_t blocks_before = storage_.num_blocks();
-  if (const status s = storage_.prepare_write(size / shape_.block_size, blocks_for(size + num_tokens));
-      s != status::ok)
-    return s;
-  if (const status s = encode(layer, num_tokens, k.data(), v.data()); s != status::ok) {
-    storage_.shrink(blocks_before);
+  const index_t blocks_before = blocks_.storage().num_blocks();
+  if (const status s = blocks_.prepare(size, size + num_tokens); s != status::ok) return s;
+  const index_t dim = shape_.head_dim;
+  if (const status s = blocks_.write(*kernels_, layer, size, num_tokens, {k.data(), token_size, dim},
+                                     {v.data(), token_size, dim});
+      s != status::ok) {
+    blocks_.storage().shrink(blocks_before);
     return s;
   }
   size += num_tokens;
@@ -243,60 +262,19 @@ status sequence_cache<Codec, Storage>::try_append(index_t layer, std::span<const
 }
 
 template <block_codec Codec, block_storage Storage>
-status sequence_cache<Codec, Storage>::encode(index_t layer, index_t num_tokens, const float* k,
-                                              const float* v) {
-  const block_geometry g = geometry_of(shape_);
-  const index_t stride = shape_.num_kv_heads * shape_.head_dim;
-  const index_t begin = layer_size(layer);
-  for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
-    for (index_t done = 0; done < num_tokens;) {
-      const index_t slot = (begin + done) % g.block_size;
-      const index_t count = std::min(g.block_size - slot, num_tokens - done);
-      std::byte* block = storage_.block(layer, head, (begin + done) / g.block_size);
-      // A block that starts out partly filled starts out zero: no bytes of its last owner stay behind.
-      if (slot == 0 && count < g.block_size)
-        std::memset(block, 0, static_cast<std::size_t>(codec_.block_bytes(g)));
-      const index_t offset = done * stride + head * g.head_dim;
-      const status s =
-          codec_.encode(*kernels_, g, block, slot, count, {k + offset, stride}, {v + offset, stride});
-      if (s != status::ok) return s;
-      done += count;
-    }
-  }
-  return status::ok;
-}
-
-template <block_codec Codec, block_storage Storage>
 void sequence_cache<Codec, Storage>::copy_out(index_t layer, index_t first, index_t count, std::span<float> k,
                                               std::span<float> v, kv_layout layout) const {
-  const block_geometry g = geometry_of(shape_);
-  const auto num_floats = static_cast<std::size_t>(count * shape_.num_kv_heads * g.head_dim);
+  const index_t dim = shape_.head_dim;
+  const auto num_floats = static_cast<std::size_t>(count * shape_.num_kv_heads * dim);
   KVCACHE_ASSERT(0 <= first && 0 <= count && first + count <= layer_size(layer),
                  "copy_out: the tokens must lie in the layer");
   KVCACHE_ASSERT(k.size() == num_floats && v.size() == num_floats,
                  "copy_out: the spans must have count * num_kv_heads * head_dim floats");
   const bool nhd = layout == kv_layout::nhd;
-  const index_t stride = nhd ? shape_.num_kv_heads * g.head_dim : g.head_dim;
-  const index_t head_stride = nhd ? g.head_dim : count * g.head_dim;
-  for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
-    for (index_t done = 0; done < count;) {
-      const index_t slot = (first + done) % g.block_size;
-      const index_t n = std::min(g.block_size - slot, count - done);
-      const index_t offset = done * stride + head * head_stride;
-      codec_.decode(*kernels_, g, block(layer, head, (first + done) / g.block_size), slot, n,
-                    {k.data() + offset, stride}, {v.data() + offset, stride});
-      done += n;
-    }
-  }
-}
-
-template <block_codec Codec, block_storage Storage>
-memory_use sequence_cache<Codec, Storage>::bytes() const noexcept {
-  index_t tokens = 0;
-  for (const index_t size : sizes_) tokens += size;
-  const index_t total = storage_.total_bytes();
-  const index_t payload = tokens * shape_.num_kv_heads * codec_.token_bytes(geometry_of(shape_));
-  return {total, payload, total - payload, storage_.shared_bytes()};
+  const index_t stride = nhd ? shape_.num_kv_heads * dim : dim;
+  const index_t head_stride = nhd ? dim : count * dim;
+  blocks_.read(*kernels_, layer, first, count, {k.data(), stride, head_stride},
+               {v.data(), stride, head_stride});
 }
 
 template <block_codec Codec, block_storage Storage>
@@ -306,7 +284,7 @@ void sequence_cache<Codec, Storage>::truncate(index_t num_tokens) noexcept {
   const index_t size_before = newest();
   for (index_t& size : sizes_) size = std::min(size, num_tokens);
   if (num_tokens < size_before) positions_.truncate(num_tokens);
-  storage_.shrink(blocks_for(newest()));
+  blocks_.truncate(*kernels_, sizes_);
 }
 
 template <block_codec Codec, block_storage Storage>
@@ -319,18 +297,7 @@ void sequence_cache<Codec, Storage>::take_sizes_from(const sequence_cache& other
 
 template <block_codec Codec, block_storage Storage>
 auto sequence_cache<Codec, Storage>::copied(index_t num_tokens) const -> sequence_cache {
-  sequence_cache copy(shape_, codec_, storage_.empty_like());
-  const index_t num_blocks = blocks_for(num_tokens);
-  if (const status s = copy.storage_.prepare_write(0, num_blocks); s != status::ok)
-    throw capacity_error("clone", s);
-  const auto block_bytes = static_cast<std::size_t>(codec_.block_bytes(geometry_of(shape_)));
-  for (index_t layer = 0; layer < shape_.num_layers; ++layer) {
-    const index_t blocks_here = std::min(num_blocks, blocks_for(layer_size(layer)));
-    for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
-      for (index_t b = 0; b < blocks_here; ++b)
-        std::memcpy(copy.storage_.block(layer, head, b), block(layer, head, b), block_bytes);
-    }
-  }
+  sequence_cache copy(shape_, blocks_.copied(*kernels_, sizes_, num_tokens));
   copy.take_sizes_from(*this, num_tokens);
   return copy;
 }
@@ -338,8 +305,8 @@ auto sequence_cache<Codec, Storage>::copied(index_t num_tokens) const -> sequenc
 template <block_codec Codec, block_storage Storage>
 auto sequence_cache<Codec, Storage>::fork(index_t num_tokens) const -> sequence_cache {
   KVCACHE_ASSERT(0 <= num_tokens && num_tokens <= size(), "fork: the tokens must lie in the sequence");
-  if constexpr (requires { storage_.share(num_tokens); }) {
-    sequence_cache child(shape_, codec_, storage_.share(blocks_for(num_tokens)));
+  if constexpr (requires { blocks_.shared(*kernels_, sizes_, num_tokens); }) {
+    sequence_cache child(shape_, blocks_.shared(*kernels_, sizes_, num_tokens));
     child.take_sizes_from(*this, num_tokens);
     return child;
   } else {
@@ -352,12 +319,14 @@ status sequence_cache<Codec, Storage>::begin_step(index_t num_tokens) {
   KVCACHE_ASSERT(!in_step_, "begin: a step is open already");
   KVCACHE_ASSERT(num_tokens >= 0, "begin: the number of tokens must not be negative");
   if (num_tokens > max_tokens) return status::out_of_memory;
-  const index_t blocks_before = storage_.num_blocks();
-  const index_t last = blocks_for(newest() + num_tokens);
-  const index_t first = size() / shape_.block_size;
-  const status s =
-      num_tokens == 0 ? status::ok : storage_.prepare_write(first, std::max(last, blocks_before));
-  if (s != status::ok) return s;
+  const index_t blocks_before = blocks_.storage().num_blocks();
+  if (num_tokens > 0) {
+    if (const status s = blocks_.reserve(size(), newest() + num_tokens); s != status::ok) return s;
+  }
+  if (const status s = blocks_.begin_step(num_tokens); s != status::ok) {
+    blocks_.storage().shrink(blocks_before);
+    return s;
+  }
   step_blocks_ = blocks_before;
   step_sizes_ = sizes_;  // same length: never allocates
   in_step_ = true;
@@ -368,7 +337,8 @@ template <block_codec Codec, block_storage Storage>
 void sequence_cache<Codec, Storage>::end_step(bool commit) noexcept {
   in_step_ = false;
   if (!commit) sizes_ = step_sizes_;
-  storage_.shrink(std::max(blocks_for(newest()), step_blocks_));
+  blocks_.end_step(*kernels_, commit, sizes_);
+  blocks_.storage().shrink(std::max(blocks_.blocks_needed(sizes_), step_blocks_));
 }
 
 template <block_codec Codec, block_storage Storage>
@@ -379,7 +349,6 @@ void sequence_cache<Codec, Storage>::check() const {
   require(static_cast<index_t>(sizes_.size()) == shape_.num_layers, "one size per layer");
   require(std::all_of(sizes_.begin(), sizes_.end(), [](index_t n) { return n >= 0; }),
           "sizes are not negative");
-  require(blocks_for(newest()) <= storage_.num_blocks(), "there is a block for every token");
   const memory_use use = bytes();
   require(use.payload >= 0 && use.slack >= 0 && use.payload + use.slack == use.total,
           "payload and slack make the total");
@@ -389,7 +358,7 @@ void sequence_cache<Codec, Storage>::check() const {
   require(std::is_sorted(segments.begin(), segments.end(),
                          [](const auto& a, const auto& b) { return a.first_token < b.first_token; }),
           "position segments are in order");
-  storage_.check();
+  blocks_.check(sizes_);
 }
 
 }  // namespace kvcache::inline v0

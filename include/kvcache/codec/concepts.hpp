@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: MIT
 // What a codec is: the meaning of a block's bytes. A plain struct whose members are its settings.
+//
+// Most codecs are put together from two sides (codec/sides.hpp), one for the keys' section of a block and one for the
+// values' section, so that any keys go with any values. A side is written once for all instruction sets, over the
+// functions of kernel::table.
 #pragma once
 
 #include <kvcache/block/order.hpp>
@@ -17,20 +21,102 @@ namespace kvcache::inline v0 {
 /// \tparam C  stores the keys and values of a block in `block_bytes(geometry)` bytes, 64-byte aligned
 ///
 /// `encode` writes slots [first, first + count) from float rows and touches no other slot; on any status but
-/// `ok` nothing was written. `scores` and `accumulate` are those of kernel::element_kernels, for this encoding;
-/// the last argument of `accumulate` is the block that will be read next, or null.
+/// `ok` nothing was written. A codec that `needs_whole_blocks` is asked once for each block, for its last slots.
+///
+/// Attention calls `prepare` once for many blocks: it makes query rows ready, in `prepared_floats(geometry)` floats each,
+/// or returns the rows themselves where nothing has to be done. `scores` and `accumulate` are those of
+/// kernel::element_kernels, for this encoding; the last argument is the block that will be read next, or null. Where
+/// `turns_sums` holds, sums are in coordinates of the codec's own until `finish` turns them back, once for many blocks.
+///
+/// What differs between heads: `at(layer, head)`, where there is such a member, is the codec for that head.
 template <class C>
 concept block_codec = std::copyable<C> && std::default_initializable<C> &&
     requires(const C& codec, const kernel::table& kernels, const block_geometry& g, std::byte* block,
              const std::byte* sealed, index_t n, const_rows in, mutable_rows out, const float* q,
              float* scores) {
   { C::name } -> std::convertible_to<std::string_view>;
+  { codec.needs_whole_blocks() } -> std::same_as<bool>;
+  { codec.turns_sums() } -> std::same_as<bool>;
   { codec.block_bytes(g) } -> std::same_as<index_t>;
   { codec.token_bytes(g) } -> std::same_as<index_t>;
   { codec.encode(kernels, g, block, n, n, in, in) } -> std::same_as<status>;
   codec.decode(kernels, g, sealed, n, n, out, out);
+  { codec.prepared_floats(g) } -> std::same_as<index_t>;
+  { codec.prepare(kernels, g, q, n, scores) } -> std::same_as<const float*>;
   codec.scores(kernels, g, sealed, n, q, n, scores);
   codec.accumulate(kernels, g, sealed, n, q, n, scores, sealed);
+  codec.finish(kernels, g, n, scores);
 };
+
+/// The codec for one head: `codec.at(layer, head)` where there is such a member, else the codec itself.
+template <class Codec>
+constexpr decltype(auto) codec_at(const Codec& codec, [[maybe_unused]] index_t layer,
+                                  [[maybe_unused]] index_t head) {
+  if constexpr (requires { codec.at(layer, head); }) {
+    return codec.at(layer, head);
+  } else {
+    return (codec);
+  }
+}
+
+/// Whether a cache with this codec may keep some tokens exact and seal whole blocks; see cache/sealing_blocks.hpp.
+template <class C>
+concept sealing_codec = block_codec<C> && requires(const C& codec) {
+  { codec.tail_tokens } -> std::convertible_to<index_t>;
+  { codec.sink_tokens } -> std::convertible_to<index_t>;
+};
+
+namespace codec {
+
+/// One side of a block, in a section of `section_bytes(geometry)` bytes, a multiple of 64.
+///
+/// `row_bytes`: what one more token takes, rounded up. `accepts` says whether rows can be stored, `encode` stores them;
+/// slots and the rest are as for block_codec.
+template <class S>
+concept side = std::copyable<S> && std::default_initializable<S> &&
+    requires(const S& s, const kernel::table& kernels, const block_geometry& g, std::byte* section,
+             const std::byte* sealed, index_t n, const_rows in, mutable_rows out) {
+  { S::needs_whole_blocks } -> std::convertible_to<bool>;
+  { s.section_bytes(g) } -> std::same_as<index_t>;
+  { s.row_bytes(g) } -> std::same_as<index_t>;
+  { s.accepts(kernels, g, n, in) } -> std::same_as<status>;
+  s.encode(kernels, g, section, n, n, in);
+  s.decode(kernels, g, sealed, n, n, out);
+};
+
+template <class S>
+concept key_side = side<S> && requires(const S& s, const kernel::table& kernels, const block_geometry& g,
+                                       const std::byte* sealed, index_t n, const float* q, float* to) {
+  { s.prepared_floats(g) } -> std::same_as<index_t>;
+  { s.prepare(kernels, g, q, n, to) } -> std::same_as<const float*>;
+  s.scores(kernels, g, sealed, n, q, n, to, sealed);
+};
+
+template <class S>
+concept value_side = side<S> && requires(const S& s, const kernel::table& kernels, const block_geometry& g,
+                                         const std::byte* sealed, index_t n, const float* w, float* to) {
+  { S::turns_sums } -> std::convertible_to<bool>;
+  s.accumulate(kernels, g, sealed, n, w, n, to, sealed);
+  s.finish(kernels, g, n, to);
+};
+
+/// What sides inherit that need none of it.
+struct plain_side {
+  static constexpr bool needs_whole_blocks = false;
+  static constexpr bool turns_sums = false;
+  static status accepts(const kernel::table& /*kernels*/, const block_geometry& /*g*/, index_t /*count*/,
+                        const_rows /*rows*/) noexcept {
+    return status::ok;
+  }
+  [[nodiscard]] static constexpr index_t prepared_floats(const block_geometry& /*g*/) noexcept { return 0; }
+  static const float* prepare(const kernel::table& /*kernels*/, const block_geometry& /*g*/,
+                              const float* queries, index_t /*num_rows*/, float* /*prepared*/) noexcept {
+    return queries;
+  }
+  static void finish(const kernel::table& /*kernels*/, const block_geometry& /*g*/, index_t /*num_rows*/,
+                     float* /*sums*/) noexcept {}
+};
+
+}  // namespace codec
 
 }  // namespace kvcache::inline v0

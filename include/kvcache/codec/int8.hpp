@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // int8: every row of keys or values as bytes and one scale, the row's largest magnitude / 127.
 //
-//   block: | keys, block order of bytes | values | key scales [block_size] | value scales [block_size] |   each padded to 64
+//   section: | rows, block order of bytes | scales [block_size], bfloat16 |   each padded to 64
 //
 // 8 + 16 / head_dim bits per number. Relative mean squared error of normally distributed rows of 128: 4.3e-5. A number is
 // off by at most 0.504 scales: half a step, and the scale is rounded up to bfloat16 so that huge and tiny rows keep it.
@@ -11,11 +11,12 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/scales.hpp>
+#include <kvcache/codec/sides.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/memory.hpp>
 #include <kvcache/core/shape.hpp>
-#include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -28,108 +29,121 @@
 
 namespace kvcache::inline v0::codec {
 
-struct int8 {
+namespace detail {
+
+/// largest / 127, rounded up.
+inline bfloat16 byte_scale(float largest) noexcept {
+  return {static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(largest / 127.0F) + 0xffffU) >> 16)};
+}
+
+/// A row as bytes, zeros up to the next multiple of four, and its scale.
+struct byte_row {
+  std::array<std::int8_t, max_head_dim + 4> bytes;
+  bfloat16 scale;
+
+  byte_row(const kernel::table& kernels, const float* row, index_t head_dim)
+      : scale(byte_scale(kernels.int8.largest(row, head_dim))) {
+    std::memset(&bytes[static_cast<std::size_t>(head_dim)], 0, 4);
+    kernels.int8.quantize(row, head_dim, to_float(scale), bytes.data());
+  }
+};
+
+}  // namespace detail
+
+struct int8_keys : plain_side {
   using order = block_order<std::int8_t>;
 
-  static constexpr std::string_view name = "int8";
-
-  /// Bytes of one block, all four sections.
-  [[nodiscard]] static constexpr index_t block_bytes(const block_geometry& g) noexcept {
-    return value_scales_offset(g) + padded(scale_bytes(g));
+  [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
+    return scales_offset(g) + scales_bytes(g);
   }
-
-  /// Bytes that one more token takes, keys and values, without padding.
-  [[nodiscard]] static constexpr index_t token_bytes(const block_geometry& g) noexcept {
-    return 2 * (g.head_dim + static_cast<index_t>(sizeof(bfloat16)));
+  [[nodiscard]] static constexpr index_t row_bytes(const block_geometry& g) noexcept {
+    return g.head_dim + index_t{sizeof(bfloat16)};
   }
-
-  /// Returns not_finite, and writes nothing, if a row holds NaN or infinity.
-  static status encode(const kernel::table& kernels, const block_geometry& g, std::byte* block, index_t first,
-                       index_t count, const_rows k, const_rows v) {
-    std::array<bfloat16, max_block_size> key_scales;
-    std::array<bfloat16, max_block_size> value_scales;
-    for (index_t t = 0; t < count; ++t) {
-      const float key = kernels.int8.largest(k.row(t), g.head_dim);
-      const float value = kernels.int8.largest(v.row(t), g.head_dim);
-      if (key != key || value != value) return status::not_finite;
-      key_scales[static_cast<std::size_t>(t)] = scale_of(key);
-      value_scales[static_cast<std::size_t>(t)] = scale_of(value);
-    }
-    const auto scale_count = static_cast<std::size_t>(count) * sizeof(bfloat16);
-    std::memcpy(block + key_scales_offset(g) + first * 2, key_scales.data(), scale_count);
-    std::memcpy(block + value_scales_offset(g) + first * 2, value_scales.data(), scale_count);
-
-    auto* keys = reinterpret_cast<std::int8_t*>(block);
-    auto* values = reinterpret_cast<std::int8_t*>(block + values_offset(g));
-    std::array<std::int8_t, max_head_dim + 4> bytes;
-    for (index_t t = 0; t < count; ++t) {
-      std::memset(&bytes[static_cast<std::size_t>(g.head_dim)], 0, 4);
-      kernels.int8.quantize(k.row(t), g.head_dim, to_float(key_scales[static_cast<std::size_t>(t)]),
-                            bytes.data());
-      for (index_t d = 0; d < g.head_dim; d += order::pack)
-        std::memcpy(keys + order::key_index(g, first + t, d), &bytes[static_cast<std::size_t>(d)],
-                    order::pack);
-      kernels.int8.quantize(v.row(t), g.head_dim, to_float(value_scales[static_cast<std::size_t>(t)]),
-                            bytes.data());
-      std::int8_t* to = values + order::value_index(g, first + t, 0);
-      for (index_t d = 0; d < g.head_dim; ++d) to[d * order::pack] = bytes[static_cast<std::size_t>(d)];
-    }
-    return status::ok;
+  static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
+                        const_rows rows) {
+    return finite_rows(kernels, g, count, rows);
   }
-
-  static void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* block,
-                     index_t first, index_t count, mutable_rows k, mutable_rows v) {
-    const auto* keys = reinterpret_cast<const std::int8_t*>(block);
-    const auto* values = reinterpret_cast<const std::int8_t*>(block + values_offset(g));
+  static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
+                     index_t count, const_rows rows) {
+    auto* keys = reinterpret_cast<std::int8_t*>(section);
     for (index_t t = first; t < first + count; ++t) {
-      const float key_scale = to_float(scales(block + key_scales_offset(g))[t]);
-      const float value_scale = to_float(scales(block + value_scales_offset(g))[t]);
-      float* key = k.row(t - first);
-      float* value = v.row(t - first);
-      for (index_t d = 0; d < g.head_dim; ++d) {
-        key[d] = key_scale * static_cast<float>(keys[order::key_index(g, t, d)]);
-        value[d] = value_scale * static_cast<float>(values[order::value_index(g, t, d)]);
-      }
+      const detail::byte_row row(kernels, rows.row(t - first), g.head_dim);
+      set_scale(section + scales_offset(g), t, row.scale);
+      for (index_t d = 0; d < g.head_dim; d += order::pack)
+        std::memcpy(keys + order::key_index(g, t, d), &row.bytes[static_cast<std::size_t>(d)], order::pack);
     }
   }
-
-  static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
-                     index_t count, const float* queries, index_t num_rows, float* scores) {
-    kernels.int8.scores(g, block, scales(block + key_scales_offset(g)), count, queries, num_rows, scores,
-                        block + values_offset(g));
+  static void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
+                     index_t first, index_t count, mutable_rows rows) {
+    const auto* keys = reinterpret_cast<const std::int8_t*>(section);
+    for (index_t t = first; t < first + count; ++t) {
+      const float scale = to_float(scales(section + scales_offset(g))[t]);
+      float* row = rows.row(t - first);
+      for (index_t d = 0; d < g.head_dim; ++d)
+        row[d] = scale * static_cast<float>(keys[order::key_index(g, t, d)]);
+    }
   }
-
-  static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
-                         index_t count, const float* weights, index_t num_rows, float* sums,
-                         const std::byte* next_block) {
-    kernels.int8.accumulate(g, block + values_offset(g), scales(block + value_scales_offset(g)), count,
-                            weights, num_rows, sums, next_block);
+  static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                     index_t count, const float* prepared, index_t num_rows, float* scores,
+                     const std::byte* next) {
+    kernels.int8.scores(g, section, codec::scales(section + scales_offset(g)), count, prepared, num_rows,
+                        scores, next);
   }
-
-  friend bool operator==(const int8&, const int8&) = default;
 
  private:
-  /// largest / 127, rounded up.
-  static bfloat16 scale_of(float largest) noexcept {
-    return {static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(largest / 127.0F) + 0xffffU) >> 16)};
+  static constexpr index_t scales_offset(const block_geometry& g) noexcept {
+    return round_up(order::key_size(g), block_alignment);
+  }
+};
+
+struct int8_values : plain_side {
+  using order = block_order<std::int8_t>;
+
+  [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
+    return scales_offset(g) + scales_bytes(g);
+  }
+  [[nodiscard]] static constexpr index_t row_bytes(const block_geometry& g) noexcept {
+    return g.head_dim + index_t{sizeof(bfloat16)};
+  }
+  static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
+                        const_rows rows) {
+    return finite_rows(kernels, g, count, rows);
+  }
+  static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
+                     index_t count, const_rows rows) {
+    auto* values = reinterpret_cast<std::int8_t*>(section);
+    for (index_t t = first; t < first + count; ++t) {
+      const detail::byte_row row(kernels, rows.row(t - first), g.head_dim);
+      set_scale(section + scales_offset(g), t, row.scale);
+      std::int8_t* to = values + order::value_index(g, t, 0);
+      for (index_t d = 0; d < g.head_dim; ++d) to[d * order::pack] = row.bytes[static_cast<std::size_t>(d)];
+    }
+  }
+  static void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
+                     index_t first, index_t count, mutable_rows rows) {
+    const auto* values = reinterpret_cast<const std::int8_t*>(section);
+    for (index_t t = first; t < first + count; ++t) {
+      const float scale = to_float(scales(section + scales_offset(g))[t]);
+      float* row = rows.row(t - first);
+      for (index_t d = 0; d < g.head_dim; ++d)
+        row[d] = scale * static_cast<float>(values[order::value_index(g, t, d)]);
+    }
+  }
+  static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                         index_t count, const float* weights, index_t num_rows, float* sums,
+                         const std::byte* next) {
+    kernels.int8.accumulate(g, section, scales(section + scales_offset(g)), count, weights, num_rows, sums,
+                            next);
   }
 
-  static const bfloat16* scales(const std::byte* section) noexcept {
-    return reinterpret_cast<const bfloat16*>(section);
+ private:
+  static constexpr index_t scales_offset(const block_geometry& g) noexcept {
+    return round_up(order::value_size(g), block_alignment);
   }
-  static constexpr index_t padded(index_t bytes) noexcept { return round_up(bytes, block_alignment); }
-  static constexpr index_t scale_bytes(const block_geometry& g) noexcept {
-    return g.block_size * static_cast<index_t>(sizeof(bfloat16));
-  }
-  static constexpr index_t values_offset(const block_geometry& g) noexcept {
-    return padded(order::key_size(g));
-  }
-  static constexpr index_t key_scales_offset(const block_geometry& g) noexcept {
-    return values_offset(g) + padded(order::value_size(g));
-  }
-  static constexpr index_t value_scales_offset(const block_geometry& g) noexcept {
-    return key_scales_offset(g) + padded(scale_bytes(g));
-  }
+};
+
+struct int8 : sides<int8_keys, int8_values> {
+  static constexpr std::string_view name = "int8";
 };
 
 static_assert(block_codec<int8>);

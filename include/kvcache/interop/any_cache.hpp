@@ -14,13 +14,14 @@
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/step.hpp>
-#include <kvcache/codec/exact.hpp>
-#include <kvcache/codec/int8.hpp>
 #include <kvcache/core/executor.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
+#include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/codec_spec.hpp>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <span>
@@ -198,53 +199,37 @@ class any_cache {
 
 namespace detail {
 
-template <class... Codecs>
-struct codec_list {};
-
-/// What make_cache knows. A new codec is one more name here.
-using known_codecs = codec_list<codec::f32, codec::f16, codec::bf16, codec::int8>;
 inline constexpr std::string_view known_containers[] = {"contiguous", "chunked", "paged"};
 
-template <block_codec Codec>
-any_cache make_container(const std::string& spec, std::string_view container, const cache_shape& shape) {
-  if (container == "contiguous") return {spec, contiguous_cache<Codec>(shape)};
-  if (container == "chunked") return {spec, chunked_cache<Codec>(shape)};
-  return {spec, page_pool<Codec>(shape).sequence()};  // a pool of its own, without a limit
-}
-
-template <class... Codecs>
-std::vector<std::string> list_specs(codec_list<Codecs...>) {
-  std::vector<std::string> specs;
-  for (const std::string_view container : known_containers)
-    (specs.push_back(std::string(container) + "/" + std::string(Codecs::name)), ...);
-  return specs;
-}
-
-template <class... Codecs>
-any_cache make_known(codec_list<Codecs...>, const std::string& spec, const cache_shape& shape) {
-  const std::string_view text = spec;
-  const std::size_t slash = std::min(text.find('/'), text.size());
-  std::optional<any_cache> made;
-  const auto make_if = [&]<class Codec>() {
-    if (text.substr(slash + 1) == Codec::name)
-      made.emplace(make_container<Codec>(spec, text.substr(0, slash), shape));
-  };
-  (make_if.template operator()<Codecs>(), ...);
-  return std::move(*made);
+inline any_cache make_container(const std::string& spec, std::string_view container, const any_codec& codec,
+                                const cache_shape& shape) {
+  if (container == "contiguous") return {spec, contiguous_cache<any_codec>(shape, codec)};
+  if (container == "chunked") return {spec, chunked_cache<any_codec>(shape, codec)};
+  return {spec, page_pool<any_codec>(shape, {}, codec).sequence()};  // a pool of its own, without a limit
 }
 
 }  // namespace detail
 
-/// Every spec that make_cache takes.
-inline std::vector<std::string> cache_specs() { return detail::list_specs(detail::known_codecs{}); }
+/// Every container with every codec, as make_cache takes them. Options of codecs come on top; see make_codec.
+inline std::vector<std::string> cache_specs() {
+  std::vector<std::string> specs;
+  for (const std::string_view container : detail::known_containers) {
+    for (const std::string& codec : codec_names()) specs.push_back(std::string(container) + "/" + codec);
+  }
+  return specs;
+}
 
-/// \param spec  "container/codec", as cache_specs() lists them
+/// \param spec  "container/codec", as cache_specs() lists them or with options:
+///              "chunked/k=channel4,v=rotated4,sinks=4,tail=128"
 /// Throws std::invalid_argument that lists what there is, and shape_error.
 inline any_cache make_cache(const std::string& spec, const cache_shape& shape) {
+  const std::size_t slash = std::min(spec.find('/'), spec.size());
+  const std::string_view container = std::string_view(spec).substr(0, slash);
   std::string known;
-  for (const std::string& s : cache_specs()) {
-    if (s == spec) return detail::make_known(detail::known_codecs{}, spec, shape);
-    known.append(known.empty() ? "" : ", ").append(s);
+  for (const std::string_view name : detail::known_containers) {
+    if (name == container && slash < spec.size())
+      return detail::make_container(spec, container, make_codec(std::string_view(spec).substr(slash + 1)), shape);
+    known.append(known.empty() ? "" : ", ").append(name).append("/<codec>");
   }
   throw std::invalid_argument("kvcache: there is no cache '" + spec + "'; there is " + known);
 }

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: MIT
+// direct_blocks: the blocks of one sequence where every token is encoded as it comes. What sequence_cache is made of,
+// unless its codec seals (cache/sealing_blocks.hpp).
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/cache/concepts.hpp>
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <span>
+#include <utility>
+
+namespace kvcache::inline v0::detail {
+
+/// Float rows of several heads: row (token, head) starts at `data + token * stride + head * head_stride`.
+template <class Float>
+struct head_rows {
+  Float* data = nullptr;
+  index_t stride = 0;
+  index_t head_stride = 0;
+
+  [[nodiscard]] row_view<Float> at(index_t token, index_t head) const noexcept {
+    return {data + token * stride + head * head_stride, stride};
+  }
+};
+
+/// Tokens that lie in one block: slots [slot, slot + count) of block `index`, the first of them `done` after the start.
+struct block_piece {
+  index_t index;
+  index_t slot;
+  index_t count;
+  index_t done;
+};
+
+/// Calls body(block_piece) for tokens [first, first + count), block by block, until it returns something but ok.
+template <class Body>
+status for_each_piece(index_t block_size, index_t first, index_t count, Body body) {
+  for (index_t done = 0; done < count;) {
+    const index_t slot = (first + done) % block_size;
+    const index_t n = std::min(block_size - slot, count - done);
+    if (const status s = body(block_piece{(first + done) / block_size, slot, n, done}); s != status::ok)
+      return s;
+    done += n;
+  }
+  return status::ok;
+}
+
+template <block_codec Codec, block_storage Storage>
+class direct_blocks {
+ public:
+  direct_blocks(const cache_shape& shape, const Codec& codec, Storage storage)
+      : shape_(shape), codec_(codec), storage_(std::move(storage)) {
+    if constexpr (!sealing_codec<Codec>) {
+      if (codec.needs_whole_blocks())
+        throw shape_error("kvcache: a codec that needs whole blocks has to be one that seals; wrap it in exact_tail");
+    }
+  }
+
+  [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
+  [[nodiscard]] const Codec& codec() const noexcept { return codec_; }
+  [[nodiscard]] const Storage& storage() const noexcept { return storage_; }
+  [[nodiscard]] Storage& storage() noexcept { return storage_; }
+  [[nodiscard]] block_geometry geometry() const noexcept { return geometry_of(shape_); }
+
+  [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
+    return storage_.block(layer, head, index);
+  }
+
+  /// Room for tokens [first, last) in every layer. On any status but ok nothing changed.
+  [[nodiscard]] status prepare(index_t first, index_t last) {
+    return storage_.prepare_write(first / shape_.block_size, blocks_for(last));
+  }
+  /// The same for all blocks from that of `first` on, those set aside before included.
+  [[nodiscard]] status reserve(index_t first, index_t last) {
+    return storage_.prepare_write(first / shape_.block_size, std::max(blocks_for(last), storage_.num_blocks()));
+  }
+
+  /// Encodes tokens behind the first `size` of a layer. \pre prepare(size, size + num_tokens) was ok
+  [[nodiscard]] status write(const kernel::table& kernels, index_t layer, index_t size, index_t num_tokens,
+                             const head_rows<const float>& k, const head_rows<const float>& v) {
+    const block_geometry g = geometry();
+    for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
+      const auto& codec = codec_at(codec_, layer, head);
+      const status s = for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
+        std::byte* to = block(layer, head, piece.index);
+        // A block that starts out partly filled starts out zero: no bytes of its last owner stay behind.
+        if (piece.slot == 0 && piece.count < g.block_size)
+          std::memset(to, 0, static_cast<std::size_t>(codec.block_bytes(g)));
+        return codec.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
+                            v.at(piece.done, head));
+      });
+      if (s != status::ok) return s;
+    }
+    return status::ok;
+  }
+
+  /// Decodes tokens [first, first + count) of a layer.
+  void read(const kernel::table& kernels, index_t layer, index_t first, index_t count,
+            const head_rows<float>& k, const head_rows<float>& v) const {
+    const block_geometry g = geometry();
+    for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
+      const auto& codec = codec_at(codec_, layer, head);
+      (void)for_each_piece(g.block_size, first, count, [&](const block_piece& piece) {
+        codec.decode(kernels, g, block(layer, head, piece.index), piece.slot, piece.count,
+                     k.at(piece.done, head), v.at(piece.done, head));
+        return status::ok;
+      });
+    }
+  }
+
+  /// The layers have `sizes` tokens now; blocks past the longest, and past `keep_blocks`, are given back.
+  void truncate(const kernel::table& /*kernels*/, std::span<const index_t> sizes,
+                index_t keep_blocks = 0) noexcept {
+    storage_.shrink(std::max(blocks_for(longest(sizes)), keep_blocks));
+  }
+  [[nodiscard]] index_t blocks_needed(std::span<const index_t> sizes) const noexcept {
+    return blocks_for(longest(sizes));
+  }
+
+  [[nodiscard]] status begin_step(index_t /*num_tokens*/) noexcept { return status::ok; }
+  void end_step(const kernel::table& /*kernels*/, bool /*commit*/,
+                std::span<const index_t> /*sizes*/) noexcept {}
+
+  [[nodiscard]] memory_use bytes(std::span<const index_t> sizes) const noexcept {
+    index_t tokens = 0;
+    for (const index_t size : sizes) tokens += size;
+    const index_t total = storage_.total_bytes();
+    const index_t payload = tokens * shape_.num_kv_heads * codec_.token_bytes(geometry());
+    return {total, payload, total - payload, storage_.shared_bytes()};
+  }
+
+  /// The first `num_tokens` of every layer, of which there are `sizes`, in memory of their own. Throws capacity_error.
+  [[nodiscard]] direct_blocks copied(const kernel::table& /*kernels*/, std::span<const index_t> sizes,
+                                     index_t num_tokens) const {
+    return copied_blocks(blocks_for(std::min(num_tokens, longest(sizes))), [&](index_t layer) {
+      return blocks_for(std::min(num_tokens, sizes[static_cast<std::size_t>(layer)]));
+    });
+  }
+
+  /// `num_blocks` blocks, of which the first blocks_of(layer) of each layer are copied. Throws capacity_error.
+  template <class BlocksOf>
+  [[nodiscard]] direct_blocks copied_blocks(index_t num_blocks, BlocksOf blocks_of) const {
+    direct_blocks copy(shape_, codec_, storage_.empty_like());
+    if (const status s = copy.storage_.prepare_write(0, num_blocks); s != status::ok)
+      throw capacity_error("clone", s);
+    const auto block_bytes = static_cast<std::size_t>(codec_.block_bytes(geometry()));
+    for (index_t layer = 0; layer < shape_.num_layers; ++layer) {
+      for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
+        for (index_t b = 0; b < blocks_of(layer); ++b)
+          std::memcpy(copy.block(layer, head, b), block(layer, head, b), block_bytes);
+      }
+    }
+    return copy;
+  }
+
+  /// The same blocks, shared until written to. Throws std::bad_alloc.
+  [[nodiscard]] direct_blocks shared(const kernel::table& /*kernels*/, std::span<const index_t> /*sizes*/,
+                                     index_t num_tokens) const requires
+      requires(const Storage& s, index_t n) { s.share(n); } {
+    return {shape_, codec_, storage_.share(blocks_for(num_tokens))};
+  }
+
+  /// Throws invariant_error.
+  void check(std::span<const index_t> sizes) const {
+    if (blocks_for(longest(sizes)) > storage_.num_blocks())
+      throw invariant_error("kvcache: there is a block for every token");
+    storage_.check();
+  }
+
+ private:
+  [[nodiscard]] static index_t longest(std::span<const index_t> sizes) noexcept {
+    return *std::max_element(sizes.begin(), sizes.end());
+  }
+  [[nodiscard]] index_t blocks_for(index_t tokens) const noexcept {
+    return ceil_div(tokens, shape_.block_size);
+  }
+
+  cache_shape shape_;
+  [[no_unique_address]] Codec codec_;
+  Storage storage_;
+};
+
+}  // namespace kvcache::inline v0::detail

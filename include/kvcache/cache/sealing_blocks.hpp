@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: MIT
+// sealing_blocks: the blocks of one sequence whose newest tokens are exact and whose older ones are encoded block by
+// block, once, when they leave the exact tail.
+//
+//   block      0        1      ...    s - 1  |    s      ...   newest  |
+//            [sinks]  sealed          sealed |        exact (bf16)     |      s = blocks older than the newest tail_tokens
+//             codec, in the storage          |  ring of tail_blocks + 2, block i in place i % ring_blocks
+//
+// Sealed blocks may be shared between forks; ring and sinks belong to the sequence. A block that was just sealed is still in
+// the ring, so that giving up a step of up to block_size tokens, or truncating as far, brings back the exact tokens; further
+// back a block that is cut is decoded into the ring. A longer step keeps a copy of the ring.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/cache/concepts.hpp>
+#include <kvcache/cache/direct_blocks.hpp>
+#include <kvcache/codec/exact.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/memory.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <new>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace kvcache::inline v0::detail {
+
+template <sealing_codec Codec, block_storage Storage>
+class sealing_blocks {
+ public:
+  /// Throws shape_error if the codec's settings do not fit the shape.
+  sealing_blocks(const cache_shape& shape, const Codec& codec, Storage storage)
+      : direct_(shape, codec, std::move(storage)),
+        seals_(codec.needs_whole_blocks() || codec.tail_tokens != 0 || codec.sink_tokens != 0) {
+    if (!seals_) return;
+    if (codec.tail_tokens < 0) throw shape_error("kvcache: tail_tokens must not be negative");
+    if (codec.sink_tokens < 0 || codec.sink_tokens > shape.block_size)
+      throw shape_error("kvcache: sink_tokens must be 0 to block_size, got " +
+                        std::to_string(codec.sink_tokens));
+    ring_blocks_ = checked_add(ceil_div(codec.tail_tokens, shape.block_size), 2);
+    exact_bytes_ = exact_.block_bytes(geometry());
+    tail_bytes_ = checked_mul(shape.num_layers, shape.num_kv_heads,
+                              checked_add(checked_mul(ring_blocks_, exact_bytes_), sink_bytes()));
+    const index_t row_bytes = 2 * shape.block_size * shape.head_dim * index_t{sizeof(float)};
+    work_offset_ = tail_bytes_;
+    tail_bytes_ = checked_add(tail_bytes_, round_up(row_bytes, block_alignment));
+    const auto num_layers = static_cast<std::size_t>(shape.num_layers);
+    states_.resize(num_layers);
+    saved_states_.resize(num_layers);
+  }
+
+  [[nodiscard]] const cache_shape& shape() const noexcept { return direct_.shape(); }
+  [[nodiscard]] const Codec& codec() const noexcept { return direct_.codec(); }
+  [[nodiscard]] const Storage& storage() const noexcept { return direct_.storage(); }
+  [[nodiscard]] Storage& storage() noexcept { return direct_.storage(); }
+  [[nodiscard]] block_geometry geometry() const noexcept { return direct_.geometry(); }
+
+  /// Blocks of a layer that are encoded by the codec; those behind them are exact.
+  [[nodiscard]] index_t num_sealed(index_t layer, index_t size) const noexcept {
+    return seals_ ? state(layer).sealed : ceil_div(size, shape().block_size);
+  }
+  /// Tokens of a sealed first block that are exact all the same, in a block of their own.
+  [[nodiscard]] index_t num_sinks() const noexcept { return seals_ ? codec().sink_tokens : 0; }
+  [[nodiscard]] const std::byte* sinks(index_t layer, index_t head) const noexcept {
+    return region(layer, head) + ring_blocks_ * exact_bytes_;
+  }
+  [[nodiscard]] block_geometry sink_geometry() const noexcept {
+    return {round_up(codec().sink_tokens, key_lanes), shape().head_dim};
+  }
+
+  /// A block in the encoding of the codec if it is sealed, else in that of codec::bf16.
+  [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
+    return seals_ && index >= state(layer).sealed ? exact_block(layer, head, index)
+                                                  : direct_.block(layer, head, index);
+  }
+
+  [[nodiscard]] status prepare(index_t first, index_t last) {
+    if (!seals_) return direct_.prepare(first, last);
+    if (const status s = allocate_tail(); s != status::ok) return s;
+    return storage().prepare_write(first_unsealed(), blocks_to_seal(last));
+  }
+  [[nodiscard]] status reserve(index_t first, index_t last) {
+    if (!seals_) return direct_.reserve(first, last);
+    if (const status s = allocate_tail(); s != status::ok) return s;
+    return storage().prepare_write(first_unsealed(), std::max(blocks_to_seal(last), storage().num_blocks()));
+  }
+
+  /// As direct_blocks::write; refuses rows that are not finite, or not in bf16.
+  [[nodiscard]] status write(const kernel::table& kernels, index_t layer, index_t size, index_t num_tokens,
+                             const head_rows<const float>& k, const head_rows<const float>& v) {
+    if (!seals_) return direct_.write(kernels, layer, size, num_tokens, k, v);
+    for (index_t head = 0; head < shape().num_kv_heads; ++head) {
+      for (index_t t = 0; t < num_tokens; ++t) {
+        if (!fits(kernels, k.at(t, head).row(0)) || !fits(kernels, v.at(t, head).row(0)))
+          return status::not_finite;
+      }
+    }
+    const block_geometry g = geometry();
+    return for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
+      for (index_t head = 0; head < shape().num_kv_heads; ++head) {
+        std::byte* to = exact_block(layer, head, piece.index);
+        if (piece.slot == 0 && piece.count < g.block_size)
+          std::memset(to, 0, static_cast<std::size_t>(exact_bytes_));
+        (void)exact_.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
+                            v.at(piece.done, head));
+      }
+      index_t& in_ring = state(layer).first_in_ring;
+      in_ring = std::max(in_ring, piece.index - ring_blocks_ + 1);
+      return seal(kernels, layer, size + piece.done + piece.count);
+    });
+  }
+
+  void read(const kernel::table& kernels, index_t layer, index_t first, index_t count,
+            const head_rows<float>& k, const head_rows<float>& v) const {
+    if (!seals_) return direct_.read(kernels, layer, first, count, k, v);
+    for (index_t head = 0; head < shape().num_kv_heads; ++head) {
+      (void)for_each_piece(geometry().block_size, first, count, [&](const block_piece& piece) {
+        read_piece(kernels, layer, head, piece, k.at(piece.done, head), v.at(piece.done, head));
+        return status::ok;
+      });
+    }
+  }
+
+  void truncate(const kernel::table& kernels, std::span<const index_t> sizes,
+                index_t keep_blocks = 0) noexcept {
+    if (!seals_) return direct_.truncate(kernels, sizes, keep_blocks);
+    for (index_t layer = 0; layer < shape().num_layers; ++layer)
+      unseal(kernels, layer, sizes[static_cast<std::size_t>(layer)]);
+    storage().shrink(std::max(blocks_needed(sizes), keep_blocks));
+  }
+  [[nodiscard]] index_t blocks_needed(std::span<const index_t> sizes) const noexcept {
+    if (!seals_) return direct_.blocks_needed(sizes);
+    index_t most = 0;
+    for (const layer_state& s : states_) most = std::max(most, s.sealed);
+    return most;
+  }
+
+  /// Room for what a step of `num_tokens` would overwrite. \return out_of_memory, then nothing changed
+  [[nodiscard]] status begin_step(index_t num_tokens) {
+    saved_ = {};
+    if (!seals_ || num_tokens <= shape().block_size || tail_.data() == nullptr) return status::ok;
+    try {
+      saved_ = memory_block(work_offset_, storage().memory());
+    } catch (const std::bad_alloc&) {
+      return status::out_of_memory;
+    }
+    std::memcpy(saved_.data(), tail_.data(), static_cast<std::size_t>(work_offset_));
+    std::copy(states_.begin(), states_.end(), saved_states_.begin());
+    return status::ok;
+  }
+  /// \param sizes  what the layers have from now on
+  void end_step(const kernel::table& kernels, bool commit, std::span<const index_t> sizes) noexcept {
+    if (!seals_) return;
+    if (!commit && saved_.data() != nullptr) {
+      std::memcpy(tail_.data(), saved_.data(), static_cast<std::size_t>(work_offset_));
+      std::copy(saved_states_.begin(), saved_states_.end(), states_.begin());
+    } else if (!commit) {
+      for (index_t layer = 0; layer < shape().num_layers; ++layer)
+        unseal(kernels, layer, sizes[static_cast<std::size_t>(layer)]);
+    }
+    saved_ = {};
+  }
+
+  [[nodiscard]] memory_use bytes(std::span<const index_t> sizes) const noexcept {
+    if (!seals_) return direct_.bytes(sizes);
+    index_t payload = 0;
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) {
+      const index_t sealed = state(layer).sealed * shape().block_size;
+      const index_t exact = sizes[static_cast<std::size_t>(layer)] - sealed + (sealed > 0 ? num_sinks() : 0);
+      payload += sealed * codec().token_bytes(geometry()) + exact * exact_.token_bytes(geometry());
+    }
+    payload *= shape().num_kv_heads;
+    const index_t total = storage().total_bytes() + tail_.size() + saved_.size();
+    return {total, payload, total - payload, storage().shared_bytes()};
+  }
+
+  [[nodiscard]] sealing_blocks copied(const kernel::table& kernels, std::span<const index_t> sizes,
+                                      index_t num_tokens) const {
+    if (!seals_) return {direct_.copied(kernels, sizes, num_tokens), *this};
+    const auto blocks_of = [&](index_t layer) {
+      return std::min(state(layer).sealed, ceil_div(num_tokens, shape().block_size));
+    };
+    index_t most = 0;
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) most = std::max(most, blocks_of(layer));
+    return cut({direct_.copied_blocks(most, blocks_of), *this}, kernels, sizes, num_tokens);
+  }
+
+  [[nodiscard]] sealing_blocks shared(const kernel::table& kernels, std::span<const index_t> sizes,
+                                      index_t num_tokens) const requires
+      requires(const Storage& s, index_t n) { s.share(n); } {
+    if (!seals_) return {direct_.shared(kernels, sizes, num_tokens), *this};
+    const index_t num_blocks = std::min(blocks_needed(sizes), ceil_div(num_tokens, shape().block_size));
+    return cut({{shape(), codec(), storage().share(num_blocks)}, *this}, kernels, sizes, num_tokens);
+  }
+
+  void check(std::span<const index_t> sizes) const {
+    if (!seals_) return direct_.check(sizes);
+    const auto require = [](bool holds, const char* rule) {
+      if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
+    };
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) {
+      const layer_state& s = state(layer);
+      const index_t size = sizes[static_cast<std::size_t>(layer)];
+      require(0 <= s.sealed && s.sealed * shape().block_size <= size, "only whole blocks are sealed");
+      require(s.sealed <= storage().num_blocks(), "there is a block for all that is sealed");
+      require(s.sealed >= blocks_to_seal(size), "what left the tail is sealed");
+      require(s.first_in_ring <= s.sealed, "what is not sealed is in the ring");
+      require(ceil_div(size, shape().block_size) - s.first_in_ring <= ring_blocks_, "the ring holds it");
+    }
+    storage().check();
+  }
+
+ private:
+  struct layer_state {
+    index_t sealed = 0;         // blocks that the codec encoded
+    index_t first_in_ring = 0;  // block from which on the ring has the exact tokens
+  };
+
+  /// Blocks of its own, settings and all else from `other`: what copied and shared begin with. Throws capacity_error.
+  sealing_blocks(direct_blocks<Codec, Storage> direct, const sealing_blocks& other)
+      : direct_(std::move(direct)),
+        exact_(other.exact_),
+        seals_(other.seals_),
+        ring_blocks_(other.ring_blocks_),
+        exact_bytes_(other.exact_bytes_),
+        tail_bytes_(other.tail_bytes_),
+        work_offset_(other.work_offset_),
+        states_(other.states_),
+        saved_states_(other.states_) {
+    if (other.tail_.data() == nullptr) return;
+    if (const status s = allocate_tail(); s != status::ok) throw capacity_error("clone", s);
+    std::memcpy(tail_.data(), other.tail_.data(), static_cast<std::size_t>(work_offset_));
+  }
+
+  static sealing_blocks cut(sealing_blocks copy, const kernel::table& kernels, std::span<const index_t> sizes,
+                            index_t num_tokens) {
+    index_t most = 0;
+    for (index_t layer = 0; layer < copy.shape().num_layers; ++layer) {
+      copy.unseal(kernels, layer, std::min(num_tokens, sizes[static_cast<std::size_t>(layer)]));
+      most = std::max(most, copy.state(layer).sealed);
+    }
+    copy.storage().shrink(most);
+    return copy;
+  }
+
+  [[nodiscard]] layer_state& state(index_t layer) noexcept {
+    return states_[static_cast<std::size_t>(layer)];
+  }
+  [[nodiscard]] const layer_state& state(index_t layer) const noexcept {
+    return states_[static_cast<std::size_t>(layer)];
+  }
+  [[nodiscard]] index_t first_unsealed() const noexcept {
+    index_t least = states_.front().sealed;
+    for (const layer_state& s : states_) least = std::min(least, s.sealed);
+    return least;
+  }
+  /// Blocks that are sealed at the latest when a layer has `size` tokens.
+  [[nodiscard]] index_t blocks_to_seal(index_t size) const noexcept {
+    return std::max(size - codec().tail_tokens, index_t{0}) / shape().block_size;
+  }
+  [[nodiscard]] index_t sink_bytes() const {
+    return codec().sink_tokens == 0 ? 0 : exact_.block_bytes(sink_geometry());
+  }
+
+  /// Ring and sinks of one head.
+  [[nodiscard]] std::byte* region(index_t layer, index_t head) const noexcept {
+    const index_t index = layer * shape().num_kv_heads + head;
+    return tail_.data() + index * (ring_blocks_ * exact_bytes_ + sink_bytes());
+  }
+  [[nodiscard]] std::byte* exact_block(index_t layer, index_t head, index_t index) const noexcept {
+    return region(layer, head) + index % ring_blocks_ * exact_bytes_;
+  }
+  /// Rows of one block as floats.
+  [[nodiscard]] mutable_rows work_rows(index_t side) const noexcept {
+    auto* floats = reinterpret_cast<float*>(tail_.data() + work_offset_);
+    return {floats + side * shape().block_size * shape().head_dim, shape().head_dim};
+  }
+  static const_rows constant(mutable_rows rows) noexcept { return {rows.data, rows.stride}; }
+
+  [[nodiscard]] status allocate_tail() {
+    if (tail_.data() != nullptr) return status::ok;
+    if (exceeds_memory(1, tail_bytes_, storage().memory())) return status::out_of_memory;
+    try {
+      tail_ = memory_block(tail_bytes_, storage().memory());
+    } catch (const std::bad_alloc&) {
+      return status::out_of_memory;
+    }
+    return status::ok;
+  }
+
+  /// Finite, also once it is rounded to bf16.
+  [[nodiscard]] bool fits(const kernel::table& kernels, const float* row) const {
+    return kernels.int8.largest(row, shape().head_dim) < 0x1.FFp127F;
+  }
+
+  /// Encodes the blocks that left the tail of a layer of `size` tokens.
+  status seal(const kernel::table& kernels, index_t layer, index_t size) {
+    const block_geometry g = geometry();
+    for (index_t& index = state(layer).sealed; index < blocks_to_seal(size); ++index) {
+      for (index_t head = 0; head < shape().num_kv_heads; ++head) {
+        const mutable_rows k = work_rows(0);
+        const mutable_rows v = work_rows(1);
+        exact_.decode(kernels, g, exact_block(layer, head, index), 0, g.block_size, k, v);
+        const index_t skipped = index == 0 ? num_sinks() : 0;
+        if (skipped > 0)
+          (void)exact_.encode(kernels, sink_geometry(), sink_block(layer, head), 0, skipped, constant(k),
+                              constant(v));
+        if (skipped == g.block_size) continue;
+        std::byte* to = direct_.block(layer, head, index);
+        if (skipped > 0) std::memset(to, 0, static_cast<std::size_t>(codec().block_bytes(g)));
+        const status s = codec_at(codec(), layer, head)
+                             .encode(kernels, g, to, skipped, g.block_size - skipped,
+                                     {k.row(skipped), k.stride}, {v.row(skipped), v.stride});
+        if (s != status::ok) return s;
+      }
+    }
+    return status::ok;
+  }
+
+  /// Makes the tail of a layer that is cut to `size` tokens: exact where the ring still has them, else decoded.
+  void unseal(const kernel::table& kernels, index_t layer, index_t size) noexcept {
+    layer_state& s = state(layer);
+    while (s.sealed > blocks_to_seal(size) && s.sealed > s.first_in_ring) --s.sealed;
+    const index_t block_size = shape().block_size;
+    const index_t cut_block = size / block_size;
+    if (s.sealed <= cut_block) return;
+    for (index_t head = 0; size % block_size != 0 && head < shape().num_kv_heads; ++head) {
+      const mutable_rows k = work_rows(0);
+      const mutable_rows v = work_rows(1);
+      read_piece(kernels, layer, head, {cut_block, 0, block_size, 0}, k, v);
+      (void)exact_.encode(kernels, geometry(), exact_block(layer, head, cut_block), 0, block_size,
+                          constant(k), constant(v));
+    }
+    s.sealed = cut_block;
+    s.first_in_ring = cut_block;
+  }
+
+  [[nodiscard]] std::byte* sink_block(index_t layer, index_t head) noexcept {
+    return region(layer, head) + ring_blocks_ * exact_bytes_;
+  }
+
+  void read_piece(const kernel::table& kernels, index_t layer, index_t head, const block_piece& piece,
+                  mutable_rows k, mutable_rows v) const {
+    const block_geometry g = geometry();
+    if (piece.index >= state(layer).sealed)
+      return exact_.decode(kernels, g, exact_block(layer, head, piece.index), piece.slot, piece.count, k, v);
+    const index_t sink_slots = piece.index == 0 ? num_sinks() : 0;
+    const index_t exact_count = std::clamp(sink_slots - piece.slot, index_t{0}, piece.count);
+    if (exact_count > 0)
+      exact_.decode(kernels, sink_geometry(), sinks(layer, head), piece.slot, exact_count, k, v);
+    if (exact_count == piece.count) return;
+    codec_at(codec(), layer, head)
+        .decode(kernels, g, direct_.block(layer, head, piece.index), piece.slot + exact_count,
+                piece.count - exact_count, {k.row(exact_count), k.stride}, {v.row(exact_count), v.stride});
+  }
+
+  direct_blocks<Codec, Storage> direct_;
+  [[no_unique_address]] codec::bf16 exact_;
+  bool seals_;
+  index_t ring_blocks_ = 0;
+  index_t exact_bytes_ = 0;   // of one block in the ring
+  index_t tail_bytes_ = 0;    // rings, sinks and working memory
+  index_t work_offset_ = 0;   // where the working memory begins
+  memory_block tail_;         // allocated by the first append or reserve
+  memory_block saved_;        // rings and sinks when a long step began
+  std::vector<layer_state> states_;
+  std::vector<layer_state> saved_states_;
+};
+
+}  // namespace kvcache::inline v0::detail

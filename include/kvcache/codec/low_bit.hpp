@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT
+// What codecs of 2, 3 and 4 bits share: where a code lies, and multiplying a section that is unpacked piece by piece.
+//
+//   codes:  block order of bytes, then packed (block/packed.hpp); a code is an index into 16 bytes of a codebook
+//   scores: up to 64 tokens are unpacked to bytes in the first-level cache and serve all query rows; so are sums
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/packed.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/memory.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kvcache::inline v0::codec::detail {
+
+/// Bytes in 64-byte lines, and tokens that are unpacked at a time.
+inline constexpr index_t line_bytes = 64;
+inline constexpr index_t unpacked_tokens = 64;
+
+/// Memory for what is unpacked: 64 tokens, and as much in front of them as a packed unit may hold.
+using unpacked_lines = std::array<std::int8_t, (unpacked_tokens * max_head_dim / line_bytes + 8) * line_bytes>;
+
+/// Codes of `Bits` bits for the keys or the values of a block; `Order` is keys_in_order or values_in_order.
+template <int Bits, class Order>
+struct packed_codes {
+  using packed = packed_order<Bits>;
+
+  [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
+    return packed::section_bytes(Order::size(g));
+  }
+  /// Bytes of the codes of one row, rounded up.
+  [[nodiscard]] static constexpr index_t row_bytes(const block_geometry& g) noexcept {
+    return ceil_div(g.head_dim * Bits, 8);
+  }
+
+  /// \param codes  [head_dim], and three more that are ignored
+  static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) noexcept {
+    Order::for_each_code(g, token, codes, [&](index_t index, auto code) {
+      if constexpr (sizeof(code) == 4) {
+        packed::put_four(section, index, code);
+      } else {
+        packed::put(section, index, code);
+      }
+    });
+  }
+  [[nodiscard]] static std::uint8_t get(const block_geometry& g, const std::byte* section, index_t token,
+                                        index_t dim) noexcept {
+    return packed::get(section, Order::index(g, token, dim));
+  }
+
+  /// Calls body(first_token, num_tokens, bytes) for tokens [0, count), unpacked through `unpack`.
+  /// \param next  what is read after this section, fetched meanwhile; may be null
+  template <class Unpack, class Body>
+  static void for_each_piece(const block_geometry& g, const std::byte* section, index_t count,
+                             const std::byte* next, Unpack unpack, Body body) {
+    alignas(64) unpacked_lines memory;
+    for (index_t t = 0; t < count; t += unpacked_tokens) {
+      const index_t num_tokens = std::min(unpacked_tokens, count - t);
+      const index_t first = Order::line(g, t);
+      const index_t aligned = first / packed::lines_per_unit * packed::lines_per_unit;
+      const index_t num_lines = Order::lines_for(g, num_tokens) + first - aligned;
+      unpack(section, aligned, num_lines, memory.data(), next);
+      body(t, num_tokens, reinterpret_cast<const std::byte*>(memory.data() + (first - aligned) * line_bytes));
+    }
+  }
+};
+
+struct keys_in_order {
+  using order = block_order<std::int8_t>;
+  static constexpr index_t size(const block_geometry& g) noexcept { return order::key_size(g); }
+  static constexpr index_t index(const block_geometry& g, index_t token, index_t dim) noexcept {
+    return order::key_index(g, token, dim);
+  }
+  /// \pre token is a multiple of 16
+  static constexpr index_t line(const block_geometry& g, index_t token) noexcept {
+    return token / key_lanes * order::key_packs(g);
+  }
+  static constexpr index_t lines_for(const block_geometry& g, index_t num_tokens) noexcept {
+    return ceil_div(num_tokens, key_lanes) * order::key_packs(g);
+  }
+  template <class Put>
+  static void for_each_code(const block_geometry& g, index_t token, std::uint8_t* codes, Put put) {
+    for (index_t d = g.head_dim; d % order::pack != 0; ++d) codes[d] = 0;
+    for (index_t d = 0; d < g.head_dim; d += order::pack) {
+      std::uint32_t four;
+      std::memcpy(&four, codes + d, sizeof(four));
+      put(index(g, token, d), four);
+    }
+  }
+};
+
+struct values_in_order {
+  using order = block_order<std::int8_t>;
+  static constexpr index_t size(const block_geometry& g) noexcept { return order::value_size(g); }
+  static constexpr index_t index(const block_geometry& g, index_t token, index_t dim) noexcept {
+    return order::value_index(g, token, dim);
+  }
+  /// \pre token is a multiple of 64
+  static constexpr index_t line(const block_geometry& g, index_t token) noexcept {
+    return token / line_bytes * g.head_dim;
+  }
+  static constexpr index_t lines_for(const block_geometry& g, index_t num_tokens) noexcept {
+    return ceil_div(round_up(num_tokens, order::pack) * g.head_dim, line_bytes);
+  }
+  template <class Put>
+  static void for_each_code(const block_geometry& g, index_t token, const std::uint8_t* codes, Put put) {
+    for (index_t d = 0; d < g.head_dim; ++d) put(index(g, token, d), codes[d]);
+  }
+};
+
+/// A row of codes, and room for the padding behind it.
+using code_row = std::array<std::uint8_t, max_head_dim + 4>;
+
+/// unpack(...) for packed_codes::for_each_piece with a codebook of up to 16 bytes.
+template <int Bits>
+auto unpack_through(const kernel::table& kernels, const std::int8_t* codebook) noexcept {
+  return [&kernels, codebook](const std::byte* section, index_t first_line, index_t num_lines,
+                              std::int8_t* out, const std::byte* next) {
+    kernels.low_bit.unpack(Bits, section, first_line, num_lines, codebook, out, next);
+  };
+}
+
+}  // namespace kvcache::inline v0::codec::detail

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+// Rotation of rows before they are quantised: an orthogonal map spreads what is large in a few dims over all of them, so
+// that one codebook fits every row, and leaves dot products as they are.
+//
+// Unless the caller gives matrices: flipped signs, then a Hadamard transform of each block of a power of two dims, the
+// largest that fit first (80 = 64 + 16). Additions in one fixed order: the same bits on every instruction set.
+// Source: QuaRot, Ashkboos et al. 2024.
+#pragma once
+
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace kvcache::inline v0::codec {
+
+/// An orthogonal matrix for each layer and KV head, as calibration finds them; shared by the copies of a codec.
+class rotation_matrices {
+ public:
+  /// \param matrices  [num_layers, num_kv_heads, head_dim, head_dim], row-major; a row x becomes R x
+  /// Throws shape_error if a size is wrong or a matrix is not orthogonal to 1e-3.
+  rotation_matrices(const cache_shape& shape, std::vector<float> matrices)
+      : shape_(shape), matrices_(std::move(matrices)) {
+    const index_t dim = shape.head_dim;
+    if (static_cast<index_t>(matrices_.size()) != shape.num_layers * shape.num_kv_heads * dim * dim)
+      throw shape_error("kvcache: rotations must be [num_layers, num_kv_heads, head_dim, head_dim]");
+    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+      for (index_t head = 0; head < shape.num_kv_heads; ++head) {
+        if (!is_orthogonal(at(layer, head)))
+          throw shape_error("kvcache: the rotation of layer " + std::to_string(layer) + ", head " +
+                            std::to_string(head) + " is not orthogonal");
+      }
+    }
+  }
+
+  [[nodiscard]] const float* at(index_t layer, index_t head) const noexcept {
+    const index_t dim = shape_.head_dim;
+    return matrices_.data() + (layer * shape_.num_kv_heads + head) * dim * dim;
+  }
+
+ private:
+  [[nodiscard]] bool is_orthogonal(const float* matrix) const noexcept {
+    const index_t dim = shape_.head_dim;
+    for (index_t i = 0; i < dim; ++i) {
+      for (index_t j = 0; j <= i; ++j) {
+        double dot = 0;
+        for (index_t d = 0; d < dim; ++d) dot += double{matrix[i * dim + d]} * double{matrix[j * dim + d]};
+        if (!(std::fabs(dot - (i == j ? 1.0 : 0.0)) < 1e-3)) return false;
+      }
+    }
+    return true;
+  }
+
+  cache_shape shape_;
+  std::vector<float> matrices_;
+};
+
+/// The rotation of one head: Hadamard, or a matrix.
+struct rotation {
+  std::shared_ptr<const rotation_matrices> matrices = nullptr;  ///< null: signs and Hadamard
+  const float* matrix = nullptr;                                ///< of the head that this is for
+
+  [[nodiscard]] rotation at(index_t layer, index_t head) const {
+    return {matrices, matrices ? matrices->at(layer, head) : nullptr};
+  }
+
+  /// row = R row.
+  void turn(const kernel::table& kernels, float* row, index_t head_dim) const {
+    if (matrix != nullptr) return multiply(row, head_dim, head_dim, 1);
+    for (index_t d = 0; d < head_dim; ++d) row[d] *= signs()[static_cast<std::size_t>(d)];
+    transform_blocks(kernels, row, head_dim);
+  }
+
+  /// row = R^T row.
+  void turn_back(const kernel::table& kernels, float* row, index_t head_dim) const {
+    if (matrix != nullptr) return multiply(row, head_dim, 1, head_dim);
+    transform_blocks(kernels, row, head_dim);
+    for (index_t d = 0; d < head_dim; ++d) row[d] *= signs()[static_cast<std::size_t>(d)];
+  }
+
+  friend bool operator==(const rotation&, const rotation&) = default;
+
+ private:
+  static void transform_blocks(const kernel::table& kernels, float* row, index_t head_dim) {
+    for (index_t d = 0; d < head_dim;) {
+      const auto size = static_cast<index_t>(std::bit_floor(static_cast<std::uint64_t>(head_dim - d)));
+      kernels.low_bit.hadamard(row + d, size);
+      const float norm = 1.0F / std::sqrt(static_cast<float>(size));
+      for (index_t i = d; i < d + size; ++i) row[i] *= norm;
+      d += size;
+    }
+  }
+
+  void multiply(float* row, index_t head_dim, index_t row_stride, index_t column_stride) const {
+    std::array<float, max_head_dim> product;
+    for (index_t i = 0; i < head_dim; ++i) {
+      float sum = 0;
+      for (index_t d = 0; d < head_dim; ++d) sum += matrix[i * row_stride + d * column_stride] * row[d];
+      product[static_cast<std::size_t>(i)] = sum;
+    }
+    std::copy_n(product.begin(), head_dim, row);
+  }
+
+  /// +1 or -1 for each dim: bits of splitmix64 (Steele et al. 2014). Part of the format of stored blocks.
+  static const std::array<float, max_head_dim>& signs() noexcept {
+    static constexpr std::array<float, max_head_dim> all = [] {
+      std::array<float, max_head_dim> signs{};
+      std::uint64_t state = 0;
+      for (std::size_t d = 0; d < signs.size(); ++d) {
+        state += 0x9e3779b97f4a7c15U;
+        std::uint64_t z = state;
+        z = (z ^ (z >> 30U)) * 0xbf58476d1ce4e5b9U;
+        z = (z ^ (z >> 27U)) * 0x94d049bb133111ebU;
+        signs[d] = (z ^ (z >> 31U)) >> 63U != 0 ? -1.0F : 1.0F;
+      }
+      return signs;
+    }();
+    return all;
+  }
+};
+
+}  // namespace kvcache::inline v0::codec

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MIT
+// Scales of a section: one bfloat16 for each token, and what lossy codecs ask of rows.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/memory.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+namespace kvcache::inline v0::codec {
+
+/// Bytes of one scale for each slot, padded to 64.
+constexpr index_t scales_bytes(const block_geometry& g) noexcept {
+  return round_up(g.block_size * index_t{sizeof(bfloat16)}, block_alignment);
+}
+
+inline const bfloat16* scales(const std::byte* section) noexcept {
+  return reinterpret_cast<const bfloat16*>(section);
+}
+
+inline void set_scale(std::byte* section, index_t slot, bfloat16 scale) noexcept {
+  reinterpret_cast<bfloat16*>(section)[slot] = scale;
+}
+
+/// not_finite if a row holds NaN or infinity.
+inline status finite_rows(const kernel::table& kernels, const block_geometry& g, index_t count,
+                          const_rows rows) {
+  for (index_t t = 0; t < count; ++t) {
+    const float largest = kernels.int8.largest(rows.row(t), g.head_dim);
+    if (largest != largest) return status::not_finite;
+  }
+  return status::ok;
+}
+
+/// The nearest bfloat16, the largest finite one instead of infinity. \pre x is not NaN
+inline bfloat16 to_finite_bfloat16(float x) noexcept {
+  constexpr float largest = 0x1.FEp127F;
+  return from_float<bfloat16>(std::clamp(x, -largest, largest));
+}
+
+/// out = row / unit, a power of two that brings the largest magnitude into [1, 4), or leaves it below 1 if it is
+/// denormal: what follows can neither overflow nor lose precision. \pre the row is finite
+/// \return unit
+inline float to_unit_range(const kernel::table& kernels, const float* row, index_t count, float* out) {
+  const auto exponent = std::bit_cast<std::uint32_t>(kernels.int8.largest(row, count)) >> 23U;
+  const std::uint32_t biased = std::clamp(exponent, 1U, 253U);
+  const auto inverse = std::bit_cast<float>((254U - biased) << 23U);
+  for (index_t i = 0; i < count; ++i) out[i] = row[i] * inverse;
+  return std::bit_cast<float>(biased << 23U);
+}
+
+}  // namespace kvcache::inline v0::codec

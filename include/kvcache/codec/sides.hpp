@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+// sides: a codec put together from one for keys and one for values; codec/mixed.hpp takes them from two codecs.
+//
+//   block: | keys' section | values' section |      each a multiple of 64 bytes
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <cstddef>
+
+namespace kvcache::inline v0::codec {
+
+template <key_side Keys, value_side Values>
+struct sides {
+  using keys_type = Keys;
+  using values_type = Values;
+
+  [[no_unique_address]] Keys keys = {};
+  [[no_unique_address]] Values values = {};
+
+  [[nodiscard]] constexpr bool needs_whole_blocks() const noexcept {
+    return keys.needs_whole_blocks || values.needs_whole_blocks;
+  }
+  [[nodiscard]] constexpr bool turns_sums() const noexcept { return values.turns_sums; }
+
+  [[nodiscard]] constexpr index_t block_bytes(const block_geometry& g) const noexcept {
+    return keys.section_bytes(g) + values.section_bytes(g);
+  }
+  /// Bytes that one more token takes, keys and values, without padding.
+  [[nodiscard]] constexpr index_t token_bytes(const block_geometry& g) const noexcept {
+    return keys.row_bytes(g) + values.row_bytes(g);
+  }
+
+  status encode(const kernel::table& kernels, const block_geometry& g, std::byte* block, index_t first,
+                index_t count, const_rows k, const_rows v) const {
+    if (const status s = keys.accepts(kernels, g, count, k); s != status::ok) return s;
+    if (const status s = values.accepts(kernels, g, count, v); s != status::ok) return s;
+    keys.encode(kernels, g, block, first, count, k);
+    values.encode(kernels, g, block + keys.section_bytes(g), first, count, v);
+    return status::ok;
+  }
+
+  void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t first,
+              index_t count, mutable_rows k, mutable_rows v) const {
+    keys.decode(kernels, g, block, first, count, k);
+    values.decode(kernels, g, block + keys.section_bytes(g), first, count, v);
+  }
+
+  [[nodiscard]] constexpr index_t prepared_floats(const block_geometry& g) const noexcept {
+    return keys.prepared_floats(g);
+  }
+  const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                       index_t num_rows, float* prepared) const {
+    return keys.prepare(kernels, g, queries, num_rows, prepared);
+  }
+
+  void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
+              const float* prepared, index_t num_rows, float* scores) const {
+    keys.scores(kernels, g, block, count, prepared, num_rows, scores, block + keys.section_bytes(g));
+  }
+
+  void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
+                  index_t count, const float* weights, index_t num_rows, float* sums,
+                  const std::byte* next_block) const {
+    values.accumulate(kernels, g, block + keys.section_bytes(g), count, weights, num_rows, sums, next_block);
+  }
+  void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
+    values.finish(kernels, g, num_rows, sums);
+  }
+
+  /// Both sides for one head, where either differs between heads.
+  [[nodiscard]] auto at(index_t layer, index_t head) const requires
+      requires(const Keys& k) { k.at(layer, head); } || requires(const Values& v) { v.at(layer, head); } {
+    return sides{codec_at(keys, layer, head), codec_at(values, layer, head)};
+  }
+};
+
+}  // namespace kvcache::inline v0::codec

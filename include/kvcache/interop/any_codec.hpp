@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: MIT
+// any_codec: keys and values of codecs that are chosen by a string at run time.
+//
+//   codec::bf16                               "bf16"
+//   mixed<channel<4>, rotated<4>>, 128 tokens of exact tail, 4 of sinks      "k=channel4,v=rotated4,sinks=4,tail=128"
+//
+// One virtual call for each side of each block; the arithmetic is that of the typed codecs.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/channel.hpp>
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/rotated.hpp>
+#include <kvcache/codec/sealing.hpp>
+#include <kvcache/codec/sides.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <charconv>
+#include <cstddef>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace kvcache::inline v0 {
+
+namespace detail {
+
+/// Which head of which layer.
+struct head_id {
+  index_t layer = 0;
+  index_t head = 0;
+};
+
+/// What any_keys and any_values call; one function for each member of a side.
+class erased_side {
+ public:
+  erased_side() = default;
+  erased_side(const erased_side&) = delete;
+  erased_side& operator=(const erased_side&) = delete;
+  virtual ~erased_side() = default;
+
+  [[nodiscard]] virtual bool needs_whole_blocks() const noexcept = 0;
+  [[nodiscard]] virtual index_t section_bytes(const block_geometry& g) const noexcept = 0;
+  [[nodiscard]] virtual index_t row_bytes(const block_geometry& g) const noexcept = 0;
+  [[nodiscard]] virtual status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
+                                       const_rows rows) const = 0;
+  virtual void encode(head_id where, const kernel::table& kernels, const block_geometry& g,
+                      std::byte* section, index_t first, index_t count, const_rows rows) const = 0;
+  virtual void decode(head_id where, const kernel::table& kernels, const block_geometry& g,
+                      const std::byte* section, index_t first, index_t count, mutable_rows rows) const = 0;
+};
+
+class erased_keys : public erased_side {
+ public:
+  [[nodiscard]] virtual index_t prepared_floats(const block_geometry& g) const noexcept = 0;
+  virtual const float* prepare(head_id where, const kernel::table& kernels, const block_geometry& g,
+                               const float* queries, index_t num_rows, float* prepared) const = 0;
+  virtual void scores(head_id where, const kernel::table& kernels, const block_geometry& g,
+                      const std::byte* section, index_t count, const float* prepared, index_t num_rows,
+                      float* scores, const std::byte* next) const = 0;
+};
+
+class erased_values : public erased_side {
+ public:
+  [[nodiscard]] virtual bool turns_sums() const noexcept = 0;
+  virtual void accumulate(head_id where, const kernel::table& kernels, const block_geometry& g,
+                          const std::byte* section, index_t count, const float* weights, index_t num_rows,
+                          float* sums, const std::byte* next) const = 0;
+  virtual void finish(head_id where, const kernel::table& kernels, const block_geometry& g, index_t num_rows,
+                      float* sums) const = 0;
+};
+
+/// \tparam Base  erased_keys or erased_values
+template <class Base, codec::side Side>
+class erased_side_of : public Base {
+ public:
+  explicit erased_side_of(const Side& side) : side_(side) {}
+
+  [[nodiscard]] bool needs_whole_blocks() const noexcept override { return side_.needs_whole_blocks; }
+  [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept override {
+    return side_.section_bytes(g);
+  }
+  [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept override {
+    return side_.row_bytes(g);
+  }
+  [[nodiscard]] status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
+                               const_rows rows) const override {
+    return side_.accepts(kernels, g, count, rows);
+  }
+  void encode(head_id where, const kernel::table& kernels, const block_geometry& g, std::byte* section,
+              index_t first, index_t count, const_rows rows) const override {
+    at(where).encode(kernels, g, section, first, count, rows);
+  }
+  void decode(head_id where, const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+              index_t first, index_t count, mutable_rows rows) const override {
+    at(where).decode(kernels, g, section, first, count, rows);
+  }
+
+ protected:
+  [[nodiscard]] decltype(auto) at(head_id where) const { return codec_at(side_, where.layer, where.head); }
+  [[nodiscard]] const Side& side() const noexcept { return side_; }
+
+ private:
+  [[no_unique_address]] Side side_;
+};
+
+template <codec::key_side Keys>
+class erased_keys_of final : public erased_side_of<erased_keys, Keys> {
+ public:
+  using erased_side_of<erased_keys, Keys>::erased_side_of;
+
+  [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept override {
+    return this->side().prepared_floats(g);
+  }
+  const float* prepare(head_id where, const kernel::table& kernels, const block_geometry& g,
+                       const float* queries, index_t num_rows, float* prepared) const override {
+    return this->at(where).prepare(kernels, g, queries, num_rows, prepared);
+  }
+  void scores(head_id where, const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+              index_t count, const float* prepared, index_t num_rows, float* scores,
+              const std::byte* next) const override {
+    this->at(where).scores(kernels, g, section, count, prepared, num_rows, scores, next);
+  }
+};
+
+template <codec::value_side Values>
+class erased_values_of final : public erased_side_of<erased_values, Values> {
+ public:
+  using erased_side_of<erased_values, Values>::erased_side_of;
+
+  [[nodiscard]] bool turns_sums() const noexcept override { return this->side().turns_sums; }
+  void accumulate(head_id where, const kernel::table& kernels, const block_geometry& g,
+                  const std::byte* section, index_t count, const float* weights, index_t num_rows, float* sums,
+                  const std::byte* next) const override {
+    this->at(where).accumulate(kernels, g, section, count, weights, num_rows, sums, next);
+  }
+  void finish(head_id where, const kernel::table& kernels, const block_geometry& g, index_t num_rows,
+              float* sums) const override {
+    this->at(where).finish(kernels, g, num_rows, sums);
+  }
+};
+
+/// What any_keys and any_values have in common. \tparam Erased  erased_keys or erased_values
+template <class Erased>
+struct any_side {
+  std::shared_ptr<const Erased> erased;
+  head_id where = {};
+  bool needs_whole_blocks = erased->needs_whole_blocks();
+
+  [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
+    return erased->section_bytes(g);
+  }
+  [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept { return erased->row_bytes(g); }
+  [[nodiscard]] status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
+                               const_rows rows) const {
+    return erased->accepts(kernels, g, count, rows);
+  }
+  void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
+              index_t count, const_rows rows) const {
+    erased->encode(where, kernels, g, section, first, count, rows);
+  }
+  void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t first,
+              index_t count, mutable_rows rows) const {
+    erased->decode(where, kernels, g, section, first, count, rows);
+  }
+};
+
+}  // namespace detail
+
+namespace codec {
+
+/// The keys of any codec; those of bf16 unless given.
+struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
+  any_keys() : any_keys(bf16::keys_type{}) {}
+  template <key_side Keys>
+  explicit any_keys(const Keys& keys) : any_side{std::make_shared<kvcache::detail::erased_keys_of<Keys>>(keys)} {}
+
+  [[nodiscard]] any_keys at(index_t layer, index_t head) const {
+    any_keys here = *this;
+    here.where = {layer, head};
+    return here;
+  }
+  [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
+    return erased->prepared_floats(g);
+  }
+  const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                       index_t num_rows, float* prepared) const {
+    return erased->prepare(where, kernels, g, queries, num_rows, prepared);
+  }
+  void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
+              const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
+    erased->scores(where, kernels, g, section, count, prepared, num_rows, scores, next);
+  }
+};
+
+/// The values of any codec; those of bf16 unless given.
+struct any_values : kvcache::detail::any_side<kvcache::detail::erased_values> {
+  bool turns_sums = erased->turns_sums();
+
+  any_values() : any_values(bf16::values_type{}) {}
+  template <value_side Values>
+  explicit any_values(const Values& values)
+      : any_side{std::make_shared<kvcache::detail::erased_values_of<Values>>(values)} {}
+
+  [[nodiscard]] any_values at(index_t layer, index_t head) const {
+    any_values here = *this;
+    here.where = {layer, head};
+    return here;
+  }
+  void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                  index_t count, const float* weights, index_t num_rows, float* sums,
+                  const std::byte* next) const {
+    erased->accumulate(where, kernels, g, section, count, weights, num_rows, sums, next);
+  }
+  void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
+    erased->finish(where, kernels, g, num_rows, sums);
+  }
+};
+
+}  // namespace codec
+
+/// A codec as a value. Copies share what cannot change.
+struct any_codec : codec::sides<codec::any_keys, codec::any_values> {
+  static constexpr std::string_view name = "any";
+  index_t tail_tokens = 0;  ///< as in codec::exact_tail
+  index_t sink_tokens = 0;  ///< as in codec::exact_sinks
+};
+
+static_assert(sealing_codec<any_codec>);
+
+}  // namespace kvcache::inline v0
