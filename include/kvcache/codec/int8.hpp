@@ -19,6 +19,7 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
@@ -95,8 +96,13 @@ struct int8 {
 
   static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                      index_t count, const float* queries, index_t num_rows, float* scores) {
-    kernels.int8.scores(g, block, scales(block + key_scales_offset(g)), count, queries, num_rows, scores,
-                        block + values_offset(g));
+    alignas(64) std::array<float, 4 * kernel::prepared_query_floats(max_head_dim)> prepared;
+    for (index_t r = 0; r < num_rows; r += 4) {
+      const index_t rows = std::min(index_t{4}, num_rows - r);
+      kernels.int8.prepare(g.head_dim, queries + r * g.head_dim, rows, prepared.data());
+      kernels.int8.scores(g, block, scales(block + key_scales_offset(g)), count, prepared.data(), rows,
+                          scores + r * g.block_size, block + values_offset(g));
+    }
   }
 
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
