@@ -83,6 +83,14 @@ struct int8_keys : plain_side {
         row[d] = scale * static_cast<float>(keys[order::key_index(g, t, d)]);
     }
   }
+  [[nodiscard]] static constexpr index_t prepared_floats(const block_geometry& g) noexcept {
+    return kernel::prepared_query_floats(g.head_dim);
+  }
+  static const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                              index_t num_rows, float* prepared) {
+    kernels.int8.prepare(g.head_dim, queries, num_rows, prepared);
+    return prepared;
+  }
   static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                      index_t count, const float* prepared, index_t num_rows, float* scores,
                      const std::byte* next) {

@@ -220,6 +220,46 @@ KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
           _mm256_blendv_epi8(words.high, both.high, replace)};
 }
 
+KVCACHE_INLINE bits fill(std::uint32_t word) {
+  const __m256i x = _mm256_set1_epi32(static_cast<int>(word));
+  return {x, x};
+}
+KVCACHE_INLINE bits and_bits(bits a, bits b) {
+  return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
+}
+KVCACHE_INLINE bits or_bits(bits a, bits b) {
+  return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+}
+template <int N>
+KVCACHE_INLINE bits shifted(bits a) {
+  if constexpr (N < 0) return {_mm256_slli_epi32(a.low, -N), _mm256_slli_epi32(a.high, -N)};
+  return {_mm256_srli_epi32(a.low, N), _mm256_srli_epi32(a.high, N)};
+}
+KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
+  const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {x, x};
+}
+KVCACHE_INLINE bits look_up(bits codebook, bits codes) {
+  return {_mm256_shuffle_epi8(codebook.low, codes.low), _mm256_shuffle_epi8(codebook.high, codes.high)};
+}
+KVCACHE_INLINE vec look_up(const std::array<float, 8>& eight, vec place) {
+  const __m256 x = _mm256_loadu_ps(eight.data());
+  return {_mm256_permutevar8x32_ps(x, _mm256_castps_si256(place.low)),
+          _mm256_permutevar8x32_ps(x, _mm256_castps_si256(place.high))};
+}
+KVCACHE_INLINE vec add_if_above(vec sum, vec x, vec limit, vec one) {
+  const __m256 low = _mm256_cmp_ps(x.low, limit.low, _CMP_GT_OQ);
+  const __m256 high = _mm256_cmp_ps(x.high, limit.high, _CMP_GT_OQ);
+  return {_mm256_add_ps(sum.low, _mm256_and_ps(low, one.low)),
+          _mm256_add_ps(sum.high, _mm256_and_ps(high, one.high))};
+}
+KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
+  const __m256i eight = _mm256_add_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01'00'11'10));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0b10'11'00'01)));
+}
+
 KVCACHE_INLINE vec interleave(__m256 a, __m256 b) {
   const __m256 low = _mm256_unpacklo_ps(a, b);
   const __m256 high = _mm256_unpackhi_ps(a, b);
@@ -231,7 +271,8 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) { return interleave(a.high, b.h
 #include <kvcache/kernel/vector_kernels.inl>
 
 inline constexpr table kernels = {
-    isa::avx2, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_int8, softmax,
+    isa::avx2,        kernels_for<float>, kernels_for<half>,    kernels_for<bfloat16>,
+    kernels_for_int8, kernels_for_int8,   kernels_for_low_bits, softmax,
     soft_cap};
 
 inline bool runs_here() noexcept {

@@ -172,6 +172,35 @@ KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
   return {_mm512_mask_mov_epi16(words.x, slot == 0 ? ~odd_halves : odd_halves, both)};
 }
 
+KVCACHE_INLINE bits fill(std::uint32_t word) { return {_mm512_set1_epi32(static_cast<int>(word))}; }
+KVCACHE_INLINE bits and_bits(bits a, bits b) { return {_mm512_and_si512(a.x, b.x)}; }
+KVCACHE_INLINE bits or_bits(bits a, bits b) { return {_mm512_or_si512(a.x, b.x)}; }
+template <int N>
+KVCACHE_INLINE bits shifted(bits a) {
+  if constexpr (N < 0) return {_mm512_maskz_slli_epi32(all, a.x, -N)};
+  return {_mm512_maskz_srli_epi32(all, a.x, std::max(N, 0))};
+}
+KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
+  return {_mm512_maskz_broadcast_i32x4(all, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+KVCACHE_INLINE bits look_up(bits codebook, bits codes) { return {_mm512_shuffle_epi8(codebook.x, codes.x)}; }
+KVCACHE_INLINE vec look_up(const std::array<float, 8>& eight, vec place) {
+  const __m512 both = _mm512_maskz_broadcast_f32x8(all, _mm256_loadu_ps(eight.data()));
+  return {_mm512_maskz_permutexvar_ps(all, _mm512_castps_si512(place.x), both)};
+}
+KVCACHE_INLINE vec add_if_above(vec sum, vec x, vec limit, vec one) {
+  return {_mm512_mask_add_ps(sum.x, _mm512_cmp_ps_mask(x.x, limit.x, _CMP_GT_OQ), sum.x, one.x)};
+}
+KVCACHE_INLINE __m256i lower(__m512i a) { return __builtin_shufflevector(a, a, 0, 1, 2, 3); }
+KVCACHE_INLINE __m256i upper(__m512i a) { return __builtin_shufflevector(a, a, 4, 5, 6, 7); }
+KVCACHE_INLINE std::int32_t sum_of_words(__m512i a) {
+  const __m256i eight = _mm256_add_epi32(lower(a), upper(a));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01'00'11'10));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0b10'11'00'01)));
+}
+KVCACHE_INLINE std::int32_t sum_of_whole(vec a) { return sum_of_words(_mm512_maskz_cvtps_epi32(all, a.x)); }
+
 KVCACHE_INLINE vec interleave_low(vec a, vec b) {
   const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   return {_mm512_permutex2var_ps(a.x, order, b.x)};
@@ -184,13 +213,18 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
 #include <kvcache/kernel/vector_kernels.inl>
 
 // after what it builds on
+#include <kvcache/kernel/avx512_bytes.inl>
 #include <kvcache/kernel/avx512_int8.inl>
 
-inline constexpr int8_kernels kernels_for_bytes = {largest, quantize, scores_vnni, accumulate_vnni};
-
-inline constexpr table kernels = {
-    isa::avx512, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_bytes, softmax,
-    soft_cap};
+inline constexpr table kernels = {isa::avx512,
+                                  kernels_for<float>,
+                                  kernels_for<half>,
+                                  kernels_for<bfloat16>,
+                                  kernels_for_bytes<2>,
+                                  kernels_for_bytes<1>,
+                                  kernels_for_low_bits,
+                                  softmax,
+                                  soft_cap};
 
 inline bool runs_here() noexcept {
   __builtin_cpu_init();

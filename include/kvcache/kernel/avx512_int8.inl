@@ -1,81 +1,36 @@
 // SPDX-License-Identifier: MIT
 // Blocks of bytes multiplied as they are, by the integer dot products of AVX-512 VNNI; included by avx512.hpp. The
 // instruction takes unsigned times signed bytes and adds four products to a 32-bit lane: exact, so nothing here depends
-// on an order.
+// on an order. Queries and weights are one or two bytes, see avx512_bytes.inl.
 //
-//   scores   key + 128 (unsigned) * query, less 128 * sum of the query      query: two signed bytes, 128 * high + low
-//   sums     weight (unsigned) * value                                      weight: two unsigned bytes, 256 * high + low
+//   scores   key + 128 (unsigned) * query, less 128 * sum of the query
+//   sums     weight (unsigned) * value
 
-/// Rows of floats as two rows of bytes each; number = scale * (base * high + low).
-template <index_t MaxRows, index_t MaxColumns>
-struct byte_rows {
-  alignas(64) std::array<std::int8_t, MaxRows * 2 * MaxColumns> bytes;  // [row][high, low][MaxColumns]
-  float scales[MaxRows];
-  std::int32_t starts[2 * MaxRows];  // of the accumulators of high and low
+// ---- scores ---------------------------------------------------------------------------------------------------------
 
-  [[nodiscard]] std::int8_t* at(index_t row, index_t part) noexcept {
-    return &bytes[static_cast<std::size_t>((2 * row + part) * MaxColumns)];
-  }
-};
+/// Registers hold 16 accumulators, their operands and addresses.
+constexpr int byte_tile_width(int streams) { return streams >= 8 ? 2 : 4; }
 
-KVCACHE_INLINE void store_narrowed(std::int8_t* p, __m512i words) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(all, words));
-}
-KVCACHE_INLINE std::int32_t sum_of_words(__m512i a) {
-  alignas(64) std::array<std::int32_t, 16> lane;
-  _mm512_store_si512(lane.data(), a);
-  std::int32_t sum = 0;
-  for (const std::int32_t x : lane) sum += x;
-  return sum;
-}
-KVCACHE_INLINE __m512i four_bytes(const std::int8_t* p) {
-  std::int32_t word;
-  std::memcpy(&word, p, sizeof(word));
-  return _mm512_set1_epi32(word);
-}
-KVCACHE_INLINE vec to_floats(__m512i words) { return {_mm512_maskz_cvtepi32_ps(all, words)}; }
-
-/// One query, zeros up to a multiple of 16. A row that is not finite gets a scale that is not.
-template <class Rows>
-KVCACHE_TARGET inline void split_query(const float* query, index_t head_dim, index_t row, Rows& out) {
-  constexpr float largest_integer = 127 * 128;
-  const float size = largest(query, head_dim);
-  const float scale = size / largest_integer;
-  out.scales[row] = scale;
-  __m512i sum_high = _mm512_setzero_si512();
-  __m512i sum_low = _mm512_setzero_si512();
-  for (index_t d = 0; d < head_dim; d += key_lanes) {
-    const vec x = scale > 0.0F ? div(load_first(query + d, head_dim - d), broadcast(scale)) : zero();
-    const __m512i whole = _mm512_maskz_cvtps_epi32(all, x.x);
-    const __m512i high = _mm512_maskz_srai_epi32(all, _mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
-    const __m512i low = _mm512_sub_epi32(whole, _mm512_maskz_slli_epi32(all, high, 7));
-    store_narrowed(out.at(row, 0) + d, high);
-    store_narrowed(out.at(row, 1) + d, low);
-    sum_high = _mm512_add_epi32(sum_high, high);
-    sum_low = _mm512_add_epi32(sum_low, low);
-  }
-  out.starts[2 * row] = -128 * sum_of_words(sum_high);
-  out.starts[2 * row + 1] = -128 * sum_of_words(sum_low);
-}
-
-using query_bytes = byte_rows<4, max_head_dim>;
-
-template <int Rows, int Groups>
+template <int Parts, int Rows, int Groups>
 KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_t* keys,
-                                       const bfloat16* scales, query_bytes& q, float* out,
+                                       const bfloat16* scales, const float* prepared, float* out,
                                        read_ahead& ahead) {
   const index_t group_size = block_order<std::int8_t>::key_group_size(g);
+  const index_t row_floats = prepared_query_floats(g.head_dim);
+  const index_t part_bytes = round_up_16(g.head_dim);
+  prepared_head head[Rows];
   read_ahead next = ahead;
-  __m512i sum[Rows][2][Groups];
+  __m512i sum[Rows][Parts][Groups];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
+    std::memcpy(&head[r], prepared + r * row_floats, sizeof(prepared_head));
 #pragma GCC unroll 16
-    for (int i = 0; i < Groups; ++i) {
-      sum[r][0][i] = _mm512_set1_epi32(q.starts[2 * r]);
-      sum[r][1][i] = _mm512_set1_epi32(q.starts[2 * r + 1]);
-    }
+    for (int i = 0; i < Groups * Parts; ++i)
+      sum[r][i / Groups][i % Groups] = _mm512_set1_epi32(head[r].starts[i / Groups]);
   }
-  for (index_t d = 0; d < g.head_dim; d += 4, keys += 64) {
+  const auto* query = reinterpret_cast<const std::int8_t*>(prepared + prepared_head_floats);
+  const index_t row_bytes = row_floats * index_t{sizeof(float)};
+  for (index_t d = 0; d < g.head_dim; d += 4, keys += 64, query += 4) {
     fetch<Groups>(next);
     __m512i k[Groups];
 #pragma GCC unroll 16
@@ -83,12 +38,11 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_
       k[i] = _mm512_xor_si512(_mm512_loadu_si512(keys + i * group_size), _mm512_set1_epi8(-128));
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const __m512i high = four_bytes(q.at(r, 0) + d);
-      const __m512i low = four_bytes(q.at(r, 1) + d);
 #pragma GCC unroll 16
-      for (int i = 0; i < Groups; ++i) {
-        sum[r][0][i] = _mm512_dpbusd_epi32(sum[r][0][i], k[i], high);
-        sum[r][1][i] = _mm512_dpbusd_epi32(sum[r][1][i], k[i], low);
+      for (int p = 0; p < Parts; ++p) {
+        const __m512i q = four_bytes(query + r * row_bytes + p * part_bytes);
+#pragma GCC unroll 16
+        for (int i = 0; i < Groups; ++i) sum[r][p][i] = _mm512_dpbusd_epi32(sum[r][p][i], k[i], q);
       }
     }
   }
@@ -98,90 +52,83 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_
     const vec key_scale = widen_low(load_low_halves(scales + i * key_lanes));
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const __m512i whole = _mm512_add_epi32(_mm512_maskz_slli_epi32(all, sum[r][0][i], 7), sum[r][1][i]);
-      const vec scale = mul(key_scale, broadcast(q.scales[r]));
-      store(out + r * g.block_size + i * key_lanes, mul(to_floats(whole), scale));
+      const __m512i whole = joined<Parts>(sum[r][0][i], sum[r][Parts - 1][i], byte_split<Parts>::query_shift);
+      store(out + r * g.block_size + i * key_lanes,
+            mul(to_floats(whole), mul(key_scale, broadcast(head[r].scale))));
     }
   }
 }
 
-template <int Rows>
+/// Slots [t, count), `Groups` groups at a time, then fewer.
+template <int Parts, int Rows, int Groups>
+KVCACHE_TARGET inline void score_byte_groups(const block_geometry& g, const std::int8_t* keys,
+                                             const bfloat16* scales, index_t count, const float* prepared,
+                                             float* out, read_ahead& ahead) {
+  for (; count > (Groups - 1) * key_lanes; count -= Groups * key_lanes) {
+    score_bytes<Parts, Rows, Groups>(g, keys, scales, prepared, out, ahead);
+    keys += Groups * block_order<std::int8_t>::key_group_size(g);
+    scales += Groups * key_lanes;
+    out += Groups * key_lanes;
+  }
+  if constexpr (Groups > 1)
+    score_byte_groups<Parts, Rows, Groups / 2>(g, keys, scales, count, prepared, out, ahead);
+}
+
+/// As many times `Rows` rows as there are, then fewer.
+template <int Parts, int Rows>
 KVCACHE_TARGET inline void score_byte_rows(const block_geometry& g, const std::int8_t* keys,
-                                           const bfloat16* scales, index_t count, const float* queries,
-                                           float* out, read_ahead& ahead) {
-  query_bytes q;
-  for (index_t r = 0; r < Rows; ++r) split_query(queries + r * g.head_dim, g.head_dim, r, q);
-  const index_t group_size = block_order<std::int8_t>::key_group_size(g);
-  index_t t = 0;
-  for (; t + key_lanes < count; t += 2 * key_lanes, keys += 2 * group_size)
-    score_bytes<Rows, 2>(g, keys, scales + t, q, out + t, ahead);
-  if (t < count) score_bytes<Rows, 1>(g, keys, scales + t, q, out + t, ahead);
+                                           const bfloat16* scales, index_t count, const float* prepared,
+                                           index_t num_rows, float* out, read_ahead& ahead) {
+  for (; num_rows >= Rows; num_rows -= Rows, out += Rows * g.block_size) {
+    score_byte_groups<Parts, Rows, byte_tile_width(Rows * Parts)>(g, keys, scales, count, prepared, out,
+                                                                  ahead);
+    prepared += Rows * prepared_query_floats(g.head_dim);
+  }
+  if constexpr (Rows > 1)
+    score_byte_rows<Parts, Rows / 2>(g, keys, scales, count, prepared, num_rows, out, ahead);
 }
 
+template <int Parts>
 KVCACHE_TARGET inline void scores_vnni(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
-                                       index_t count, const float* queries, index_t num_rows, float* out,
+                                       index_t count, const float* prepared, index_t num_rows, float* out,
                                        const std::byte* next) {
-  const auto* bytes = reinterpret_cast<const std::int8_t*>(keys);
   read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, 4));
-  index_t r = 0;
-  for (; r + 4 <= num_rows; r += 4)
-    score_byte_rows<4>(g, bytes, scales, count, queries + r * g.head_dim, out + r * g.block_size, ahead);
-  for (; r < num_rows; ++r)
-    score_byte_rows<1>(g, bytes, scales, count, queries + r * g.head_dim, out + r * g.block_size, ahead);
+  score_byte_rows<Parts, 4>(g, reinterpret_cast<const std::int8_t*>(keys), scales, count, prepared, num_rows,
+                            out, ahead);
 }
 
-using weight_bytes = byte_rows<4, sum_tokens>;
+// ---- sums -----------------------------------------------------------------------------------------------------------
 
-/// Up to 64 weights times the scales of their tokens.
-KVCACHE_TARGET inline void split_weights(const float* weights, const bfloat16* scales, index_t count,
-                                         index_t row, weight_bytes& out) {
-  constexpr float largest_integer = 65280;  // 255 * 256
-  vec w[sum_tokens / key_lanes];
-  vec most = zero();
-#pragma GCC unroll 4
-  for (index_t i = 0; i < sum_tokens / key_lanes; ++i) {
-    w[i] = i * key_lanes < count ? scaled_weights(weights + i * key_lanes, scales + i * key_lanes) : zero();
-    most = larger(most, w[i]);
-  }
-  // NaN among the weights is not larger than anything: it has to be asked for.
-  const vec all_weights = add(add(w[0], w[1]), add(w[2], w[3]));
-  const float size =
-      largest_of(most) + (all_finite(all_weights) ? 0.0F : std::numeric_limits<float>::quiet_NaN());
-  const float scale = size / largest_integer;
-  out.scales[row] = scale;
-#pragma GCC unroll 4
-  for (index_t i = 0; i < sum_tokens / key_lanes; ++i) {
-    const vec x = scale > 0.0F ? div(w[i], broadcast(scale)) : zero();
-    const __m512i whole = _mm512_maskz_cvtps_epi32(all, x.x);
-    store_narrowed(out.at(row, 0) + i * key_lanes, _mm512_maskz_srli_epi32(all, whole, 8));
-    store_narrowed(out.at(row, 1) + i * key_lanes, _mm512_and_si512(whole, _mm512_set1_epi32(255)));
-  }
-}
+/// Values of up to 64 tokens: `num_packs` times four, `stride` bytes apart.
+struct value_bytes {
+  const std::int8_t* at;
+  index_t stride;
+  index_t num_packs;
+};
 
-/// 16 * Chunks dims of `num_packs` times four tokens.
-template <int Rows, int Chunks>
-KVCACHE_TARGET inline void sum_bytes(const std::int8_t* values, index_t stride, index_t num_packs,
-                                     weight_bytes& w, float* sums, index_t sum_stride, read_ahead& ahead) {
+/// 16 * Chunks dims.
+template <int Parts, int Rows, int Chunks>
+KVCACHE_TARGET inline void sum_bytes(value_bytes v, const weight_bytes<Parts, Rows>& w, float* sums,
+                                     index_t sum_stride, read_ahead& ahead) {
   read_ahead next = ahead;
-  __m512i sum[Rows][2][Chunks];
+  __m512i sum[Rows][Parts][Chunks];
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
+  for (auto& row : sum) {
 #pragma GCC unroll 16
-    for (int c = 0; c < Chunks; ++c) sum[r][0][c] = sum[r][1][c] = _mm512_setzero_si512();
+    for (int i = 0; i < Parts * Chunks; ++i) row[i / Chunks][i % Chunks] = _mm512_setzero_si512();
   }
-  for (index_t p = 0; p < num_packs; ++p, values += stride) {
+  for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.stride) {
     fetch<Chunks>(next);
-    __m512i v[Chunks];
+    __m512i x[Chunks];
 #pragma GCC unroll 16
-    for (int c = 0; c < Chunks; ++c) v[c] = _mm512_loadu_si512(values + 64 * c);
+    for (int c = 0; c < Chunks; ++c) x[c] = _mm512_loadu_si512(v.at + 64 * c);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const __m512i high = four_bytes(w.at(r, 0) + 4 * p);
-      const __m512i low = four_bytes(w.at(r, 1) + 4 * p);
 #pragma GCC unroll 16
-      for (int c = 0; c < Chunks; ++c) {
-        sum[r][0][c] = _mm512_dpbusd_epi32(sum[r][0][c], high, v[c]);
-        sum[r][1][c] = _mm512_dpbusd_epi32(sum[r][1][c], low, v[c]);
+      for (int p = 0; p < Parts; ++p) {
+        const __m512i weight = four_bytes(&w.bytes[r][p][t]);
+#pragma GCC unroll 16
+        for (int c = 0; c < Chunks; ++c) sum[r][p][c] = _mm512_dpbusd_epi32(sum[r][p][c], weight, x[c]);
       }
     }
   }
@@ -192,54 +139,70 @@ KVCACHE_TARGET inline void sum_bytes(const std::int8_t* values, index_t stride, 
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) {
       float* to = sums + r * sum_stride + c * key_lanes;
-      const __m512i whole = _mm512_add_epi32(_mm512_maskz_slli_epi32(all, sum[r][0][c], 8), sum[r][1][c]);
+      const __m512i whole =
+          joined<Parts>(sum[r][0][c], sum[r][Parts - 1][c], byte_split<Parts>::weight_shift);
       store(to, fma(to_floats(whole), scale, load(to)));
     }
   }
 }
 
-/// The values of up to 64 tokens for `Rows` rows.
-template <int Rows>
-KVCACHE_TARGET inline void sum_byte_rows(const block_geometry& g, const std::int8_t* values,
-                                         index_t num_packs, weight_bytes& w, float* sums, read_ahead& ahead) {
-  const index_t stride = 4 * g.head_dim;
-  index_t d = 0;
-  for (; d + 2 * key_lanes <= g.head_dim; d += 2 * key_lanes)
-    sum_bytes<Rows, 2>(values + 4 * d, stride, num_packs, w, sums + d, g.head_dim, ahead);
-  for (; d + key_lanes <= g.head_dim; d += key_lanes)
-    sum_bytes<Rows, 1>(values + 4 * d, stride, num_packs, w, sums + d, g.head_dim, ahead);
-  const index_t num_dims = g.head_dim - d;
-  if (num_dims == 0) return;
-  // the last dims, on a copy: what follows in memory is not theirs
+/// The last dims, on a copy: what follows in memory is not theirs.
+template <int Parts, int Rows>
+KVCACHE_TARGET inline void sum_last_bytes(const value_bytes& v, index_t num_dims,
+                                          const weight_bytes<Parts, Rows>& w, float* sums,
+                                          index_t sum_stride) {
   alignas(64) std::array<std::int8_t, sum_tokens / 4 * 64> padded{};
-  for (index_t p = 0; p < num_packs; ++p)
-    std::copy_n(values + p * stride + 4 * d, 4 * num_dims, &padded[static_cast<std::size_t>(64 * p)]);
+  for (index_t p = 0; p < v.num_packs; ++p)
+    std::copy_n(v.at + p * v.stride, 4 * num_dims, &padded[static_cast<std::size_t>(64 * p)]);
   alignas(64) std::array<float, Rows * key_lanes> last{};
   read_ahead nothing = ahead_of(nullptr, reinterpret_cast<const std::byte*>(padded.data()), 1);
-  sum_bytes<Rows, 1>(padded.data(), 64, num_packs, w, last.data(), key_lanes, nothing);
+  sum_bytes<Parts, Rows, 1>({padded.data(), 64, v.num_packs}, w, last.data(), key_lanes, nothing);
   for (index_t r = 0; r < Rows; ++r) {
     for (index_t i = 0; i < num_dims; ++i)
-      sums[r * g.head_dim + d + i] += last[static_cast<std::size_t>(r * key_lanes + i)];
+      sums[r * sum_stride + i] += last[static_cast<std::size_t>(r * key_lanes + i)];
   }
 }
 
+/// Dims [0, num_dims) in tiles of 16 * Chunks, then in smaller ones.
+template <int Parts, int Rows, int Chunks>
+KVCACHE_TARGET inline void sum_byte_dims(value_bytes v, index_t num_dims, const weight_bytes<Parts, Rows>& w,
+                                         float* sums, index_t sum_stride, read_ahead& ahead) {
+  constexpr index_t width = Chunks * key_lanes;
+  for (; num_dims >= width; num_dims -= width, v.at += 4 * width, sums += width)
+    sum_bytes<Parts, Rows, Chunks>(v, w, sums, sum_stride, ahead);
+  if constexpr (Chunks > 1) {
+    sum_byte_dims<Parts, Rows, Chunks / 2>(v, num_dims, w, sums, sum_stride, ahead);
+  } else if (num_dims > 0) {
+    sum_last_bytes(v, num_dims, w, sums, sum_stride);
+  }
+}
+
+/// Up to 64 tokens for as many times `Rows` rows as there are, then for fewer.
+template <int Parts, int Rows>
+KVCACHE_TARGET inline void sum_byte_rows(const block_geometry& g, const std::byte* values,
+                                         const bfloat16* scales, index_t count, const float* weights,
+                                         index_t num_rows, float* sums, read_ahead& ahead) {
+  for (; num_rows >= Rows; num_rows -= Rows, weights += Rows * g.block_size, sums += Rows * g.head_dim) {
+    weight_bytes<Parts, Rows> w;
+    split_weights(weights, g.block_size, scales, count, w);
+    const auto* bytes = reinterpret_cast<const std::int8_t*>(values);
+    sum_byte_dims<Parts, Rows, byte_tile_width(Rows * Parts)>({bytes, 4 * g.head_dim, ceil_div(count, 4)},
+                                                              g.head_dim, w, sums, g.head_dim, ahead);
+  }
+  if constexpr (Rows > 1)
+    sum_byte_rows<Parts, Rows / 2>(g, values, scales, count, weights, num_rows, sums, ahead);
+}
+
+template <int Parts>
 KVCACHE_TARGET inline void accumulate_vnni(const block_geometry& g, const std::byte* values,
                                            const bfloat16* scales, index_t count, const float* weights,
                                            index_t num_rows, float* sums, const std::byte* next) {
   read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, 4));
-  for (index_t t = 0; t < count; t += sum_tokens) {
-    const auto* bytes = reinterpret_cast<const std::int8_t*>(values) + t * g.head_dim;
-    const index_t num_tokens = std::min(sum_tokens, count - t);
-    for (index_t first = 0; first < num_rows; first += 4) {
-      const index_t rows = std::min(index_t{4}, num_rows - first);
-      weight_bytes w;
-      for (index_t r = 0; r < rows; ++r)
-        split_weights(weights + (first + r) * g.block_size + t, scales + t, num_tokens, r, w);
-      float* to = sums + first * g.head_dim;
-      if (rows == 4) sum_byte_rows<4>(g, bytes, ceil_div(num_tokens, 4), w, to, ahead);
-      if (rows == 3) sum_byte_rows<3>(g, bytes, ceil_div(num_tokens, 4), w, to, ahead);
-      if (rows == 2) sum_byte_rows<2>(g, bytes, ceil_div(num_tokens, 4), w, to, ahead);
-      if (rows == 1) sum_byte_rows<1>(g, bytes, ceil_div(num_tokens, 4), w, to, ahead);
-    }
-  }
+  for (index_t t = 0; t < count; t += sum_tokens)
+    sum_byte_rows<Parts, 4>(g, values + t * g.head_dim, scales + t, std::min(sum_tokens, count - t),
+                            weights + t, num_rows, sums, ahead);
 }
+
+template <int Parts>
+inline constexpr int8_kernels kernels_for_bytes = {largest, quantize, prepare_vnni<Parts>, scores_vnni<Parts>,
+                                                   accumulate_vnni<Parts>};

@@ -200,6 +200,49 @@ KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
   return each_word([&](int i) { return vbslq_u32(replaced, both.x[i], words.x[i]); });
 }
 
+KVCACHE_INLINE bits fill(std::uint32_t word) {
+  return each_word([&](int) { return vdupq_n_u32(word); });
+}
+KVCACHE_INLINE bits and_bits(bits a, bits b) {
+  return each_word([&](int i) { return vandq_u32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE bits or_bits(bits a, bits b) {
+  return each_word([&](int i) { return vorrq_u32(a.x[i], b.x[i]); });
+}
+template <int N>
+KVCACHE_INLINE bits shifted(bits a) {
+  return each_word([&](int i) { return vshlq_u32(a.x[i], vdupq_n_s32(-N)); });
+}
+KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
+  return each_word([p](int) { return vreinterpretq_u32_s8(vld1q_s8(p)); });
+}
+KVCACHE_INLINE bits look_up(bits codebook, bits codes) {
+  return each_word([&](int i) {
+    return vreinterpretq_u32_u8(
+        vqtbl1q_u8(vreinterpretq_u8_u32(codebook.x[i]), vreinterpretq_u8_u32(codes.x[i])));
+  });
+}
+KVCACHE_INLINE vec look_up(const std::array<float, 8>& eight, vec place) {
+  const uint8x16x2_t bytes = {
+      {vreinterpretq_u8_f32(vld1q_f32(eight.data())), vreinterpretq_u8_f32(vld1q_f32(eight.data() + 4))}};
+  return each([&](int i) {  // byte j of entry n is byte 4n + j
+    const uint32x4_t entry = vandq_u32(vreinterpretq_u32_f32(place.x[i]), vdupq_n_u32(7));
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100U), entry, vdupq_n_u32(0x04040404U));
+    return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(at)));
+  });
+}
+KVCACHE_INLINE vec add_if_above(vec sum, vec x, vec limit, vec one) {
+  return each([&](int i) {
+    const uint32x4_t above = vcgtq_f32(x.x[i], limit.x[i]);
+    return vaddq_f32(sum.x[i], vreinterpretq_f32_u32(vandq_u32(above, vreinterpretq_u32_f32(one.x[i]))));
+  });
+}
+KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
+  std::int32_t sum = 0;
+  for (int i = 0; i < 4; ++i) sum += vaddvq_s32(vcvtnq_s32_f32(a.x[i]));
+  return sum;
+}
+
 KVCACHE_INLINE vec interleave_low(vec a, vec b) {
   return {{vzip1q_f32(a.x[0], b.x[0]), vzip2q_f32(a.x[0], b.x[0]), vzip1q_f32(a.x[1], b.x[1]),
            vzip2q_f32(a.x[1], b.x[1])}};
@@ -212,7 +255,8 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
 #include <kvcache/kernel/vector_kernels.inl>
 
 inline constexpr table kernels = {
-    isa::neon, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_int8, softmax,
+    isa::neon,        kernels_for<float>, kernels_for<half>,    kernels_for<bfloat16>,
+    kernels_for_int8, kernels_for_int8,   kernels_for_low_bits, softmax,
     soft_cap};
 
 inline bool runs_here() noexcept { return true; }

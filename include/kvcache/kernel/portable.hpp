@@ -9,6 +9,7 @@
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
+#include <kvcache/kernel/portable_low_bit.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
@@ -203,6 +204,11 @@ struct element {
   /// Unpacks 16 tokens at a time into L1, then serves every row from there.
   static void scores(const block_geometry& g, const std::byte* keys, index_t count, const float* queries,
                      index_t num_rows, float* out, const std::byte* /*next*/) {
+    score_rows(g, keys, count, {queries, g.head_dim}, num_rows, out);
+  }
+
+  static void score_rows(const block_geometry& g, const std::byte* keys, index_t count, const_rows queries,
+                         index_t num_rows, float* out) {
     alignas(64) std::array<float, max_head_dim * lanes> unpacked;  // [dim, 16 tokens]
     const auto* group = reinterpret_cast<const Element*>(keys);
     for (index_t t = 0; t < count; t += lanes, group += order::key_group_size(g)) {
@@ -214,7 +220,7 @@ struct element {
       }
       for (index_t r = 0; r < num_rows; ++r) {
         lane_array sum{};
-        add_rows(queries + r * g.head_dim, unpacked.data(), g.head_dim, sum.data());
+        add_rows(queries.row(r), unpacked.data(), g.head_dim, sum.data());
         std::memcpy(out + r * g.block_size + t, sum.data(), sizeof(sum));
       }
     }
@@ -300,9 +306,16 @@ inline void quantize(const float* row, index_t count, float scale, std::int8_t* 
   }
 }
 
+/// Prepared queries are the queries, further apart.
+inline void prepare(index_t head_dim, const float* queries, index_t num_rows, float* prepared) {
+  for (index_t r = 0; r < num_rows; ++r)
+    std::copy_n(queries + r * head_dim, head_dim, prepared + r * prepared_query_floats(head_dim));
+}
+
 inline void scores_int8(const block_geometry& g, const std::byte* keys, const bfloat16* scales, index_t count,
-                        const float* queries, index_t num_rows, float* out, const std::byte* next) {
-  element<std::int8_t>::scores(g, keys, count, queries, num_rows, out, next);
+                        const float* prepared, index_t num_rows, float* out, const std::byte* /*next*/) {
+  const const_rows queries{prepared, prepared_query_floats(g.head_dim)};
+  element<std::int8_t>::score_rows(g, keys, count, queries, num_rows, out);
   for (index_t r = 0; r < num_rows; ++r) {
     for (index_t t = 0; t < count; ++t) out[r * g.block_size + t] *= to_float(scales[t]);
   }
@@ -328,7 +341,7 @@ inline void accumulate_int8(const block_geometry& g, const std::byte* values, co
   }
 }
 
-inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, scores_int8, accumulate_int8};
+inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, prepare, scores_int8, accumulate_int8};
 
 template <class Element>
 inline constexpr element_kernels kernels_for = {
@@ -337,7 +350,8 @@ inline constexpr element_kernels kernels_for = {
 };
 
 inline constexpr table kernels = {
-    isa::portable, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_int8, softmax,
+    isa::portable,    kernels_for<float>, kernels_for<half>,    kernels_for<bfloat16>,
+    kernels_for_int8, kernels_for_int8,   kernels_for_low_bits, softmax,
     soft_cap};
 
 }  // namespace kvcache::inline v0::kernel::portable

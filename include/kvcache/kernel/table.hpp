@@ -8,6 +8,7 @@
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/types.hpp>
 
@@ -56,9 +57,11 @@ struct element_kernels {
                      index_t num_rows, float* sums, const std::byte* next);
 };
 
+/// Floats of one prepared query row.
+constexpr index_t prepared_query_floats(index_t head_dim) { return 16 + round_up(head_dim, 16); }
+
 /// Arithmetic on blocks of bytes with one scale per token: a number is scale[token] * int8. Byte order as in
-/// block/order.hpp. Levels with integer dot products take queries and weights as integers of 15 and 16 bits, relative to
-/// the largest of a row; the others as floats.
+/// block/order.hpp. What queries and weights are taken as is said in `table`.
 struct int8_kernels {
   /// The largest magnitude of a row, [count]; NaN if it holds NaN or infinity.
   float (*largest)(const float* row, index_t count);
@@ -66,11 +69,51 @@ struct int8_kernels {
   /// out[i] = row[i] / scale, rounded to nearest even; zeros for scale 0. \pre |row[i] / scale| <= 127.5
   void (*quantize)(const float* row, index_t count, float scale, std::int8_t* out);
 
-  /// As in element_kernels. \param scales  [block_size]
+  /// Turns queries into what `scores` takes, once for many blocks.
+  /// \param queries   [num_rows, head_dim]
+  /// \param prepared  [num_rows, prepared_query_floats(head_dim)]; 64-byte aligned, for these kernels only
+  void (*prepare)(index_t head_dim, const float* queries, index_t num_rows, float* prepared);
+
+  /// As in element_kernels, of prepared queries. A query that is not finite has scores that are NaN or infinite.
+  /// \param scales  [block_size]
   void (*scores)(const block_geometry&, const std::byte* keys, const bfloat16* scales, index_t count,
-                 const float* queries, index_t num_rows, float* scores, const std::byte* next);
+                 const float* prepared, index_t num_rows, float* scores, const std::byte* next);
   void (*accumulate)(const block_geometry&, const std::byte* values, const bfloat16* scales, index_t count,
                      const float* weights, index_t num_rows, float* sums, const std::byte* next);
+};
+
+/// A scalar quantiser for numbers with a symmetric distribution.
+struct scalar_codebook {
+  int bits;                ///< 2, 3 or 4: there are 2^bits levels
+  std::int8_t levels[16];  ///< ascending, none zero, levels[2^bits - 1 - i] == -levels[i]
+  float thresholds
+      [7];  ///< between neighbours of the positive levels, in units of the row's rms; ascending, >= 0
+};
+
+/// Arithmetic on numbers of less than 8 bits. Every level gives the same bits.
+struct low_bit_kernels {
+  /// Codes to bytes: out[64 * line + i] = codebook[code at line, i], for `num_lines` lines of 64 bytes that are packed as
+  /// in block/packed.hpp.
+  /// \param bits        2, 3 or 4
+  /// \param packed      the section, from its line 0 on
+  /// \param first_line  where to start, a multiple of packed_order<bits>::lines_per_unit
+  /// \param codebook    [16], of which 2^bits are used
+  /// \param out         [num_lines, 64], from `first_line` on
+  /// \param next        what will be unpacked after this section, the same part of it is fetched meanwhile; may be null
+  void (*unpack)(int bits, const std::byte* packed, index_t first_line, index_t num_lines,
+                 const std::int8_t* codebook, std::int8_t* out, const std::byte* next);
+
+  /// Walsh-Hadamard transform in natural order, in place, not normalised: twice is `size` times the row.
+  /// log2(size) rounds of y[2i] = x[i] + x[i + size/2], y[2i+1] = x[i] - x[i + size/2], nothing else.
+  /// \param row  [size]; `size` is a power of two from 1 to 512
+  void (*hadamard)(float* row, index_t size);
+
+  /// Each number's nearest level after scaling, and the scale with the least squared error: row[i] ~ scale * level.
+  /// The row enters with ten bits: whole numbers, the largest in [256, 512]. All sums are exact.
+  /// \param row    [count], finite; `count` from 1 to 512
+  /// \param codes  [count], indices of levels
+  /// \return the scale, finite and not negative; zero for a row of zeros, with codes of the smallest positive level
+  float (*nearest)(const float* row, index_t count, const scalar_codebook& book, std::uint8_t* codes);
 };
 
 struct table {
@@ -78,7 +121,16 @@ struct table {
   element_kernels f32;
   element_kernels f16;
   element_kernels bf16;
+
+  /// Levels with integer dot products take queries as integers of 15 bits, weights as 16 bits relative to the largest of
+  /// a row; the others take both as floats.
   int8_kernels int8;
+
+  /// The same with half the multiplications: queries of 8 bits, off by at most 1/254 of the row's largest number, weights
+  /// (times their tokens' scales) of 8 bits, off by at most 1/510 of the largest of 64 tokens. Elsewhere as int8.
+  int8_kernels coarse;
+
+  low_bit_kernels low_bit;
 
   /// One step of the online softmax over a row of scores; -infinity marks a masked slot.
   /// Replaces each score by exp(score - new max) (relative error below 2e-7; under 1e-38 becomes zero).

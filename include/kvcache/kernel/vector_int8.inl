@@ -26,9 +26,10 @@ KVCACHE_TARGET inline void quantize(const float* row, index_t count, float scale
 }
 
 KVCACHE_TARGET inline void scores_int8(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
-                                       index_t count, const float* queries, index_t num_rows, float* out,
+                                       index_t count, const float* prepared, index_t num_rows, float* out,
                                        const std::byte* next) {
-  scores<std::int8_t>(g, keys, count, queries, num_rows, out, next);
+  const const_rows queries{prepared, prepared_query_floats(g.head_dim)};
+  score_blocks<std::int8_t>(g, keys, count, queries, num_rows, out, next);
   for (index_t t = 0; t < count; t += key_lanes) {
     const vec scale = widen_low(load_low_halves(scales + t));
     for (index_t r = 0; r < num_rows; ++r)

@@ -14,6 +14,11 @@
 //   load_bits, store_bits, store_low_halves, low_high(a, b): a | b << 16, with_half(word, slot, half)
 //   load_low_halves, widen_low(words)      16 bf16 side by side, and as floats
 //   store_bytes(p, x)          whole numbers as int8; zero_where_zero(w, x): w == 0 ? 0 : x
+//   fill(word), and_bits, or_bits, shifted<n>      words >> n, or << -n
+//   load_codebook(const int8_t*)           16 bytes, in every 128 bits
+//   look_up(codebook, codes)   byte by byte, codes below 16; look_up(eight, x): entry in the low mantissa bits of x
+//   add_if_above(sum, x, limit, one)       x > limit ? sum + one : sum
+//   sum_of_whole               of whole numbers, as an integer
 //   interleave_low, interleave_high     a0 b0 a1 b1 ..., of the lower and of the upper eight lanes
 //   score_groups(rows), max_score_rows, sum_chunks(rows), max_sum_rows          tiles that fit the registers
 //
@@ -130,7 +135,7 @@ inline index_t num_row_tiles(index_t num_rows, index_t max_rows) {
 
 /// out[r, g * 16 + lane] for `Rows` rows and `Groups` groups of 16 keys. All sums stay in registers.
 template <class Element, int Rows, int Groups>
-KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* keys, const float* queries,
+KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* keys, const_rows queries,
                                       float* out, read_ahead& ahead) {
   constexpr index_t pack = block_order<Element>::pack;
   const index_t group_size = block_order<Element>::key_group_size(g);
@@ -153,19 +158,21 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
     for (int j = 0; j < pack; ++j) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
-        const vec q = broadcast(queries[r * g.head_dim + d + j]);
+        const vec q = broadcast(queries.row(r)[d + j]);
 #pragma GCC unroll 16
         for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, k[i].part[j], sum[r][i]);
       }
     }
   }
   ahead = next;
-  if (d < g.head_dim) {  // an odd head_dim: the second half of the last pack is padding
+#pragma GCC unroll 4
+  for (int j = 0; j < pack - 1; ++j) {  // the rest of the last pack is padding
+    if (d + j >= g.head_dim) break;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const vec q = broadcast(queries[r * g.head_dim + d]);
+      const vec q = broadcast(queries.row(r)[d + j]);
 #pragma GCC unroll 16
-      for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, widen(keys + i * group_size).part[0], sum[r][i]);
+      for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, widen(keys + i * group_size).part[j], sum[r][i]);
     }
   }
 #pragma GCC unroll 16
@@ -177,10 +184,10 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
 
 /// `Groups` groups of keys, in tiles, for as many times `Rows` rows as there are, then for fewer.
 template <class Element, int Rows, int Groups>
-KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* keys, const float* queries,
+KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* keys, const_rows queries,
                                       index_t num_rows, float* out, read_ahead& next) {
   constexpr int tile_groups = std::min(Groups, score_groups(Rows));
-  for (; num_rows >= Rows; num_rows -= Rows, queries += Rows * g.head_dim, out += Rows * g.block_size) {
+  for (; num_rows >= Rows; num_rows -= Rows, queries.data = queries.row(Rows), out += Rows * g.block_size) {
     for (int i = 0; i < Groups; i += tile_groups) {
       score_tile<Element, Rows, tile_groups>(g, keys + i * block_order<Element>::key_group_size(g), queries,
                                              out + i * key_lanes, next);
@@ -190,8 +197,9 @@ KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* ke
 }
 
 template <class Element>
-KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
-                                  const float* queries, index_t num_rows, float* out, const std::byte* next) {
+KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte* keys, index_t count,
+                                        const_rows queries, index_t num_rows, float* out,
+                                        const std::byte* next) {
   const auto* group = reinterpret_cast<const Element*>(keys);
   const index_t group_size = block_order<Element>::key_group_size(g);
   read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, max_score_rows));
@@ -200,6 +208,12 @@ KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys
     score_rows<Element, max_score_rows, 4>(g, group, queries, num_rows, out + t, ahead);
   for (; t < count; t += key_lanes, group += group_size)
     score_rows<Element, max_score_rows, 1>(g, group, queries, num_rows, out + t, ahead);
+}
+
+template <class Element>
+KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
+                                  const float* queries, index_t num_rows, float* out, const std::byte* next) {
+  score_blocks<Element>(g, keys, count, {queries, g.head_dim}, num_rows, out, next);
 }
 
 // ---- weighted sums --------------------------------------------------------------------------------------------------
@@ -342,6 +356,7 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
 
 #include <kvcache/kernel/vector_encode.inl>
 #include <kvcache/kernel/vector_int8.inl>
+#include <kvcache/kernel/vector_low_bit.inl>
 
 template <class Element>
 inline constexpr element_kernels kernels_for = {
@@ -353,4 +368,6 @@ inline constexpr element_kernels kernels_for = {
     accumulate<Element>,
 };
 
-inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, scores_int8, accumulate_int8};
+inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, portable::prepare, scores_int8,
+                                                  accumulate_int8};
+inline constexpr low_bit_kernels kernels_for_low_bits = {unpack, hadamard, nearest};

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT
+// The packed order: where codes of 2, 3 or 4 bits lie that stand for the bytes of a section in block order.
+//
+// A line is 64 bytes of the section. `lines_per_unit` lines are packed together, byte i of each into byte i of packed
+// lines, so that shifts and masks give whole lines back:
+//
+//   4 bits   1 packed line  = 2 lines   line 2u in the low nibbles, line 2u + 1 in the high ones
+//   2 bits   1 packed line  = 4 lines   line 4u + j in bits 2j and 2j + 1
+//   3 bits   3 packed lines = 8 lines   low two bits of lines 8u .. 8u + 3, those of lines 8u + 4 .. 8u + 7 (as for 2 bits),
+//                                       then the top bit of line 8u + j in bit j
+#pragma once
+
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/types.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kvcache::inline v0 {
+
+/// Bytes of a line.
+inline constexpr index_t packed_line_bytes = 64;
+
+/// Index arithmetic of a packed section; byte_index counts bytes of the section that is packed.
+template <int Bits>
+struct packed_order {
+  static_assert(Bits == 2 || Bits == 3 || Bits == 4);
+
+  static constexpr index_t lines_per_unit = Bits == 4 ? 2 : Bits == 2 ? 4 : 8;
+  static constexpr index_t unit_bytes = Bits == 3 ? 3 * packed_line_bytes : packed_line_bytes;
+
+  /// Packed bytes of a section of `num_bytes`, whole units.
+  static constexpr index_t section_bytes(index_t num_bytes) {
+    return ceil_div(num_bytes, lines_per_unit * packed_line_bytes) * unit_bytes;
+  }
+
+  /// Stores one code. \pre code < 2^Bits
+  static void put(std::byte* packed, index_t byte_index, std::uint8_t code) noexcept {
+    put_bits<std::uint8_t>(packed, byte_index, code);
+  }
+
+  static std::uint8_t get(const std::byte* packed, index_t byte_index) noexcept {
+    const place p = place_of(byte_index);
+    const auto low = std::to_integer<unsigned>(packed[p.at] >> p.shift) & low_mask;
+    if constexpr (Bits != 3) return static_cast<std::uint8_t>(low);
+    const auto top = std::to_integer<unsigned>(packed[p.top_at] >> p.top_shift) & 1U;
+    return static_cast<std::uint8_t>(low | top << 2U);
+  }
+
+  /// Stores four adjacent codes, one in each byte of `codes`, the first in memory order.
+  /// \pre byte_index is a multiple of 4
+  static void put_four(std::byte* packed, index_t byte_index, std::uint32_t codes) noexcept {
+    put_bits<std::uint32_t>(packed, byte_index, codes);
+  }
+
+ private:
+  static constexpr unsigned low_mask = Bits == 4 ? 15U : 3U;
+
+  struct place {
+    index_t at;  // of the low bits
+    unsigned shift;
+    index_t top_at;  // of the third bit
+    unsigned top_shift;
+  };
+
+  static constexpr place place_of(index_t byte_index) noexcept {
+    constexpr index_t lines_per_packed_line = Bits == 4 ? 2 : 4;
+    const index_t line = byte_index / packed_line_bytes;
+    const index_t byte = byte_index % packed_line_bytes;
+    const index_t in_unit = line % lines_per_unit;
+    const index_t unit = line / lines_per_unit * unit_bytes + byte;
+    return {unit + in_unit / lines_per_packed_line * packed_line_bytes,
+            static_cast<unsigned>(in_unit % lines_per_packed_line) * (Bits == 4 ? 4U : 2U),
+            unit + 2 * packed_line_bytes, static_cast<unsigned>(in_unit)};
+  }
+
+  /// Replaces `mask`, in every byte, of a word by `bits`.
+  template <class Word>
+  static void replace(std::byte* at, Word mask, Word bits) noexcept {
+    Word word;
+    std::memcpy(&word, at, sizeof(word));
+    word = static_cast<Word>((word & static_cast<Word>(~mask)) | bits);
+    std::memcpy(at, &word, sizeof(word));
+  }
+
+  /// As many codes as `Word` has bytes. Shifts never cross a byte: the bits that would are masked first.
+  template <class Word>
+  static void put_bits(std::byte* packed, index_t byte_index, Word codes) noexcept {
+    constexpr auto ones = static_cast<Word>(0x01010101U);
+    constexpr auto low = static_cast<Word>(ones * low_mask);
+    const place p = place_of(byte_index);
+    replace<Word>(packed + p.at, static_cast<Word>(low << p.shift),
+                  static_cast<Word>((codes & low) << p.shift));
+    if constexpr (Bits == 3)
+      replace<Word>(packed + p.top_at, static_cast<Word>(ones << p.top_shift),
+                    static_cast<Word>((codes >> 2U & ones) << p.top_shift));
+  }
+};
+
+}  // namespace kvcache::inline v0

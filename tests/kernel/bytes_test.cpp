@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: MIT
+// The kernels on blocks of bytes, both accuracies, against double-precision loops over the same stored numbers.
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/memory.hpp>
+#include <kvcache/kernel/select.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+using namespace kvcache;
+
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+const float not_a_number = std::numeric_limits<float>::quiet_NaN();
+
+using order = block_order<std::int8_t>;
+
+/// One set of kernels, and how much of the largest number of a row an operand may be off.
+struct accuracy {
+  const kernel::table* table;
+  const kernel::int8_kernels* kernels;
+  double query;
+  double weight;
+};
+
+std::vector<accuracy> accuracies() {
+  std::vector<accuracy> all;
+  for (const kernel::isa level : kernel::available()) {
+    const kernel::table& t = kernel::select(level);
+    const bool whole = level == kernel::isa::avx512 || level == kernel::isa::amx;
+    all.push_back({&t, &t.int8, whole ? 0.5 / 16256 : 0, whole ? 0.5 / 65280 : 0});
+    all.push_back({&t, &t.coarse, whole ? 1.0 / 254 : 0, whole ? 1.0 / 510 : 0});
+  }
+  return all;
+}
+
+/// A block of random bytes with random scales; where no token is, scales are NaN.
+struct byte_block {
+  byte_block(block_geometry geometry, index_t num_tokens, test::random& random)
+      : g(geometry),
+        count(num_tokens),
+        keys(order::key_size(g), huge_page_resource()),
+        values(order::value_size(g), huge_page_resource()),
+        scales(static_cast<std::size_t>(g.block_size), from_float<bfloat16>(not_a_number)) {
+    for (index_t i = 0; i < keys.size(); ++i) keys.data()[i] = static_cast<std::byte>(random.below(256));
+    for (index_t i = 0; i < values.size(); ++i) values.data()[i] = static_cast<std::byte>(random.below(256));
+    for (index_t t = 0; t < g.block_size; ++t) {
+      for (index_t d = g.head_dim; d < round_up(g.head_dim, 4); ++d)
+        keys.data()[order::key_index(g, t, d)] = {};
+    }
+    for (index_t t = 0; t < count; ++t)
+      scales[static_cast<std::size_t>(t)] = from_float<bfloat16>(random.uniform(0.001F, 2.0F));
+  }
+
+  [[nodiscard]] double key(index_t t, index_t d) const { return number(keys, order::key_index(g, t, d), t); }
+  [[nodiscard]] double value(index_t t, index_t d) const {
+    return number(values, order::value_index(g, t, d), t);
+  }
+  [[nodiscard]] double number(const memory_block& section, index_t i, index_t t) const {
+    const auto byte = static_cast<std::int8_t>(section.data()[i]);
+    return double{to_float(scales[static_cast<std::size_t>(t)])} * byte;
+  }
+
+  block_geometry g;
+  index_t count;
+  memory_block keys, values;
+  std::vector<bfloat16> scales;
+};
+
+struct sizes {
+  index_t block_size, head_dim, count, num_rows;
+};
+
+std::vector<sizes> awkward_sizes() {
+  std::vector<sizes> all;
+  for (const index_t block_size : {16, 64, 256}) {
+    for (const index_t head_dim : {1, 3, 16, 20, 33, 64, 80, 100, 128, 512}) {
+      for (const index_t num_rows : {1, 3, 4, 8, 16}) {
+        for (const index_t count :
+             {index_t{1}, index_t{16}, index_t{17}, index_t{47}, block_size - 1, block_size})
+          if (count <= block_size) all.push_back({block_size, head_dim, count, num_rows});
+      }
+    }
+  }
+  for (index_t count = 1; count <= 64; ++count) all.push_back({64, 80, count, 1 + count % 5});
+  return all;
+}
+
+/// Kernels take queries prepared, 64-byte aligned.
+memory_block prepared(const kernel::int8_kernels& kernels, const std::vector<float>& queries,
+                      index_t head_dim) {
+  const auto num_rows = static_cast<index_t>(queries.size()) / head_dim;
+  memory_block out(num_rows * kernel::prepared_query_floats(head_dim) * 4, huge_page_resource());
+  std::memset(out.data(), 0xff, static_cast<std::size_t>(out.size()));
+  kernels.prepare(head_dim, queries.data(), num_rows, reinterpret_cast<float*>(out.data()));
+  return out;
+}
+
+std::vector<float> scores_of(const accuracy& a, const byte_block& b, const std::vector<float>& queries) {
+  const auto num_rows = static_cast<index_t>(queries.size()) / b.g.head_dim;
+  const memory_block q = prepared(*a.kernels, queries, b.g.head_dim);
+  std::vector<float> scores(static_cast<std::size_t>(num_rows * b.g.block_size), not_a_number);
+  a.kernels->scores(b.g, b.keys.data(), b.scales.data(), b.count, reinterpret_cast<const float*>(q.data()),
+                    num_rows, scores.data(), b.values.data());
+  return scores;
+}
+
+void check_scores(const accuracy& a, const sizes& n, test::random& random) {
+  const byte_block b({n.block_size, n.head_dim}, n.count, random);
+  const std::vector<float> q = random.floats(n.num_rows * n.head_dim);
+  const std::vector<float> scores = scores_of(a, b, q);
+  double worst = 0;  // in units of what is allowed
+  for (index_t r = 0; r < n.num_rows; ++r) {
+    const float* row = &q[static_cast<std::size_t>(r * n.head_dim)];
+    double largest = 0;
+    for (index_t d = 0; d < n.head_dim; ++d) largest = std::max(largest, std::abs(double{row[d]}));
+    for (index_t t = 0; t < n.count; ++t) {
+      double dot = 0;
+      double size = 0;
+      double keys = 0;
+      for (index_t d = 0; d < n.head_dim; ++d) {
+        dot += double{row[d]} * b.key(t, d);
+        size += std::abs(double{row[d]} * b.key(t, d));
+        keys += std::abs(b.key(t, d));
+      }
+      const double allowed = 2e-6 * size + 1.0001 * a.query * largest * keys + 1e-30;
+      const double error = std::abs(double{scores[static_cast<std::size_t>(r * n.block_size + t)]} - dot);
+      worst = std::max(worst, std::isnan(error) ? 2.0 : error / allowed);
+    }
+  }
+  CHECK(worst <= 1);
+}
+
+/// What the weights of 64 tokens may be off, times their values: [block_size / 64] of one row and dim.
+double allowed_error(const accuracy& a, const byte_block& b, const float* weights, index_t d) {
+  double allowed = 0;
+  for (index_t first = 0; first < b.count; first += 64) {
+    double largest = 0;
+    double values = 0;
+    for (index_t t = first; t < std::min(first + 64, b.count); ++t) {
+      if (weights[t] == 0.0F) continue;
+      const double scale = double{to_float(b.scales[static_cast<std::size_t>(t)])};
+      largest = std::max(largest, double{weights[t]} * scale);
+      values += std::abs(b.value(t, d)) / scale;
+    }
+    allowed += 1.0001 * a.weight * largest * values;
+  }
+  return allowed;
+}
+
+void check_accumulate(const accuracy& a, const sizes& n, test::random& random) {
+  const byte_block b({n.block_size, n.head_dim}, n.count, random);
+  std::vector<float> weights(static_cast<std::size_t>(n.num_rows * n.block_size), not_a_number);
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const index_t slot = static_cast<index_t>(i) % n.block_size;
+    if (slot < round_up(n.count, key_lanes))
+      weights[i] = slot >= n.count || random.chance(0.3) ? 0.0F : random.uniform(0, 1);
+  }
+  std::vector<float> sums = random.floats(n.num_rows * n.head_dim);
+  const std::vector<float> before = sums;
+  a.kernels->accumulate(b.g, b.values.data(), b.scales.data(), n.count, weights.data(), n.num_rows,
+                        sums.data(), nullptr);
+  double worst = 0;
+  for (index_t r = 0; r < n.num_rows; ++r) {
+    const float* row = &weights[static_cast<std::size_t>(r * n.block_size)];
+    for (index_t d = 0; d < n.head_dim; ++d) {
+      const auto i = static_cast<std::size_t>(r * n.head_dim + d);
+      double sum = double{before[i]};
+      double size = std::abs(sum);
+      for (index_t t = 0; t < n.count; ++t) {
+        const double term = row[t] == 0.0F ? 0.0 : double{row[t]} * b.value(t, d);
+        sum += term;
+        size += std::abs(term);
+      }
+      const double error = std::abs(double{sums[i]} - sum);
+      const double allowed = 2e-6 * size + allowed_error(a, b, row, d) + 1e-30;
+      worst = std::max(worst, std::isnan(error) ? 2.0 : error / allowed);
+    }
+  }
+  CHECK(worst <= 1);
+}
+
+}  // namespace
+
+TEST_CASE("scores of bytes are dot products within the stated accuracy", "[kernel]") {
+  test::random random;
+  for (const accuracy& a : accuracies()) {
+    for (const sizes& n : awkward_sizes()) {
+      CAPTURE(kernel::to_string(a.table->level), a.query, n.block_size, n.head_dim, n.count, n.num_rows);
+      check_scores(a, n, random);
+    }
+  }
+}
+
+TEST_CASE("sums of bytes are weighted sums within the stated accuracy, hidden tokens left out", "[kernel]") {
+  test::random random;
+  for (const accuracy& a : accuracies()) {
+    for (const sizes& n : awkward_sizes()) {
+      CAPTURE(kernel::to_string(a.table->level), a.weight, n.block_size, n.head_dim, n.count, n.num_rows);
+      check_accumulate(a, n, random);
+    }
+  }
+}
+
+TEST_CASE("a hidden token's scale may be NaN or infinite", "[kernel]") {
+  test::random random;
+  for (const accuracy& a : accuracies()) {
+    CAPTURE(kernel::to_string(a.table->level), a.weight);
+    byte_block b({64, 20}, 50, random);
+    std::vector<float> weights(64, 0.25F);
+    std::fill(weights.begin() + 50, weights.end(), 0.0F);
+    weights[3] = weights[7] = 0.0F;
+    std::vector<float> clean(20, 1.0F);
+    a.kernels->accumulate(b.g, b.values.data(), b.scales.data(), 50, weights.data(), 1, clean.data(),
+                          nullptr);
+    b.scales[3] = from_float<bfloat16>(not_a_number);
+    b.scales[7] = from_float<bfloat16>(infinity);
+    std::vector<float> sums(20, 1.0F);
+    a.kernels->accumulate(b.g, b.values.data(), b.scales.data(), 50, weights.data(), 1, sums.data(), nullptr);
+    CHECK(sums == clean);
+    weights[9] = not_a_number;  // of a token that is seen: NaN it must be
+    a.kernels->accumulate(b.g, b.values.data(), b.scales.data(), 50, weights.data(), 1, sums.data(), nullptr);
+    CHECK(std::all_of(sums.begin(), sums.end(), [](float x) { return std::isnan(x); }));
+  }
+}
+
+TEST_CASE("queries that are not finite have scores that are not, and spoil no other row", "[kernel]") {
+  test::random random;
+  for (const accuracy& a : accuracies()) {
+    for (const float bad : {not_a_number, -not_a_number, infinity, -infinity}) {
+      for (const index_t at : {0, 19, 70}) {
+        CAPTURE(kernel::to_string(a.table->level), a.query, bad, at);
+        const byte_block b({16, 71}, 16, random);
+        std::vector<float> q = random.floats(5 * 71);
+        const std::vector<float> clean = scores_of(a, b, q);
+        q[static_cast<std::size_t>(2 * 71 + at)] = bad;
+        const std::vector<float> scores = scores_of(a, b, q);
+        for (std::size_t i = 0; i < scores.size(); ++i) {
+          const bool spoilt = i / 16 == 2;
+          const bool key_is_zero = b.key(static_cast<index_t>(i % 16), at) == 0;
+          CHECK((spoilt ? !std::isfinite(scores[i]) || key_is_zero : scores[i] == clean[i]));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("zero, tiny and huge queries and weights keep their accuracy", "[kernel]") {
+  test::random random;
+  for (const accuracy& a : accuracies()) {
+    for (const float scale : {0.0F, 1e-30F, 1e-20F, 1e20F, 1e30F}) {
+      CAPTURE(kernel::to_string(a.table->level), a.query, scale);
+      const byte_block b({16, 64}, 16, random);
+      std::vector<float> q(64, scale);
+      double sum = 0;
+      for (index_t d = 0; d < 64; ++d) sum += b.key(5, d) * double{scale};
+      CHECK(std::abs(double{scores_of(a, b, q)[5]} - sum) <= 1e-3 * double{scale});
+
+      const std::vector<float> weights(16, scale);
+      std::vector<float> sums(64, 0.0F);
+      a.kernels->accumulate(b.g, b.values.data(), b.scales.data(), 16, weights.data(), 1, sums.data(),
+                            nullptr);
+      double expected = 0;
+      for (index_t t = 0; t < 16; ++t) expected += b.value(t, 9) * double{scale};
+      const double allowed = a.weight * 16 * 128 * 2 * double{scale} + 1e-4 * double{scale};
+      CHECK(std::abs(double{sums[9]} - expected) <= allowed);
+    }
+    const byte_block b({16, 64}, 16, random);
+    for (const float tiny : {1e-45F, 1e-41F, 3e-39F, 1e-36F}) {  // only not to come out large
+      const std::vector<float> q(64, tiny);
+      for (const float s : scores_of(a, b, q)) CHECK(std::abs(s) < 1e-30F);
+    }
+  }
+}
