@@ -31,7 +31,7 @@ round_trip through(const std::vector<float>& rows, index_t head_dim, const kvcac
   round_trip r{std::vector<float>(rows.size()), std::vector<float>(rows.size())};
   std::vector<float> values(rows.rbegin(), rows.rend());
   REQUIRE(codec::int8{}.encode(kernels, g, block.data(), 0, count, {rows.data(), head_dim},
-                              {values.data(), head_dim}) == status::ok);
+                               {values.data(), head_dim}) == status::ok);
   codec::int8{}.decode(kernels, g, block.data(), 0, count, {r.k.data(), head_dim}, {r.v.data(), head_dim});
   std::reverse(r.v.begin(), r.v.end());
   return r;
@@ -115,7 +115,7 @@ TEST_CASE("int8 refuses what is not finite and writes nothing", "[codec]") {
           const std::vector<float>& k = in_keys ? poisoned : good;
           const std::vector<float>& v = in_keys ? good : poisoned;
           REQUIRE(codec::int8{}.encode(*kernels, g, block.data(), 2, 3, {k.data(), head_dim},
-                                      {v.data(), head_dim}) == status::not_finite);
+                                       {v.data(), head_dim}) == status::not_finite);
           REQUIRE(std::all_of(block.data(), block.data() + block.size(),
                               [](std::byte b) { return b == std::byte{0x33}; }));
         }

@@ -197,16 +197,19 @@ TEST_CASE("a spec that is not known is refused with a list of what there is", "[
   };
   for (const char* spec : {"", "paged", "/", "/bf16", "pagd/bf16", "PAGED/BF16"})
     refused(spec, {"contiguous/", "chunked/", "paged/"});
-  for (const char* spec : {"paged/bf61", "paged/bf16 ", "paged/bf16/x", "paged/", "paged/k=bf61", "paged/v=", "paged/k"})
+  for (const char* spec :
+       {"paged/bf61", "paged/bf16 ", "paged/bf16/x", "paged/", "paged/k=bf61", "paged/v=", "paged/k"})
     refused(spec, {"f32", "bf16", "rotated4", "channel3", "balanced2"});
   for (const char* spec : {"paged/bf16,bf16", "paged/bf16,tial=3", "paged/k=bf16,=3"})
     refused(spec, {"k=", "v=", "sinks=", "tail="});
-  for (const char* spec : {"paged/bf16,tail=", "paged/bf16,tail=3x", "paged/bf16,sinks=-1", "paged/tail=99999999999"})
+  for (const char* spec :
+       {"paged/bf16,tail=", "paged/bf16,tail=3x", "paged/bf16,sinks=-1", "paged/tail=99999999999"})
     refused(spec, {"number of tokens"});
   refused("paged/v=channel4", {"channel4", "keys"});
   refused("paged/bf16,", {"ends"});
   REQUIRE_THROWS_AS(kvcache::make_cache("paged/bf16", {.head_dim = 0}), kvcache::shape_error);
-  REQUIRE_THROWS_AS(kvcache::make_cache("paged/bf16,sinks=17", small), kvcache::shape_error);  // more than a block
+  REQUIRE_THROWS_AS(kvcache::make_cache("paged/bf16,sinks=17", small),
+                    kvcache::shape_error);  // more than a block
 }
 
 TEST_CASE("a spec says the codec of keys and values, sinks and tail", "[conformance]") {
@@ -214,8 +217,7 @@ TEST_CASE("a spec says the codec of keys and values, sinks and tail", "[conforma
   const kvcache::block_geometry g{.block_size = 64, .head_dim = 128};
   REQUIRE(codec.tail_tokens == 128);
   REQUIRE(codec.sink_tokens == 4);
-  REQUIRE(codec.block_bytes(g) ==
-          codec::mixed<codec::channel<4>, codec::rotated<3>>{}.block_bytes(g));
+  REQUIRE(codec.block_bytes(g) == codec::mixed<codec::channel<4>, codec::rotated<3>>{}.block_bytes(g));
   REQUIRE(kvcache::make_codec("int8,v=rotated4").block_bytes(g) ==
           codec::mixed<codec::int8, codec::rotated<4>>{}.block_bytes(g));
   REQUIRE(kvcache::make_codec("tail=5").block_bytes(g) == codec::bf16{}.block_bytes(g));

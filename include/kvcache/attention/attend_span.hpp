@@ -64,7 +64,7 @@ struct span_context {
 struct span_blocks {
   std::span<const std::byte* const> data;  ///< in order, and the one after them, or null
   index_t first_exact = 0;                 ///< token from which on blocks are exact, not the codec's
-  exact_sinks_view sinks = {};             ///< exact tokens from token 0 on, in place of those in the first block
+  exact_sinks_view sinks = {};  ///< exact tokens from token 0 on, in place of those in the first block
 };
 
 /// Sums of the rows of a tile, [rows, head_dim] each: as they are, and in the codec's own coordinates.
@@ -92,8 +92,8 @@ struct block_tokens {
 /// \param sums     where the codec's weighted sum goes
 template <class Codec>
 void attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
-                  const float* queries, const block_tokens& in, const position_segment& segment, float* scores,
-                  const softmax_state& state, const span_sums& all_sums, float* sums) {
+                  const float* queries, const block_tokens& in, const position_segment& segment,
+                  float* scores, const softmax_state& state, const span_sums& all_sums, float* sums) {
   const index_t count = in.tokens.last - in.base;
   const index_t num_scores = round_up(count, key_lanes);
   codec.scores(*c.kernels, g, in.block, count, queries, tile.num_rows(), scores);
@@ -118,8 +118,10 @@ void attend_block(const Codec& codec, const span_context& c, const block_geometr
 }
 
 /// Adds tokens [span.first, span.last) to `state`. At most span_tokens of them, starting at a multiple of that.
+/// \tparam Seals   some of the blocks may be exact, not the codec's
+/// \param codec    as it is for this head
 /// \param scratch  [span_scratch_floats], 64-byte aligned
-template <class Codec>
+template <bool Seals, class Codec>
 void attend_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
                  token_range span, float* scratch, const softmax_state& state) {
   const block_geometry& g = c.geometry;
@@ -162,7 +164,7 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
       block_tokens in{blocks.data[b], blocks.data[b + 1], tokens, base};
-      if constexpr (sealing_codec<Codec>) {
+      if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           if (in_sinks) in.block = blocks.sinks.data;
           const block_geometry& exact = in_sinks ? blocks.sinks.geometry : g;
@@ -170,8 +172,7 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
           continue;
         }
       }
-      if (codec_queries == nullptr)
-        codec_queries = codec.prepare(*c.kernels, g, queries, num_rows, prepared);
+      if (codec_queries == nullptr) codec_queries = codec.prepare(*c.kernels, g, queries, num_rows, prepared);
       attend_block(codec, c, g, tile, codec_queries, in, segment, scores, state, sums, codec_sums);
     }
   }

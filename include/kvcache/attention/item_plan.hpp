@@ -184,14 +184,15 @@ class item_plan {
                                options_->alibi_slopes,
                                options_->rope};
     span_blocks in{{blocks.data(), static_cast<std::size_t>(num_blocks + 1)}};
-    if constexpr (sealing_codec<std::remove_cvref_t<decltype(item_->layer.codec())>>) {
+    constexpr bool seals = sealing_codec<std::remove_cvref_t<decltype(item_->layer.codec())>>;
+    if constexpr (seals) {
       in.first_exact = item_->layer.num_sealed() * shape_.block_size;
       in.sinks = item_->layer.sinks(head);
     }
     if constexpr (requires { item_->layer.codec(head); }) {
-      attend_span(item_->layer.codec(head), context, tile, in, tokens, scratch, state);
+      attend_span<seals>(item_->layer.codec(head), context, tile, in, tokens, scratch, state);
     } else {
-      attend_span(item_->layer.codec(), context, tile, in, tokens, scratch, state);
+      attend_span<seals>(item_->layer.codec(), context, tile, in, tokens, scratch, state);
     }
   }
 

@@ -61,7 +61,8 @@ class direct_blocks {
       : shape_(shape), codec_(codec), storage_(std::move(storage)) {
     if constexpr (!sealing_codec<Codec>) {
       if (codec.needs_whole_blocks())
-        throw shape_error("kvcache: a codec that needs whole blocks has to be one that seals; wrap it in exact_tail");
+        throw shape_error(
+            "kvcache: a codec that needs whole blocks has to be one that seals; wrap it in exact_tail");
     }
   }
 
@@ -81,7 +82,8 @@ class direct_blocks {
   }
   /// The same for all blocks from that of `first` on, those set aside before included.
   [[nodiscard]] status reserve(index_t first, index_t last) {
-    return storage_.prepare_write(first / shape_.block_size, std::max(blocks_for(last), storage_.num_blocks()));
+    return storage_.prepare_write(first / shape_.block_size,
+                                  std::max(blocks_for(last), storage_.num_blocks()));
   }
 
   /// Encodes tokens behind the first `size` of a layer. \pre prepare(size, size + num_tokens) was ok
@@ -165,9 +167,10 @@ class direct_blocks {
   /// The same blocks, shared until written to. Throws std::bad_alloc.
   [[nodiscard]] direct_blocks shared(const kernel::table& /*kernels*/, std::span<const index_t> /*sizes*/,
                                      index_t num_tokens) const requires
-      requires(const Storage& s, index_t n) { s.share(n); } {
-    return {shape_, codec_, storage_.share(blocks_for(num_tokens))};
+      requires(const Storage& s, index_t n) {
+    s.share(n);
   }
+  { return {shape_, codec_, storage_.share(blocks_for(num_tokens))}; }
 
   /// Throws invariant_error.
   void check(std::span<const index_t> sizes) const {

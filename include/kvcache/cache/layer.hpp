@@ -69,7 +69,8 @@ class block_range {
     const index_t block_size = cache_->shape().block_size;
     const index_t first = index * block_size;
     return {index, first, std::min(block_size, cache_->layer_size(layer_) - first),
-            cache_->block(layer_, head_, index), index < layer_ref<const Cache>(*cache_, layer_).num_sealed()};
+            cache_->block(layer_, head_, index),
+            index < layer_ref<const Cache>(*cache_, layer_).num_sealed()};
   }
 
   const Cache* cache_ = nullptr;

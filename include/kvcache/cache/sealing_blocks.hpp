@@ -195,7 +195,10 @@ class sealing_blocks {
 
   [[nodiscard]] sealing_blocks shared(const kernel::table& kernels, std::span<const index_t> sizes,
                                       index_t num_tokens) const requires
-      requires(const Storage& s, index_t n) { s.share(n); } {
+      requires(const Storage& s, index_t n) {
+    s.share(n);
+  }
+  {
     if (!seals_) return {direct_.shared(kernels, sizes, num_tokens), *this};
     const index_t num_blocks = std::min(blocks_needed(sizes), ceil_div(num_tokens, shape().block_size));
     return cut({{shape(), codec(), storage().share(num_blocks)}, *this}, kernels, sizes, num_tokens);
@@ -315,7 +318,7 @@ class sealing_blocks {
                               constant(v));
         if (skipped == g.block_size) continue;
         std::byte* to = direct_.block(layer, head, index);
-        if (skipped > 0) std::memset(to, 0, static_cast<std::size_t>(codec().block_bytes(g)));
+        std::memset(to, 0, static_cast<std::size_t>(codec().block_bytes(g)));  // padding too: no stale bytes
         const status s = codec_at(codec(), layer, head)
                              .encode(kernels, g, to, skipped, g.block_size - skipped,
                                      {k.row(skipped), k.stride}, {v.row(skipped), v.stride});
@@ -366,11 +369,11 @@ class sealing_blocks {
   [[no_unique_address]] codec::bf16 exact_;
   bool seals_;
   index_t ring_blocks_ = 0;
-  index_t exact_bytes_ = 0;   // of one block in the ring
-  index_t tail_bytes_ = 0;    // rings, sinks and working memory
-  index_t work_offset_ = 0;   // where the working memory begins
-  memory_block tail_;         // allocated by the first append or reserve
-  memory_block saved_;        // rings and sinks when a long step began
+  index_t exact_bytes_ = 0;  // of one block in the ring
+  index_t tail_bytes_ = 0;   // rings, sinks and working memory
+  index_t work_offset_ = 0;  // where the working memory begins
+  memory_block tail_;        // allocated by the first append or reserve
+  memory_block saved_;       // rings and sinks when a long step began
   std::vector<layer_state> states_;
   std::vector<layer_state> saved_states_;
 };

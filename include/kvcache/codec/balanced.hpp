@@ -48,7 +48,8 @@ class channel_statistics {
       : dim_(g.head_dim), count_(count), rows_(rows), inverse_unit_(inverse_unit) {
     means_.fill(0.0F);
     for (index_t t = 0; t < count; ++t)
-      for_each_dim([&, row = rows.row(t)](std::size_t i) { means_[i] += row[i] / static_cast<float>(count_); });
+      for_each_dim(
+          [&, row = rows.row(t)](std::size_t i) { means_[i] += row[i] / static_cast<float>(count_); });
     for_each_dim([&](std::size_t i) { means_[i] = to_float(to_finite_bfloat16(means_[i])); });
     weights_.fill(1.0F);
     constexpr int rounds = 3;
@@ -116,7 +117,8 @@ struct balanced_side : Base {
                      index_t count, const_rows rows) {
     if (count == 0) return;
     float largest = 0;
-    for (index_t t = 0; t < count; ++t) largest = std::max(largest, kernels.int8.largest(rows.row(t), g.head_dim));
+    for (index_t t = 0; t < count; ++t)
+      largest = std::max(largest, kernels.int8.largest(rows.row(t), g.head_dim));
     const float unit = std::max(largest, 0x1p-100F);
     const channel_statistics statistics(g, count, rows, 1.0F / unit);
     channel_floats inverse_scales;
@@ -147,7 +149,8 @@ struct balanced_side : Base {
 template <int Bits>
 using balanced_keys = detail::balanced_side<Bits, detail::channel_scaled_keys<detail::balanced_traits<Bits>>>;
 template <int Bits>
-using balanced_values = detail::balanced_side<Bits, detail::channel_scaled_values<detail::balanced_traits<Bits>>>;
+using balanced_values =
+    detail::balanced_side<Bits, detail::channel_scaled_values<detail::balanced_traits<Bits>>>;
 
 template <int Bits>
 struct balanced : sides<balanced_keys<Bits>, balanced_values<Bits>>, sealing_options {

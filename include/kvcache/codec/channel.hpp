@@ -40,7 +40,8 @@ struct channel_traits {
   static constexpr int below = 1 << (Bits - 1);
   static constexpr std::array<std::int8_t, 16> all_levels = [] {
     std::array<std::int8_t, 16> all{};
-    for (int i = 0; i < (1 << Bits); ++i) all[static_cast<std::size_t>(i)] = static_cast<std::int8_t>(i - below);
+    for (int i = 0; i < (1 << Bits); ++i)
+      all[static_cast<std::size_t>(i)] = static_cast<std::int8_t>(i - below);
     return all;
   }();
   static constexpr const std::int8_t* levels() noexcept { return all_levels.data(); }

@@ -70,7 +70,8 @@ struct channel_scaled_rows : plain_side {
       const float token_scale = Traits::has_token_scales ? to_float(token_scales(g, section)[t]) : 1.0F;
       for (index_t d = 0; d < g.head_dim; ++d) {
         const auto level = static_cast<float>(Traits::levels()[codes::get(g, section, t, d)]);
-        row[d] = to_float(offset[d]) + token_scale * (to_float(scale[d]) * level);
+        row[d] =
+            to_float(offset[d]) + to_float(scale[d]) * (token_scale * level);  // a level alone might overflow
       }
     }
   }
@@ -118,12 +119,12 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
       const float* from = queries + first * g.head_dim;
       float* to = scores + first * g.block_size;
       fold(kernels, g, section, from, n, prepared.data(), constants.data());
-      rows::codes::for_each_piece(
-          g, section, count, next, unpack_through<Traits::bits>(kernels, Traits::levels()),
-          [&](index_t t, index_t num_tokens, const std::byte* bytes) {
-            kernels.coarse.scores(g, bytes, rows::scales_from(g, section, t), num_tokens, prepared.data(), n,
-                                  to + t, nullptr);
-          });
+      rows::codes::for_each_piece(g, section, count, next,
+                                  unpack_through<Traits::bits>(kernels, Traits::levels()),
+                                  [&](index_t t, index_t num_tokens, const std::byte* bytes) {
+                                    kernels.coarse.scores(g, bytes, rows::scales_from(g, section, t),
+                                                          num_tokens, prepared.data(), n, to + t, nullptr);
+                                  });
       const index_t num_scores = round_up(count, key_lanes);
       for (index_t r = 0; r < n; ++r) {
         for (index_t t = 0; t < num_scores; ++t)
@@ -140,7 +141,7 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
     const index_t stride = kernel::prepared_query_floats(g.head_dim);
     for (index_t r = 0; r < num_rows; ++r) {
       constants[r] =
-          kernels.low_bit.fold(queries + r * g.head_dim, g.head_dim, rows::channel_scales(g, section),
+          kernels.channel.fold(queries + r * g.head_dim, g.head_dim, rows::channel_scales(g, section),
                                rows::channel_offsets(g, section), folded.data());
       kernels.coarse.prepare(g.head_dim, folded.data(), 1, prepared + r * stride);
     }
@@ -160,18 +161,18 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = weights + first * g.block_size;
       std::fill_n(parts.begin(), n * g.head_dim, 0.0F);
-      rows::codes::for_each_piece(
-          g, section, count, next, unpack_through<Traits::bits>(kernels, Traits::levels()),
-          [&](index_t t, index_t num_tokens, const std::byte* bytes) {
-            kernels.coarse.accumulate(g, bytes, rows::scales_from(g, section, t), num_tokens, from + t, n,
-                                      parts.data(), nullptr);
-          });
+      rows::codes::for_each_piece(g, section, count, next,
+                                  unpack_through<Traits::bits>(kernels, Traits::levels()),
+                                  [&](index_t t, index_t num_tokens, const std::byte* bytes) {
+                                    kernels.coarse.accumulate(g, bytes, rows::scales_from(g, section, t),
+                                                              num_tokens, from + t, n, parts.data(), nullptr);
+                                  });
       for (index_t r = 0; r < n; ++r) {
         float all_weights = 0;
         for (index_t t = 0; t < count; ++t) all_weights += from[r * g.block_size + t];
-        kernels.low_bit.add_unfolded(parts.data() + r * g.head_dim, g.head_dim,
-                                     rows::channel_scales(g, section), rows::channel_offsets(g, section),
-                                     all_weights, sums + (first + r) * g.head_dim);
+        kernels.channel.unfold(parts.data() + r * g.head_dim, g.head_dim, rows::channel_scales(g, section),
+                               rows::channel_offsets(g, section), all_weights,
+                               sums + (first + r) * g.head_dim);
       }
     }
   }

@@ -27,7 +27,8 @@ inline constexpr index_t line_bytes = 64;
 inline constexpr index_t unpacked_tokens = 64;
 
 /// Memory for what is unpacked: 64 tokens, and as much in front of them as a packed unit may hold.
-using unpacked_lines = std::array<std::int8_t, (unpacked_tokens * max_head_dim / line_bytes + 8) * line_bytes>;
+using unpacked_lines =
+    std::array<std::int8_t, (unpacked_tokens * max_head_dim / line_bytes + 8) * line_bytes>;
 
 /// Codes of `Bits` bits for the keys or the values of a block; `Order` is keys_in_order or values_in_order.
 template <int Bits, class Order>

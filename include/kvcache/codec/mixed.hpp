@@ -34,14 +34,16 @@ struct joined_name {
 struct no_options {};
 
 template <class K, class V>
-using mixed_options = std::conditional_t<K::keys_type::needs_whole_blocks || V::values_type::needs_whole_blocks,
-                                         sealing_options, no_options>;
+using mixed_options =
+    std::conditional_t<K::keys_type::needs_whole_blocks || V::values_type::needs_whole_blocks,
+                       sealing_options, no_options>;
 
 }  // namespace detail
 
 template <class K, class V>
 struct mixed : sides<typename K::keys_type, typename V::values_type>, detail::mixed_options<K, V> {
-  static constexpr std::string_view name{detail::joined_name<K, V>::text.data(), detail::joined_name<K, V>::size};
+  static constexpr std::string_view name{detail::joined_name<K, V>::text.data(),
+                                         detail::joined_name<K, V>::size};
 };
 
 }  // namespace kvcache::inline v0::codec

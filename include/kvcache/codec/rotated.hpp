@@ -109,12 +109,12 @@ struct rotated_keys : detail::rotated_rows<Bits, detail::keys_in_order> {
   }
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
-    rows::codes::for_each_piece(
-        g, section, count, next, detail::unpack_through<Bits>(kernels, rows::book.levels),
-        [&](index_t t, index_t num_tokens, const std::byte* bytes) {
-          kernels.coarse.scores(g, bytes, rows::section_scales(g, section) + t, num_tokens, prepared,
-                                num_rows, scores + t, nullptr);
-        });
+    rows::codes::for_each_piece(g, section, count, next,
+                                detail::unpack_through<Bits>(kernels, rows::book.levels),
+                                [&](index_t t, index_t num_tokens, const std::byte* bytes) {
+                                  kernels.coarse.scores(g, bytes, rows::section_scales(g, section) + t,
+                                                        num_tokens, prepared, num_rows, scores + t, nullptr);
+                                });
   }
 };
 
@@ -129,15 +129,16 @@ struct rotated_values : detail::rotated_rows<Bits, detail::values_in_order> {
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
-    rows::codes::for_each_piece(
-        g, section, count, next, detail::unpack_through<Bits>(kernels, rows::book.levels),
-        [&](index_t t, index_t num_tokens, const std::byte* bytes) {
-          kernels.coarse.accumulate(g, bytes, rows::section_scales(g, section) + t, num_tokens, weights + t,
-                                    num_rows, sums, nullptr);
-        });
+    rows::codes::for_each_piece(g, section, count, next,
+                                detail::unpack_through<Bits>(kernels, rows::book.levels),
+                                [&](index_t t, index_t num_tokens, const std::byte* bytes) {
+                                  kernels.coarse.accumulate(g, bytes, rows::section_scales(g, section) + t,
+                                                            num_tokens, weights + t, num_rows, sums, nullptr);
+                                });
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
-    for (index_t r = 0; r < num_rows; ++r) this->rotation.turn_back(kernels, sums + r * g.head_dim, g.head_dim);
+    for (index_t r = 0; r < num_rows; ++r)
+      this->rotation.turn_back(kernels, sums + r * g.head_dim, g.head_dim);
   }
 };
 

@@ -15,19 +15,22 @@ namespace kvcache::inline v0::codec {
 
 /// What a sealing codec can be told; a base of codecs that need whole blocks.
 struct sealing_options {
-  index_t tail_tokens = 0;  ///< newest tokens that stay exact; a block is encoded once all of its tokens are older
+  index_t tail_tokens =
+      0;  ///< newest tokens that stay exact; a block is encoded once all of its tokens are older
   index_t sink_tokens = 0;  ///< first tokens that stay exact, at most a block of them
 };
 
 /// The newest `tail_tokens` tokens stay exact.
 template <block_codec Codec, index_t TailTokens = 128>
 struct exact_tail : Codec, sealing_options {
-  constexpr explicit exact_tail(const Codec& codec = {}, index_t tokens = TailTokens)
+  constexpr exact_tail() : exact_tail(Codec{}) {}
+  constexpr explicit exact_tail(const Codec& codec, index_t tokens = TailTokens)
       : Codec(codec), sealing_options{tokens, 0} {}
 };
 template <sealing_codec Codec, index_t TailTokens>
 struct exact_tail<Codec, TailTokens> : Codec {
-  constexpr explicit exact_tail(const Codec& codec = {}, index_t tokens = TailTokens) : Codec(codec) {
+  constexpr exact_tail() : exact_tail(Codec{}) {}
+  constexpr explicit exact_tail(const Codec& codec, index_t tokens = TailTokens) : Codec(codec) {
     this->tail_tokens = tokens;
   }
 };
@@ -35,12 +38,14 @@ struct exact_tail<Codec, TailTokens> : Codec {
 /// The first `sink_tokens` tokens stay exact, besides what the codec keeps.
 template <block_codec Codec, index_t SinkTokens = 4>
 struct exact_sinks : Codec, sealing_options {
-  constexpr explicit exact_sinks(const Codec& codec = {}, index_t tokens = SinkTokens)
+  constexpr exact_sinks() : exact_sinks(Codec{}) {}
+  constexpr explicit exact_sinks(const Codec& codec, index_t tokens = SinkTokens)
       : Codec(codec), sealing_options{0, tokens} {}
 };
 template <sealing_codec Codec, index_t SinkTokens>
 struct exact_sinks<Codec, SinkTokens> : Codec {
-  constexpr explicit exact_sinks(const Codec& codec = {}, index_t tokens = SinkTokens) : Codec(codec) {
+  constexpr exact_sinks() : exact_sinks(Codec{}) {}
+  constexpr explicit exact_sinks(const Codec& codec, index_t tokens = SinkTokens) : Codec(codec) {
     this->sink_tokens = tokens;
   }
 };

@@ -74,10 +74,12 @@ struct sides {
   }
 
   /// Both sides for one head, where either differs between heads.
-  [[nodiscard]] auto at(index_t layer, index_t head) const requires
-      requires(const Keys& k) { k.at(layer, head); } || requires(const Values& v) { v.at(layer, head); } {
-    return sides{codec_at(keys, layer, head), codec_at(values, layer, head)};
+  [[nodiscard]] auto at(index_t layer, index_t head) const requires requires(const Keys& k) {
+    k.at(layer, head);
+  } || requires(const Values& v) {
+    v.at(layer, head);
   }
+  { return sides{codec_at(keys, layer, head), codec_at(values, layer, head)}; }
 };
 
 }  // namespace kvcache::inline v0::codec

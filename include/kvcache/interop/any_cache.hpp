@@ -228,7 +228,8 @@ inline any_cache make_cache(const std::string& spec, const cache_shape& shape) {
   std::string known;
   for (const std::string_view name : detail::known_containers) {
     if (name == container && slash < spec.size())
-      return detail::make_container(spec, container, make_codec(std::string_view(spec).substr(slash + 1)), shape);
+      return detail::make_container(spec, container, make_codec(std::string_view(spec).substr(slash + 1)),
+                                    shape);
     known.append(known.empty() ? "" : ", ").append(name).append("/<codec>");
   }
   throw std::invalid_argument("kvcache: there is no cache '" + spec + "'; there is " + known);

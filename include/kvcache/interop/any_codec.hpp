@@ -140,8 +140,8 @@ class erased_values_of final : public erased_side_of<erased_values, Values> {
 
   [[nodiscard]] bool turns_sums() const noexcept override { return this->side().turns_sums; }
   void accumulate(head_id where, const kernel::table& kernels, const block_geometry& g,
-                  const std::byte* section, index_t count, const float* weights, index_t num_rows, float* sums,
-                  const std::byte* next) const override {
+                  const std::byte* section, index_t count, const float* weights, index_t num_rows,
+                  float* sums, const std::byte* next) const override {
     this->at(where).accumulate(kernels, g, section, count, weights, num_rows, sums, next);
   }
   void finish(head_id where, const kernel::table& kernels, const block_geometry& g, index_t num_rows,
@@ -181,9 +181,11 @@ namespace codec {
 
 /// The keys of any codec; those of bf16 unless given.
 struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
-  any_keys() : any_keys(bf16::keys_type{}) {}
+  any_keys() : any_keys(of(bf16::keys_type{})) {}
   template <key_side Keys>
-  explicit any_keys(const Keys& keys) : any_side{std::make_shared<kvcache::detail::erased_keys_of<Keys>>(keys)} {}
+  static any_keys of(const Keys& keys) {
+    return any_keys(std::make_shared<kvcache::detail::erased_keys_of<Keys>>(keys));
+  }
 
   [[nodiscard]] any_keys at(index_t layer, index_t head) const {
     any_keys here = *this;
@@ -201,16 +203,20 @@ struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
     erased->scores(where, kernels, g, section, count, prepared, num_rows, scores, next);
   }
+
+ private:
+  explicit any_keys(std::shared_ptr<const kvcache::detail::erased_keys> keys) : any_side{std::move(keys)} {}
 };
 
 /// The values of any codec; those of bf16 unless given.
 struct any_values : kvcache::detail::any_side<kvcache::detail::erased_values> {
   bool turns_sums = erased->turns_sums();
 
-  any_values() : any_values(bf16::values_type{}) {}
+  any_values() : any_values(of(bf16::values_type{})) {}
   template <value_side Values>
-  explicit any_values(const Values& values)
-      : any_side{std::make_shared<kvcache::detail::erased_values_of<Values>>(values)} {}
+  static any_values of(const Values& values) {
+    return any_values(std::make_shared<kvcache::detail::erased_values_of<Values>>(values));
+  }
 
   [[nodiscard]] any_values at(index_t layer, index_t head) const {
     any_values here = *this;
@@ -225,6 +231,10 @@ struct any_values : kvcache::detail::any_side<kvcache::detail::erased_values> {
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     erased->finish(where, kernels, g, num_rows, sums);
   }
+
+ private:
+  explicit any_values(std::shared_ptr<const kvcache::detail::erased_values> values)
+      : any_side{std::move(values)} {}
 };
 
 }  // namespace codec

@@ -30,10 +30,9 @@ template <class... Codecs>
 struct codec_list {};
 
 /// What make_codec knows. A new codec is one more name here.
-using known_codecs =
-    codec_list<codec::f32, codec::f16, codec::bf16, codec::int8, codec::rotated<4>, codec::rotated<3>,
-               codec::rotated<2>, codec::channel<4>, codec::channel<3>, codec::balanced<4>, codec::balanced<3>,
-               codec::balanced<2>>;
+using known_codecs = codec_list<codec::f32, codec::f16, codec::bf16, codec::int8, codec::rotated<4>,
+                                codec::rotated<3>, codec::rotated<2>, codec::channel<4>, codec::channel<3>,
+                                codec::balanced<4>, codec::balanced<3>, codec::balanced<2>>;
 
 template <class... Codecs>
 std::vector<std::string_view> names_of(codec_list<Codecs...>) {
@@ -47,8 +46,8 @@ std::optional<any_codec> find_codec(codec_list<Codecs...>, std::string_view name
   const auto take_if = [&]<class Codec>() {
     if (name != Codec::name) return;
     found.emplace();
-    found->keys = codec::any_keys(typename Codec::keys_type{});
-    found->values = codec::any_values(typename Codec::values_type{});
+    found->keys = codec::any_keys::of(typename Codec::keys_type{});
+    found->values = codec::any_values::of(typename Codec::values_type{});
   };
   (take_if.template operator()<Codecs>(), ...);
   return found;

@@ -270,10 +270,16 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) { return interleave(a.high, b.h
 
 #include <kvcache/kernel/vector_kernels.inl>
 
-inline constexpr table kernels = {
-    isa::avx2,        kernels_for<float>, kernels_for<half>,    kernels_for<bfloat16>,
-    kernels_for_int8, kernels_for_int8,   kernels_for_low_bits, softmax,
-    soft_cap};
+inline constexpr table kernels = {isa::avx2,
+                                  kernels_for<float>,
+                                  kernels_for<half>,
+                                  kernels_for<bfloat16>,
+                                  kernels_for_int8,
+                                  kernels_for_int8,
+                                  kernels_for_low_bits,
+                                  kernels_for_channels,
+                                  softmax,
+                                  soft_cap};
 
 inline bool runs_here() noexcept {
   unsigned a = 0;

@@ -223,6 +223,7 @@ inline constexpr table kernels = {isa::avx512,
                                   kernels_for_bytes<2>,
                                   kernels_for_bytes<1>,
                                   kernels_for_low_bits,
+                                  kernels_for_channels,
                                   softmax,
                                   soft_cap};
 

@@ -254,10 +254,16 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
 
 #include <kvcache/kernel/vector_kernels.inl>
 
-inline constexpr table kernels = {
-    isa::neon,        kernels_for<float>, kernels_for<half>,    kernels_for<bfloat16>,
-    kernels_for_int8, kernels_for_int8,   kernels_for_low_bits, softmax,
-    soft_cap};
+inline constexpr table kernels = {isa::neon,
+                                  kernels_for<float>,
+                                  kernels_for<half>,
+                                  kernels_for<bfloat16>,
+                                  kernels_for_int8,
+                                  kernels_for_int8,
+                                  kernels_for_low_bits,
+                                  kernels_for_channels,
+                                  softmax,
+                                  soft_cap};
 
 inline bool runs_here() noexcept { return true; }
 

@@ -116,6 +116,19 @@ struct low_bit_kernels {
   float (*nearest)(const float* row, index_t count, const scalar_codebook& book, std::uint8_t* codes);
 };
 
+/// Scales and offsets of channels (dims): a number is offset[dim] + scale[dim] * whatever is stored.
+/// \param scales, offsets  [head_dim rounded up to 16]
+struct channel_kernels {
+  /// folded[d] = query[d] * scales[d]. \return sum_d query[d] * offsets[d]
+  /// \param folded  [head_dim rounded up to 16]
+  float (*fold)(const float* query, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,
+                float* folded);
+
+  /// sums[d] += part[d] * scales[d] + offset_weight * offsets[d].
+  void (*unfold)(const float* part, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,
+                 float offset_weight, float* sums);
+};
+
 struct table {
   isa level;
   element_kernels f32;
@@ -131,6 +144,8 @@ struct table {
   int8_kernels coarse;
 
   low_bit_kernels low_bit;
+
+  channel_kernels channel;
 
   /// One step of the online softmax over a row of scores; -infinity marks a masked slot.
   /// Replaces each score by exp(score - new max) (relative error below 2e-7; under 1e-38 becomes zero).

@@ -354,6 +354,7 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
 
 // ---- encoding, and the table ----------------------------------------------------------------------------------------
 
+#include <kvcache/kernel/vector_channel.inl>
 #include <kvcache/kernel/vector_encode.inl>
 #include <kvcache/kernel/vector_int8.inl>
 #include <kvcache/kernel/vector_low_bit.inl>
