@@ -12,6 +12,7 @@
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/trellis_tables.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>

@@ -330,6 +330,7 @@ inline constexpr table kernels_on = {
     {avx512::encode_keys<bfloat16>, avx512::encode_values<bfloat16>, portable::element<bfloat16>::decode_keys,
      portable::element<bfloat16>::decode_values, scores<Tiles>, accumulate<Tiles>},
     avx512::kernels_for_bytes,
+    avx512::kernels_for_trellis,
     avx512::softmax,
     avx512::soft_cap,
 };

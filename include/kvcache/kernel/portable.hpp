@@ -9,6 +9,7 @@
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
+#include <kvcache/kernel/portable_trellis.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
@@ -337,7 +338,7 @@ inline constexpr element_kernels kernels_for = {
 };
 
 inline constexpr table kernels = {
-    isa::portable, kernels_for<float>, kernels_for<half>, kernels_for<bfloat16>, kernels_for_int8, softmax,
-    soft_cap};
+    isa::portable,    kernels_for<float>,  kernels_for<half>, kernels_for<bfloat16>,
+    kernels_for_int8, kernels_for_trellis, softmax,           soft_cap};
 
 }  // namespace kvcache::inline v0::kernel::portable
