@@ -10,8 +10,14 @@
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
+#include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/mixed.hpp>
+#include <kvcache/codec/rotated.hpp>
+#include <kvcache/codec/sealing.hpp>
+#include <kvcache/codec/trellis.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// rotated, channel and balanced: their errors, the rows that are special, the same bytes on every instruction set.
+// rotated, trellis, channel and balanced: their errors, the rows that are special, the same bytes on every instruction set.
 
 #include <kvcache/codec/balanced.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/rotated.hpp>
+#include <kvcache/codec/trellis.hpp>
 #include <kvcache/kernel/select.hpp>
 
 #include "support/catch.hpp"
@@ -87,6 +88,16 @@ TEST_CASE("rotated codecs reach the error of their codebooks on normally distrib
   for (const double error : {four.first, four.second}) CHECK(error < 0.0092 * 1.02);
   for (const double error : {three.first, three.second}) CHECK(error < 0.0335 * 1.02);
   for (const double error : {two.first, two.second}) CHECK(error < 0.1153 * 1.02);
+}
+
+TEST_CASE("trellis codecs stay below what any scalar quantiser can do", "[codec]") {
+  const auto four = gaussian_error<codec::trellis<4>>();
+  const auto three = gaussian_error<codec::trellis<3>>();
+  const auto two = gaussian_error<codec::trellis<2>>();
+  CAPTURE(four, three, two);
+  for (const double error : {four.first, four.second}) CHECK(error < 0.0062);
+  for (const double error : {three.first, three.second}) CHECK(error < 0.0220);
+  for (const double error : {two.first, two.second}) CHECK(error < 0.0800);
 }
 
 TEST_CASE("a rotation makes rows with outliers as good as any", "[codec]") {
@@ -197,7 +208,8 @@ TEMPLATE_TEST_CASE("special rows", "[codec]", codec::rotated<4>, codec::rotated<
 }
 
 TEMPLATE_TEST_CASE("rows that are not finite are refused and nothing is written", "[codec]",
-                   codec::rotated<4>, codec::rotated<2>, codec::channel<4>, codec::balanced<3>) {
+                   codec::rotated<4>, codec::rotated<2>, codec::channel<4>, codec::balanced<3>,
+                   codec::trellis<2>) {
   test::random random;
   const block_geometry g{.block_size = 16, .head_dim = 20};
   const TestType codec;
@@ -216,7 +228,8 @@ TEMPLATE_TEST_CASE("rows that are not finite are refused and nothing is written"
 
 TEMPLATE_TEST_CASE("blocks are the same bytes on every instruction set", "[codec]", codec::rotated<4>,
                    codec::rotated<3>, codec::rotated<2>, codec::channel<4>, codec::channel<3>,
-                   codec::balanced<4>, codec::balanced<3>, codec::balanced<2>) {
+                   codec::balanced<4>, codec::balanced<3>, codec::balanced<2>, codec::trellis<4>,
+                   codec::trellis<3>, codec::trellis<2>) {
   test::random random;
   const TestType codec;
   for (const index_t dim : {1, 15, 20, 64, 80, 128, 131}) {

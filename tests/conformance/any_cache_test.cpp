@@ -60,6 +60,9 @@ void with_typed(const std::string& spec, Use use) {
   with_codec(std::type_identity<codec::balanced<4>>{});
   with_codec(std::type_identity<codec::balanced<3>>{});
   with_codec(std::type_identity<codec::balanced<2>>{});
+  with_codec(std::type_identity<codec::trellis<4>>{});
+  with_codec(std::type_identity<codec::trellis<3>>{});
+  with_codec(std::type_identity<codec::trellis<2>>{});
 }
 
 }  // namespace

@@ -27,9 +27,9 @@ inline float stored(float x, std::string_view codec) {
 /// Bytes of one row of keys or values.
 inline std::ptrdiff_t row_bytes(std::ptrdiff_t head_dim, std::string_view codec) {
   if (codec == "int8") return head_dim + 2;
-  if (codec == "rotated4") return (head_dim * 4 + 7) / 8 + 2;
-  if (codec == "rotated3") return (head_dim * 3 + 7) / 8 + 2;
-  if (codec == "rotated2") return (head_dim * 2 + 7) / 8 + 2;
+  if (codec == "rotated4" || codec == "trellis4") return (head_dim * 4 + 7) / 8 + 2;
+  if (codec == "rotated3" || codec == "trellis3") return (head_dim * 3 + 7) / 8 + 2;
+  if (codec == "rotated2" || codec == "trellis2") return (head_dim * 2 + 7) / 8 + 2;
   return head_dim * (codec == "f32" ? 4 : 2);
 }
 

@@ -121,9 +121,10 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
       fold(kernels, g, section, from, n, prepared.data(), constants.data());
       rows::codes::for_each_piece(g, section, count, next,
                                   unpack_through<Traits::bits>(kernels, Traits::levels()),
-                                  [&](index_t t, index_t num_tokens, const std::byte* bytes) {
-                                    kernels.coarse.scores(g, bytes, rows::scales_from(g, section, t),
-                                                          num_tokens, prepared.data(), n, to + t, nullptr);
+                                  [&](index_t t, index_t num_tokens, const std::int8_t* bytes) {
+                                    kernels.coarse.scores(g, reinterpret_cast<const std::byte*>(bytes),
+                                                          rows::scales_from(g, section, t), num_tokens,
+                                                          prepared.data(), n, to + t, nullptr);
                                   });
       const index_t num_scores = round_up(count, key_lanes);
       for (index_t r = 0; r < n; ++r) {
@@ -163,9 +164,10 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
       std::fill_n(parts.begin(), n * g.head_dim, 0.0F);
       rows::codes::for_each_piece(g, section, count, next,
                                   unpack_through<Traits::bits>(kernels, Traits::levels()),
-                                  [&](index_t t, index_t num_tokens, const std::byte* bytes) {
-                                    kernels.coarse.accumulate(g, bytes, rows::scales_from(g, section, t),
-                                                              num_tokens, from + t, n, parts.data(), nullptr);
+                                  [&](index_t t, index_t num_tokens, const std::int8_t* bytes) {
+                                    kernels.coarse.accumulate(g, reinterpret_cast<const std::byte*>(bytes),
+                                                              rows::scales_from(g, section, t), num_tokens,
+                                                              from + t, n, parts.data(), nullptr);
                                   });
       for (index_t r = 0; r < n; ++r) {
         float all_weights = 0;

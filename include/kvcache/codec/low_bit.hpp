@@ -58,7 +58,7 @@ struct packed_codes {
     return packed::get(section, Order::index(g, token, dim));
   }
 
-  /// Calls body(first_token, num_tokens, bytes) for tokens [0, count), unpacked through `unpack`.
+  /// Calls body(first_token, num_tokens, std::int8_t* bytes) for tokens [0, count), unpacked through `unpack`.
   /// \param next  what is read after this section, fetched meanwhile; may be null
   template <class Unpack, class Body>
   static void for_each_piece(const block_geometry& g, const std::byte* section, index_t count,
@@ -70,7 +70,7 @@ struct packed_codes {
       const index_t aligned = first / packed::lines_per_unit * packed::lines_per_unit;
       const index_t num_lines = Order::lines_for(g, num_tokens) + first - aligned;
       unpack(section, aligned, num_lines, memory.data(), next);
-      body(t, num_tokens, reinterpret_cast<const std::byte*>(memory.data() + (first - aligned) * line_bytes));
+      body(t, num_tokens, memory.data() + (first - aligned) * line_bytes);
     }
   }
 };

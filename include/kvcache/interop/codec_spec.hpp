@@ -10,6 +10,7 @@
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/rotated.hpp>
+#include <kvcache/codec/trellis.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
 
@@ -32,7 +33,8 @@ struct codec_list {};
 /// What make_codec knows. A new codec is one more name here.
 using known_codecs = codec_list<codec::f32, codec::f16, codec::bf16, codec::int8, codec::rotated<4>,
                                 codec::rotated<3>, codec::rotated<2>, codec::channel<4>, codec::channel<3>,
-                                codec::balanced<4>, codec::balanced<3>, codec::balanced<2>>;
+                                codec::balanced<4>, codec::balanced<3>, codec::balanced<2>, codec::trellis<4>,
+                                codec::trellis<3>, codec::trellis<2>>;
 
 template <class... Codecs>
 std::vector<std::string_view> names_of(codec_list<Codecs...>) {

@@ -333,6 +333,7 @@ inline constexpr table kernels_on = {
     avx512::kernels_for_bytes<1>,
     avx512::kernels_for_low_bits,
     avx512::kernels_for_channels,
+    avx512::kernels_for_trellis,
     avx512::softmax,
     avx512::soft_cap,
 };

@@ -210,11 +210,136 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
   return {_mm512_permutex2var_ps(a.x, order, b.x)};
 }
 
+// ---- for the codec trellis ----
+
+KVCACHE_INLINE bits smaller_words(bits a, bits b) { return {_mm512_maskz_min_epi32(all, a.x, b.x)}; }
+KVCACHE_INLINE bits broadcast_word(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
+KVCACHE_INLINE bits either_bit(bits a, bits b) { return {_mm512_or_si512(a.x, b.x)}; }
+KVCACHE_INLINE bits both_bits(bits a, bits b) { return {_mm512_and_si512(a.x, b.x)}; }
+KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return either_bit(both_bits(a, mask), b); }
+KVCACHE_INLINE void store_low_bytes(void* p, bits a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(all, a.x));
+}
+KVCACHE_INLINE bits add_products(bits sum, bits a, bits b) { return {_mm512_dpwssd_epi32(sum.x, a.x, b.x)}; }
+
+template <int Run>
+KVCACHE_INLINE bits spread(const std::int32_t* p) {
+  if constexpr (Run == 16) {
+    return broadcast_word(*p);
+  } else if constexpr (Run == 8) {
+    return {_mm512_mask_mov_epi32(_mm512_set1_epi32(p[0]), 0xff00, _mm512_set1_epi32(p[1]))};
+  } else {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512 four_times = _mm512_castsi512_ps(_mm512_maskz_broadcast_i32x4(all, words));
+    return {_mm512_castps_si512(_mm512_maskz_permutevar_ps(all, four_times, lane))};
+  }
+}
+
+template <int N>
+KVCACHE_INLINE bits shifted_left(bits a) {
+  return {_mm512_maskz_slli_epi32(all, a.x, N)};
+}
+/// a << N | b >> (32 - N)
+struct funnel {
+  template <int N>
+  KVCACHE_INLINE static bits shift(bits a, bits b) {
+    return either_bit(shifted_left<N>(a), {_mm512_maskz_srli_epi32(all, b.x, 32 - N)});
+  }
+};
+template <int N>
+KVCACHE_INLINE bits words_before(bits a, bits b) {
+  return {_mm512_maskz_alignr_epi32(all, a.x, b.x, 16 - N)};
+}
+
+/// 16 tables of 16 bytes, of which four bits of an index select one, pair by pair.
+struct byte_table {
+  const std::int8_t* entries;
+
+  explicit byte_table(const std::int8_t* table) noexcept : entries(table) {}
+
+  [[nodiscard]] KVCACHE_INLINE __m512i part(int i, __m512i low_bits) const {
+    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entries + 16 * i));
+    return _mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(all, part), low_bits);
+  }
+  [[nodiscard]] KVCACHE_INLINE bits at(bits index) const {
+    const __m512i low_bits = _mm512_and_si512(index.x, _mm512_set1_epi8(15));
+    __m512i chosen[8];
+    const __mmask64 bit = _mm512_test_epi8_mask(index.x, _mm512_set1_epi8(16));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      chosen[i] = _mm512_mask_mov_epi8(part(2 * i, low_bits), bit, part(2 * i + 1, low_bits));
+#pragma GCC unroll 3
+    for (int width = 4; width > 0; width /= 2) {
+      const __mmask64 next = _mm512_test_epi8_mask(index.x, _mm512_set1_epi8(static_cast<char>(128 / width)));
+#pragma GCC unroll 4
+      for (int i = 0; i < width; ++i)
+        chosen[i] = _mm512_mask_mov_epi8(chosen[2 * i], next, chosen[2 * i + 1]);
+    }
+    return {chosen[0]};
+  }
+};
+
 #include <kvcache/kernel/vector_kernels.inl>
+#include <kvcache/kernel/vector_trellis_decode.inl>
 
 // after what it builds on
 #include <kvcache/kernel/avx512_bytes.inl>
 #include <kvcache/kernel/avx512_int8.inl>
+
+// The same with VBMI (Intel since Ice Lake, AMD since Zen 4), where an index into 128 bytes is one instruction.
+#pragma push_macro("KVCACHE_TARGET")
+#undef KVCACHE_TARGET
+#define KVCACHE_TARGET \
+  [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]]
+
+namespace vbmi {
+
+/// a << N | b >> (32 - N)
+struct funnel {
+  template <int N>
+  KVCACHE_INLINE static bits shift(bits a, bits b) {
+    return {_mm512_shldi_epi32(a.x, b.x, N)};
+  }
+};
+
+struct byte_table {
+  __m512i part[4];
+
+  KVCACHE_INLINE explicit byte_table(const std::int8_t* table) {
+    for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
+  }
+  [[nodiscard]] KVCACHE_INLINE bits at(bits index) const {
+    const __m512i low = _mm512_permutex2var_epi8(part[0], index.x, part[1]);
+    const __m512i high = _mm512_permutex2var_epi8(part[2], index.x, part[3]);
+    return {_mm512_mask_mov_epi8(low, _mm512_movepi8_mask(index.x), high)};
+  }
+};
+
+#include <kvcache/kernel/vector_trellis_decode.inl>
+
+inline bool runs_here() noexcept {
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+}
+
+}  // namespace vbmi
+
+#pragma pop_macro("KVCACHE_TARGET")
+
+inline void decode_trellis_keys_best(int num_bits, index_t head_dim, index_t num_groups,
+                                     const std::uint8_t* codes, const std::int8_t* table, std::int8_t* out) {
+  (vbmi::runs_here() ? vbmi::decode_trellis_keys : decode_trellis_keys)(num_bits, head_dim, num_groups, codes,
+                                                                        table, out);
+}
+inline void decode_trellis_values_best(int num_bits, index_t head_dim, index_t num_packs,
+                                       const std::uint8_t* codes, const std::int8_t* table,
+                                       std::int8_t* out) {
+  (vbmi::runs_here() ? vbmi::decode_trellis_values : decode_trellis_values)(num_bits, head_dim, num_packs,
+                                                                            codes, table, out);
+}
+
+inline constexpr trellis_kernels kernels_for_trellis = {encode_trellis, decode_trellis_keys_best,
+                                                        decode_trellis_values_best};
 
 inline constexpr table kernels = {isa::avx512,
                                   kernels_for<float>,
@@ -224,6 +349,7 @@ inline constexpr table kernels = {isa::avx512,
                                   kernels_for_bytes<1>,
                                   kernels_for_low_bits,
                                   kernels_for_channels,
+                                  kernels_for_trellis,
                                   softmax,
                                   soft_cap};
 

@@ -252,18 +252,90 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
            vzip2q_f32(a.x[3], b.x[3])}};
 }
 
-#include <kvcache/kernel/vector_kernels.inl>
+// ---- for the codec trellis ----
 
-inline constexpr table kernels = {isa::neon,
-                                  kernels_for<float>,
-                                  kernels_for<half>,
-                                  kernels_for<bfloat16>,
-                                  kernels_for_int8,
-                                  kernels_for_int8,
-                                  kernels_for_low_bits,
-                                  kernels_for_channels,
-                                  softmax,
-                                  soft_cap};
+KVCACHE_INLINE int32x4_t as_signed(uint32x4_t a) { return vreinterpretq_s32_u32(a); }
+KVCACHE_INLINE uint32x4_t as_unsigned(int32x4_t a) { return vreinterpretq_u32_s32(a); }
+
+KVCACHE_INLINE bits smaller_words(bits a, bits b) {
+  return each_word([&](int i) { return as_unsigned(vminq_s32(as_signed(a.x[i]), as_signed(b.x[i]))); });
+}
+KVCACHE_INLINE bits broadcast_word(std::int32_t a) {
+  return each_word([a](int) { return as_unsigned(vdupq_n_s32(a)); });
+}
+KVCACHE_INLINE bits either_bit(bits a, bits b) {
+  return each_word([&](int i) { return vorrq_u32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE bits both_bits(bits a, bits b) {
+  return each_word([&](int i) { return vandq_u32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return either_bit(both_bits(a, mask), b); }
+KVCACHE_INLINE void store_low_bytes(void* p, bits a) {
+  const auto halves = [&](int i) { return vcombine_u16(vmovn_u32(a.x[i]), vmovn_u32(a.x[i + 1])); };
+  vst1q_u8(static_cast<std::uint8_t*>(p), vcombine_u8(vmovn_u16(halves(0)), vmovn_u16(halves(2))));
+}
+KVCACHE_INLINE bits add_products(bits sum, bits a, bits b) {
+  return each_word([&](int i) {
+    const int32x4_t x = as_signed(a.x[i]);
+    const int32x4_t y = as_signed(b.x[i]);
+    const int32x4_t with_low = vmlal_s16(as_signed(sum.x[i]), vmovn_s32(x), vmovn_s32(y));
+    return as_unsigned(vmlal_s16(with_low, vshrn_n_s32(x, 16), vshrn_n_s32(y, 16)));
+  });
+}
+
+template <int Run>
+KVCACHE_INLINE bits spread(const std::int32_t* p) {
+  return each_word([p](int i) { return as_unsigned(vld1q_dup_s32(p + 4 * i / Run)); });
+}
+
+template <int N>
+KVCACHE_INLINE bits shifted_left(bits a) {
+  return each_word([&](int i) { return vshlq_n_u32(a.x[i], N); });
+}
+/// a << N | b >> (32 - N)
+struct funnel {
+  template <int N>
+  KVCACHE_INLINE static bits shift(bits a, bits b) {
+    return each_word([&](int i) { return vorrq_u32(vshlq_n_u32(a.x[i], N), vshrq_n_u32(b.x[i], 32 - N)); });
+  }
+};
+template <int N>
+KVCACHE_INLINE bits words_before(bits a, bits b) {
+  return each_word(
+      [&](int i) { return vextq_u32(i == 0 ? b.x[3] : a.x[i == 0 ? 0 : i - 1], a.x[i], 4 - N); });
+}
+
+/// 64 bytes in four registers at a time; an index beyond them leaves what was found before.
+struct byte_table {
+  uint8x16x4_t part[4];
+
+  explicit byte_table(const std::int8_t* table) noexcept {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 4; ++j) part[i].val[j] = vreinterpretq_u8_s8(vld1q_s8(table + 64 * i + 16 * j));
+    }
+  }
+  [[nodiscard]] KVCACHE_INLINE bits at(bits index) const {
+    return each_word([&](int i) {
+      const uint8x16_t bytes = vreinterpretq_u8_u32(index.x[i]);
+      uint8x16_t found = vqtbl4q_u8(part[0], bytes);
+      found = vqtbx4q_u8(found, part[1], vsubq_u8(bytes, vdupq_n_u8(64)));
+      found = vqtbx4q_u8(found, part[2], vsubq_u8(bytes, vdupq_n_u8(128)));
+      found = vqtbx4q_u8(found, part[3], vsubq_u8(bytes, vdupq_n_u8(192)));
+      return vreinterpretq_u32_u8(found);
+    });
+  }
+};
+
+#include <kvcache/kernel/vector_kernels.inl>
+#include <kvcache/kernel/vector_trellis_decode.inl>
+
+inline constexpr trellis_kernels kernels_for_trellis = {encode_trellis, decode_trellis_keys,
+                                                        decode_trellis_values};
+
+inline constexpr table kernels = {
+    isa::neon,        kernels_for<float>,   kernels_for<half>,    kernels_for<bfloat16>, kernels_for_int8,
+    kernels_for_int8, kernels_for_low_bits, kernels_for_channels, kernels_for_trellis,   softmax,
+    soft_cap};
 
 inline bool runs_here() noexcept { return true; }
 

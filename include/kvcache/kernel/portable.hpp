@@ -11,6 +11,7 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/portable_channel.hpp>
 #include <kvcache/kernel/portable_low_bit.hpp>
+#include <kvcache/kernel/portable_trellis.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
@@ -350,15 +351,9 @@ inline constexpr element_kernels kernels_for = {
     element<Element>::decode_values, element<Element>::scores,        element<Element>::accumulate,
 };
 
-inline constexpr table kernels = {isa::portable,
-                                  kernels_for<float>,
-                                  kernels_for<half>,
-                                  kernels_for<bfloat16>,
-                                  kernels_for_int8,
-                                  kernels_for_int8,
-                                  kernels_for_low_bits,
-                                  kernels_for_channels,
-                                  softmax,
-                                  soft_cap};
+inline constexpr table kernels = {
+    isa::portable,    kernels_for<float>,   kernels_for<half>,    kernels_for<bfloat16>, kernels_for_int8,
+    kernels_for_int8, kernels_for_low_bits, kernels_for_channels, kernels_for_trellis,   softmax,
+    soft_cap};
 
 }  // namespace kvcache::inline v0::kernel::portable

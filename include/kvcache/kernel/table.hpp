@@ -129,6 +129,29 @@ struct channel_kernels {
                  float offset_weight, float* sums);
 };
 
+/// What a row's root mean square is in numbers of a trellis table.
+inline constexpr int trellis_unit = 36;
+inline constexpr index_t trellis_states = 256;
+
+/// Arithmetic of the codec trellis<b>, see portable_trellis.hpp. Bits are 2, 3 or 4, tables have 256 entries from -127 to
+/// 127. The same on every instruction set, bit by bit.
+struct trellis_kernels {
+  /// The codes, [count], nearest to a row in its own units, and the scale of least squares: row[i] ~ scale *
+  /// table[state[i]]. A row of zeros gets zeros. The scale of a row of a few numbers may be negative.
+  /// \pre 1 <= count <= 512, the row is finite
+  float (*encode)(int bits, const float* row, index_t count, const std::int8_t* table, std::uint8_t* codes);
+
+  /// Turns codes into the table's numbers, both in the block order of bytes: `num_groups` groups of 16 keys. What stands
+  /// in the padding of the last dims is indeterminate. `out` may be `codes`.
+  /// \pre every byte of `codes` is below 2^bits, that of slots without a token too
+  void (*decode_keys)(int bits, index_t head_dim, index_t num_groups, const std::uint8_t* codes,
+                      const std::int8_t* table, std::int8_t* out);
+
+  /// The same for `num_packs` packs of 4 values.
+  void (*decode_values)(int bits, index_t head_dim, index_t num_packs, const std::uint8_t* codes,
+                        const std::int8_t* table, std::int8_t* out);
+};
+
 struct table {
   isa level;
   element_kernels f32;
@@ -146,6 +169,8 @@ struct table {
   low_bit_kernels low_bit;
 
   channel_kernels channel;
+
+  trellis_kernels trellis;
 
   /// One step of the online softmax over a row of scores; -infinity marks a masked slot.
   /// Replaces each score by exp(score - new max) (relative error below 2e-7; under 1e-38 becomes zero).

@@ -20,6 +20,9 @@
 //   add_if_above(sum, x, limit, one)       x > limit ? sum + one : sum
 //   sum_of_whole               of whole numbers, as an integer
 //   interleave_low, interleave_high     a0 b0 a1 b1 ..., of the lower and of the upper eight lanes
+//   smaller_words, broadcast_word, masked_or(a, mask, b): (a & mask) | b, store_low_bytes(p, words)
+//   add_products(sum, a, b)      words: sum + a.low * b.low + a.high * b.high, of signed 16-bit halves
+//   spread<n>(p)                 16 / n words, each n times side by side, n = 4, 8, 16
 //   score_groups(rows), max_score_rows, sum_chunks(rows), max_sum_rows          tiles that fit the registers
 //
 // What returns a `vec` has to be inlined: g++ 12 clears the upper lanes (vzeroupper) before it returns a struct of one.
@@ -358,6 +361,7 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
 #include <kvcache/kernel/vector_encode.inl>
 #include <kvcache/kernel/vector_int8.inl>
 #include <kvcache/kernel/vector_low_bit.inl>
+#include <kvcache/kernel/vector_trellis.inl>
 
 template <class Element>
 inline constexpr element_kernels kernels_for = {

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT
+// What rotated and trellis share: rows rotated, then quantised one by one, each with a scale of its own.
+//
+//   section: | codes, packed | scales [block_size], bfloat16 |   each padded to 64
+//
+// Tokens are encoded as they come; the query is rotated once for many blocks, and so is the output. Rows that are not finite
+// are refused; rows of zeros stay zero.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/low_bit.hpp>
+#include <kvcache/codec/rotation.hpp>
+#include <kvcache/codec/scales.hpp>
+#include <kvcache/core/half.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace kvcache::inline v0::codec::detail {
+
+/// \tparam Quantiser  how a row of numbers becomes codes:
+///   bits; unpack_book(), 16 bytes that codes are looked up in when they are unpacked;
+///   encode(kernels, row, count, codes) -> scale, row[d] ~ scale * level;  levels(codes, count, row): the levels again;
+///   finish_unpacking(kernels, g, order, num_tokens, bytes): what was looked up, in block order, to levels
+/// \tparam Order      keys_in_order or values_in_order
+template <class Quantiser, class Order>
+struct rotated_rows : plain_side {
+  using codes = packed_codes<Quantiser::bits, Order>;
+
+  codec::rotation rotation = {};
+
+  [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
+    return codes::section_bytes(g) + scales_bytes(g);
+  }
+  [[nodiscard]] static constexpr index_t row_bytes(const block_geometry& g) noexcept {
+    return codes::row_bytes(g) + index_t{sizeof(bfloat16)};
+  }
+  static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
+                        const_rows rows) {
+    return finite_rows(kernels, g, count, rows);
+  }
+
+  void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
+              index_t count, const_rows rows) const {
+    alignas(64) std::array<float, max_head_dim> row;
+    code_row row_codes;
+    for (index_t t = first; t < first + count; ++t) {
+      const float unit = to_unit_range(kernels, rows.row(t - first), g.head_dim, row.data());
+      rotation.turn(kernels, row.data(), g.head_dim);
+      const float scale = Quantiser::encode(kernels, row.data(), g.head_dim, row_codes.data());
+      set_scale(section + codes::section_bytes(g), t, to_finite_bfloat16(scale * unit));
+      codes::put(g, section, t, row_codes.data());
+    }
+  }
+
+  void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t first,
+              index_t count, mutable_rows rows) const {
+    code_row row_codes;
+    for (index_t t = first; t < first + count; ++t) {
+      const float scale = to_float(section_scales(g, section)[t]);
+      float* row = rows.row(t - first);
+      for (index_t d = 0; d < g.head_dim; ++d)
+        row_codes[static_cast<std::size_t>(d)] = codes::get(g, section, t, d);
+      Quantiser::levels(row_codes.data(), g.head_dim, row);
+      rotation.turn_back(kernels, row, g.head_dim);
+      for (index_t d = 0; d < g.head_dim; ++d) row[d] *= scale;
+    }
+  }
+
+ protected:
+  /// Calls body(first_token, scales, num_tokens, levels) piece by piece, levels in block order of bytes.
+  template <class Body>
+  static void for_each_piece(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                             index_t count, const std::byte* next, Body body) {
+    codes::for_each_piece(
+        g, section, count, next, unpack_through<Quantiser::bits>(kernels, Quantiser::unpack_book()),
+        [&](index_t t, index_t num_tokens, std::int8_t* bytes) {
+          Quantiser::finish_unpacking(kernels, g, Order{}, num_tokens, bytes);
+          body(t, section_scales(g, section) + t, num_tokens, reinterpret_cast<const std::byte*>(bytes));
+        });
+  }
+
+ private:
+  static const bfloat16* section_scales(const block_geometry& g, const std::byte* section) noexcept {
+    return scales(section + codes::section_bytes(g));
+  }
+};
+
+template <class Quantiser>
+struct rotated_keys : rotated_rows<Quantiser, keys_in_order> {
+  [[nodiscard]] rotated_keys at(index_t layer, index_t head) const {
+    return {{{}, this->rotation.at(layer, head)}};
+  }
+  [[nodiscard]] static constexpr index_t prepared_floats(const block_geometry& g) noexcept {
+    return kernel::prepared_query_floats(g.head_dim);
+  }
+  const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                       index_t num_rows, float* prepared) const {
+    alignas(64) std::array<float, max_head_dim> row;
+    for (index_t r = 0; r < num_rows; ++r) {
+      std::copy_n(queries + r * g.head_dim, g.head_dim, row.begin());
+      this->rotation.turn(kernels, row.data(), g.head_dim);
+      kernels.coarse.prepare(g.head_dim, row.data(), 1, prepared + r * prepared_floats(g));
+    }
+    return prepared;
+  }
+  void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
+              const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
+    this->for_each_piece(
+        kernels, g, section, count, next,
+        [&](index_t t, const bfloat16* token_scales, index_t num_tokens, const std::byte* levels) {
+          kernels.coarse.scores(g, levels, token_scales, num_tokens, prepared, num_rows, scores + t, nullptr);
+        });
+  }
+};
+
+template <class Quantiser>
+struct rotated_values : rotated_rows<Quantiser, values_in_order> {
+  static constexpr bool turns_sums = true;
+
+  [[nodiscard]] rotated_values at(index_t layer, index_t head) const {
+    return {{{}, this->rotation.at(layer, head)}};
+  }
+  void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                  index_t count, const float* weights, index_t num_rows, float* sums,
+                  const std::byte* next) const {
+    this->for_each_piece(
+        kernels, g, section, count, next,
+        [&](index_t t, const bfloat16* token_scales, index_t num_tokens, const std::byte* levels) {
+          kernels.coarse.accumulate(g, levels, token_scales, num_tokens, weights + t, num_rows, sums,
+                                    nullptr);
+        });
+  }
+  void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
+    for (index_t r = 0; r < num_rows; ++r)
+      this->rotation.turn_back(kernels, sums + r * g.head_dim, g.head_dim);
+  }
+};
+
+}  // namespace kvcache::inline v0::codec::detail

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+// trellis<4>, <3>, <2>: as rotated, but each number's level depends on the codes before it: less error at the same bits than
+// any codec that looks at numbers one by one.
+//
+// The last 8 bits of a row's codes are a state, and states index a table of 256 levels; encoding searches all paths for the
+// one nearest to the row (Viterbi 1967), which costs some twenty times what the nearest level does. Rows begin in state
+// zero, so nothing is stored but codes and scale: Bits + 16 / head_dim bits per number. Relative mean squared error of
+// normally distributed rows of 128: under 0.0068, 0.0228, 0.082 for 4, 3, 2 bits (rotated: 0.0092, 0.0335, 0.1153).
+// Source: trellis-coded quantisation, Marcellin and Fischer 1990; bitshift trellises as in QTIP, Tseng et al. 2024.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/low_bit.hpp>
+#include <kvcache/codec/rotated_rows.hpp>
+#include <kvcache/codec/sides.hpp>
+#include <kvcache/codec/trellis_tables.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+namespace kvcache::inline v0::codec {
+
+namespace detail {
+
+/// The path of least error through the states; see rotated_rows.
+template <int Bits>
+struct trellis_quantiser {
+  static constexpr int bits = Bits;
+
+  static constexpr const std::int8_t* table() noexcept {
+    if constexpr (Bits == 2) {
+      return trellis_table_2.data();
+    } else if constexpr (Bits == 3) {
+      return trellis_table_3.data();
+    } else {
+      return trellis_table_4.data();
+    }
+  }
+
+  /// Codes are unpacked as they are.
+  static constexpr const std::int8_t* unpack_book() noexcept { return identity.data(); }
+
+  static float encode(const kernel::table& kernels, float* row, index_t count, std::uint8_t* codes) {
+    // Of a row of a few numbers the nearest path may point the other way; weights take no negative scales.
+    return std::max(kernels.trellis.encode(Bits, row, count, table(), codes), 0.0F);
+  }
+  static void levels(const std::uint8_t* codes, index_t count, float* row) noexcept {
+    unsigned state = 0;
+    for (index_t d = 0; d < count; ++d) {
+      state = (state << static_cast<unsigned>(Bits) | codes[d]) & 255U;
+      row[d] = static_cast<float>(table()[state]);
+    }
+  }
+  static void finish_unpacking(const kernel::table& kernels, const block_geometry& g, keys_in_order /*order*/,
+                               index_t num_tokens, std::int8_t* bytes) {
+    kernels.trellis.decode_keys(Bits, g.head_dim, ceil_div(num_tokens, key_lanes),
+                                reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+  }
+  static void finish_unpacking(const kernel::table& kernels, const block_geometry& g,
+                               values_in_order /*order*/, index_t num_tokens, std::int8_t* bytes) {
+    kernels.trellis.decode_values(Bits, g.head_dim, ceil_div(num_tokens, values_in_order::order::pack),
+                                  reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+  }
+
+ private:
+  static constexpr std::array<std::int8_t, 16> identity = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                           8, 9, 10, 11, 12, 13, 14, 15};
+};
+
+}  // namespace detail
+
+template <int Bits>
+using trellis_keys = detail::rotated_keys<detail::trellis_quantiser<Bits>>;
+template <int Bits>
+using trellis_values = detail::rotated_values<detail::trellis_quantiser<Bits>>;
+
+template <int Bits>
+struct trellis : sides<trellis_keys<Bits>, trellis_values<Bits>> {
+  static constexpr std::string_view name = Bits == 4 ? "trellis4" : (Bits == 3 ? "trellis3" : "trellis2");
+};
+
+static_assert(block_codec<trellis<4>> && block_codec<trellis<3>> && block_codec<trellis<2>>);
+
+}  // namespace kvcache::inline v0::codec

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+// Decoding of the codec trellis<b>: codes, one per byte in the block order of bytes, become the numbers of a table. Included
+// where there are
+//
+//   bits              64 bytes; load_bits, store_bits, either_bit(a, b): a | b, both_bits(a, b): a & b, broadcast_word
+//   shifted_left<n>   words
+//   funnel::shift<n>(a, b)   words: a << n | b >> (32 - n)
+//   words_before<n>(a, b)    the 16 words that lie n before those of a, b what lies before a
+//   byte_table(const std::int8_t*), .at(bits)       256 bytes; that of each index
+//
+// Every byte of a line shifts in the codes of the dims before it. No code runs over its byte, or it is masked.
+
+/// The codes `N` dims ago, shifted left by `Shift`: of keys, where four dims are the bytes of a word ...
+struct dims_in_bytes {
+  template <int N, int Shift>
+  KVCACHE_INLINE static bits earlier(bits now, bits before) {
+    return funnel::shift<8 * N + Shift>(now, before);
+  }
+};
+
+/// ... and of values, where a dim is a word.
+struct dims_in_words {
+  template <int N, int Shift>
+  KVCACHE_INLINE static bits earlier(bits now, bits before) {
+    return shifted_left<Shift>(words_before<N>(now, before));
+  }
+};
+
+/// The line before: its codes, and for two bits also its pairs of codes.
+struct line_before {
+  bits codes, pairs;
+};
+
+template <int Bits, class Dims>
+KVCACHE_INLINE bits states(bits codes, line_before& before) {
+  bits s = either_bit(codes, Dims::template earlier<1, Bits>(codes, before.codes));
+  if constexpr (Bits == 3) {
+    const bits top = Dims::template earlier<2, 6>(codes, before.codes);
+    s = either_bit(s, both_bits(top, broadcast_word(static_cast<std::int32_t>(0xc0c0c0c0U))));
+  } else if constexpr (Bits == 2) {
+    const bits pairs = s;
+    s = either_bit(pairs, Dims::template earlier<2, 4>(pairs, before.pairs));
+    before.pairs = pairs;
+  }
+  before.codes = codes;
+  return s;
+}
+
+template <int Bits>
+KVCACHE_TARGET inline void decode_key_codes(index_t head_dim, index_t num_groups, const std::uint8_t* codes,
+                                            const byte_table& table, std::int8_t* out) {
+  const index_t num_lines = ceil_div(head_dim, block_order<std::int8_t>::pack);
+  for (index_t g = 0; g < num_groups; ++g) {
+    line_before before{broadcast_word(0), broadcast_word(0)};
+    for (index_t i = 0; i < num_lines; ++i, codes += 64, out += 64)
+      store_bits(out, table.at(states<Bits, dims_in_bytes>(load_bits(codes), before)));
+  }
+}
+
+template <int Bits>
+KVCACHE_TARGET inline void decode_value_codes(index_t head_dim, index_t num_packs, const std::uint8_t* codes,
+                                              const byte_table& table, std::int8_t* out) {
+  const index_t size = 4 * head_dim;
+  for (index_t p = 0; p < num_packs; ++p, codes += size, out += size) {
+    line_before before{broadcast_word(0), broadcast_word(0)};
+    index_t i = 0;
+    for (; i + 64 <= size; i += 64)
+      store_bits(out + i, table.at(states<Bits, dims_in_words>(load_bits(codes + i), before)));
+    if (i < size) {  // the pack ends here; what follows belongs to others
+      alignas(64) std::array<std::uint8_t, 64> line{};
+      const auto rest = static_cast<std::size_t>(size - i);
+      std::memcpy(line.data(), codes + i, rest);
+      store_bits(line.data(), table.at(states<Bits, dims_in_words>(load_bits(line.data()), before)));
+      std::memcpy(out + i, line.data(), rest);
+    }
+  }
+}
+
+KVCACHE_TARGET inline void decode_trellis_keys(int num_bits, index_t head_dim, index_t num_groups,
+                                               const std::uint8_t* codes, const std::int8_t* table,
+                                               std::int8_t* out) {
+  const byte_table numbers(table);
+  if (num_bits == 2) decode_key_codes<2>(head_dim, num_groups, codes, numbers, out);
+  if (num_bits == 3) decode_key_codes<3>(head_dim, num_groups, codes, numbers, out);
+  if (num_bits == 4) decode_key_codes<4>(head_dim, num_groups, codes, numbers, out);
+}
+
+KVCACHE_TARGET inline void decode_trellis_values(int num_bits, index_t head_dim, index_t num_packs,
+                                                 const std::uint8_t* codes, const std::int8_t* table,
+                                                 std::int8_t* out) {
+  const byte_table numbers(table);
+  if (num_bits == 2) decode_value_codes<2>(head_dim, num_packs, codes, numbers, out);
+  if (num_bits == 3) decode_value_codes<3>(head_dim, num_packs, codes, numbers, out);
+  if (num_bits == 4) decode_value_codes<4>(head_dim, num_packs, codes, numbers, out);
+}

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: MIT
+// The codec trellis: every instruction set equals the portable kernels bit by bit, and those equal what the definition says.
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/codec/trellis_tables.hpp>
+#include <kvcache/core/half.hpp>
+#include <kvcache/kernel/select.hpp>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+using namespace kvcache;
+
+namespace {
+
+using order = block_order<std::int8_t>;
+
+constexpr index_t awkward_dims[] = {1,  2,  3,  4,  5,  7,  15,  16,  17,  31,
+                                    33, 63, 64, 65, 80, 96, 128, 129, 511, 512};
+
+struct encoded {
+  float scale;
+  std::vector<std::uint8_t> codes;
+
+  friend bool operator==(const encoded& a, const encoded& b) {
+    return std::bit_cast<std::uint32_t>(a.scale) == std::bit_cast<std::uint32_t>(b.scale) &&
+           a.codes == b.codes;
+  }
+};
+
+encoded encode(kernel::isa level, int bits, const std::vector<float>& row, const std::int8_t* table) {
+  encoded out{0, std::vector<std::uint8_t>(row.size(), 0xff)};
+  out.scale = kernel::select(level).trellis.encode(bits, row.data(), static_cast<index_t>(row.size()), table,
+                                                   out.codes.data());
+  return out;
+}
+
+/// The numbers of a row, by the definition.
+std::vector<double> decode(int bits, const std::vector<std::uint8_t>& codes, const std::int8_t* table,
+                           double scale) {
+  std::vector<double> row;
+  unsigned state = 0;
+  for (const std::uint8_t code : codes) {
+    state = (state << bits | code) & 255U;
+    row.push_back(scale * table[state]);
+  }
+  return row;
+}
+
+double squared_distance(const std::vector<float>& a, const std::vector<double>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return sum;
+}
+double squared_size(const std::vector<float>& a) {
+  return squared_distance(a, std::vector<double>(a.size()));
+}
+
+/// The codes of least distance in table units, by trying all.
+double least_distance_of_all(int bits, const std::vector<double>& row, const std::int8_t* table,
+                             std::size_t first = 0, unsigned state = 0) {
+  if (first == row.size()) return 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (unsigned code = 0; code < (1U << bits); ++code) {
+    const unsigned next = (state << bits | code) & 255U;
+    const double off = row[first] - table[next];
+    least = std::min(least, off * off + least_distance_of_all(bits, row, table, first + 1, next));
+  }
+  return least;
+}
+
+/// The same by dynamic programming in doubles.
+double least_distance(int bits, const std::vector<double>& row, const std::int8_t* table) {
+  std::vector<double> cost(256, std::numeric_limits<double>::infinity());
+  cost[0] = 0;
+  for (const double x : row) {
+    std::vector<double> next(256, std::numeric_limits<double>::infinity());
+    for (unsigned s = 0; s < 256; ++s) {
+      for (unsigned code = 0; code < (1U << bits); ++code) {
+        const unsigned to = (s << bits | code) & 255U;
+        next[to] = std::min(next[to], cost[s] + (x - table[to]) * (x - table[to]));
+      }
+    }
+    cost = next;
+  }
+  return *std::min_element(cost.begin(), cost.end());
+}
+
+/// The row in table units.
+std::vector<double> normalised(const std::vector<float>& row) {
+  const double rms = std::sqrt(squared_size(row) / static_cast<double>(row.size()));
+  std::vector<double> out;
+  for (const float x : row) out.push_back(x / rms * kernel::trellis_unit);
+  return out;
+}
+
+std::vector<std::int8_t> random_table(test::random& random) {
+  std::vector<std::int8_t> table(256);
+  for (std::int8_t& x : table) x = static_cast<std::int8_t>(random.between(-127, 127));
+  return table;
+}
+
+std::vector<float> special_row(std::size_t count, int kind, test::random& random) {
+  std::vector<float> row(count, 0.0F);
+  for (std::size_t i = 0; i < count; ++i) {
+    const float x = random.normal();
+    const bool odd_one = i == count / 2;
+    switch (kind) {
+      case 0:
+        row[i] = x;
+        break;
+      case 1:
+        row[i] = 0.75F;
+        break;  // constant
+      case 2:
+        row[i] = odd_one ? -1e6F : x * 1e-3F;
+        break;  // one huge among tiny
+      case 3:
+        row[i] = x * 1e-41F;
+        break;  // subnormal
+      case 4:
+        row[i] = std::clamp(x, -3.0F, 3.0F) * 1e38F;
+        break;
+      case 5:
+        row[i] = odd_one ? std::numeric_limits<float>::max() : 1e-45F;
+        break;
+      case 6:
+        row[i] = odd_one ? 1e-45F : 0.0F;
+        break;  // the least there is
+      case 7:
+        row[i] = i % 2 == 0 ? 1.0F : -1.0F;
+        break;
+      case 8:
+        row[i] = std::ldexp(x, static_cast<int>(random.between(-60, 60)));
+        break;
+      default:
+        break;  // zeros
+    }
+  }
+  return row;
+}
+constexpr int num_kinds = 10;
+
+}  // namespace
+
+TEST_CASE("every instruction set encodes to the same codes and scales", "[kernel]") {
+  test::random random;
+  const int bits = GENERATE(2, 3, 4);
+  const std::vector<std::int8_t> other_table = random_table(random);
+  std::vector<std::int8_t> extreme(256, 127);
+  extreme[0] = -127;
+  const std::int8_t* const tables[] = {codec::trellis_table(bits), other_table.data(), extreme.data()};
+  for (const index_t dim : awkward_dims) {
+    for (int kind = 0; kind < num_kinds; ++kind) {
+      const std::vector<float> row = special_row(static_cast<std::size_t>(dim), kind, random);
+      for (const std::int8_t* table : tables) {
+        const encoded expected = encode(kernel::isa::portable, bits, row, table);
+        for (const kernel::isa level : kernel::available()) {
+          CAPTURE(bits, dim, kind, kernel::to_string(level));
+          REQUIRE(encode(level, bits, row, table) == expected);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("an encoded row is finite, within its bits, and never further away than zero", "[kernel]") {
+  test::random random(1);
+  const int bits = GENERATE(2, 3, 4);
+  for (const index_t dim : awkward_dims) {
+    for (int kind = 0; kind < num_kinds; ++kind) {
+      CAPTURE(bits, dim, kind);
+      const std::vector<float> row = special_row(static_cast<std::size_t>(dim), kind, random);
+      const std::int8_t* table = codec::trellis_table(bits);
+      const encoded e = encode(kernel::available().back(), bits, row, table);
+      REQUIRE(std::isfinite(e.scale));
+      REQUIRE(std::all_of(e.codes.begin(), e.codes.end(), [&](std::uint8_t c) { return c < (1U << bits); }));
+      if (squared_size(row) == 0) {
+        REQUIRE(e.scale == 0);
+        REQUIRE(std::all_of(e.codes.begin(), e.codes.end(), [](std::uint8_t c) { return c == 0; }));
+      } else if (kind != 3 && kind != 6) {  // a subnormal scale is a coarse one
+        REQUIRE(squared_distance(row, decode(bits, e.codes, table, double{e.scale})) <=
+                squared_size(row) * 1.000001);
+      }
+    }
+  }
+}
+
+TEST_CASE("a power of two changes the scale and nothing else", "[kernel]") {
+  test::random random(2);
+  const int bits = GENERATE(2, 3, 4);
+  const std::vector<float> row = random.floats(128);
+  const encoded e = encode(kernel::available().back(), bits, row, codec::trellis_table(bits));
+  for (const int exponent : {-100, -1, 1, 60, 120}) {
+    std::vector<float> scaled = row;
+    for (float& x : scaled) x = std::ldexp(x, exponent);
+    const encoded other = encode(kernel::available().back(), bits, scaled, codec::trellis_table(bits));
+    CAPTURE(exponent);
+    REQUIRE(other.codes == e.codes);
+    REQUIRE(other.scale == std::ldexp(e.scale, exponent));
+  }
+}
+
+TEST_CASE("no other codes come nearer than those of the encoder", "[kernel]") {
+  test::random random(3);
+  const int bits = GENERATE(2, 3, 4);
+  const std::vector<std::int8_t> other_table = random_table(random);
+  for (int i = 0; i < 60; ++i) {
+    const std::int8_t* table = i % 2 == 0 ? codec::trellis_table(bits) : other_table.data();
+    const std::vector<float> row = random.floats(random.between(1, i < 30 ? 12 / bits : 200));
+    const std::vector<double> in_units = normalised(row);
+    const encoded e = encode(kernel::available().back(), bits, row, table);
+    const std::vector<double> found = decode(bits, e.codes, table, 1.0);
+    double distance = 0;
+    for (std::size_t d = 0; d < row.size(); ++d)
+      distance += (in_units[d] - found[d]) * (in_units[d] - found[d]);
+    const double least = least_distance(bits, in_units, table);
+    if (i < 30)
+      REQUIRE_THAT(least_distance_of_all(bits, in_units, table), Catch::Matchers::WithinRel(least, 1e-9));
+    CAPTURE(bits, row.size());
+    // targets are rounded to 1/16, 1/8, 1/4 of a unit: 2 * error * (distance between two numbers), for both
+    const double rounding = 0.6 / (1 << (6 - bits)) * std::sqrt(static_cast<double>(row.size()));
+    REQUIRE(distance >= least * (1 - 1e-9));
+    REQUIRE(std::sqrt(distance) <= std::sqrt(least) + 2 * rounding);
+  }
+}
+
+TEST_CASE("the scale is that of least squares", "[kernel]") {
+  test::random random(4);
+  const int bits = GENERATE(2, 3, 4);
+  for (const index_t dim : {1, 2, 16, 80, 128, 512}) {
+    const std::vector<float> row = random.floats(dim);
+    const encoded e = encode(kernel::available().back(), bits, row, codec::trellis_table(bits));
+    const std::vector<double> numbers = decode(bits, e.codes, codec::trellis_table(bits), 1.0);
+    double product = 0;
+    double square = 0;
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      product += row[d] * numbers[d];
+      square += numbers[d] * numbers[d];
+    }
+    CAPTURE(bits, dim);
+    REQUIRE_THAT(double{e.scale}, Catch::Matchers::WithinRel(product / square, 2e-4));
+  }
+}
+
+TEST_CASE("normally distributed rows keep the distortion of their bits", "[kernel]") {
+  test::random random(5);
+  const int bits = GENERATE(2, 3, 4);
+  double distance = 0;
+  double size = 0;
+  for (int i = 0; i < 1000; ++i) {
+    const std::vector<float> row = random.floats(128);
+    const encoded e = encode(kernel::available().back(), bits, row, codec::trellis_table(bits));
+    const double scale = to_float(from_float<bfloat16>(e.scale));
+    distance += squared_distance(row, decode(bits, e.codes, codec::trellis_table(bits), scale));
+    size += squared_size(row);
+  }
+  CAPTURE(bits, distance / size);
+  REQUIRE(distance / size < (bits == 2 ? 0.0785 : bits == 3 ? 0.0213 : 0.0059));
+  REQUIRE(distance / size > std::ldexp(1.0, -2 * bits));  // Shannon's bound
+}
+
+TEST_CASE("codes of a block become the numbers of the table, and nothing around them changes", "[kernel]") {
+  test::random random(6);
+  const int bits = GENERATE(2, 3, 4);
+  const auto table = random_table(random);
+  constexpr index_t margin = 64;
+  for (const index_t dim : awkward_dims) {
+    for (const index_t num_tokens : {4, 16, 20, 64}) {
+      const block_geometry g{num_tokens, dim};
+      const bool has_keys = num_tokens % key_lanes == 0;
+      const auto size = static_cast<std::size_t>(has_keys ? order::key_size(g) : 0);
+      const auto value_size = static_cast<std::size_t>(order::value_size(g));
+      std::vector<std::uint8_t> keys(size + 2 * margin);
+      std::vector<std::uint8_t> values(value_size + 2 * margin);
+      for (std::uint8_t& c : keys) c = static_cast<std::uint8_t>(random.below(1 << bits));
+      for (std::uint8_t& c : values) c = static_cast<std::uint8_t>(random.below(1 << bits));
+
+      for (const kernel::isa level : kernel::available()) {
+        CAPTURE(bits, dim, num_tokens, kernel::to_string(level));
+        const auto& kernels = kernel::select(level).trellis;
+        std::vector<std::int8_t> out(keys.size(), 99);
+        std::vector<std::int8_t> value_out(values.size(), 99);
+        kernels.decode_keys(bits, dim, static_cast<index_t>(size) / (order::key_group_size(g)),
+                            keys.data() + margin, table.data(), out.data() + margin);
+        kernels.decode_values(bits, dim, num_tokens / 4, values.data() + margin, table.data(),
+                              value_out.data() + margin);
+        bool equal = true;
+        for (index_t t = 0; t < num_tokens; ++t) {
+          unsigned key_state = 0;
+          unsigned value_state = 0;
+          for (index_t d = 0; d < dim; ++d) {
+            if (has_keys) {
+              const auto k = static_cast<std::size_t>(margin + order::key_index(g, t, d));
+              key_state = (key_state << bits | keys[k]) & 255U;
+              equal = equal && out[k] == table[key_state];
+            }
+            const auto v = static_cast<std::size_t>(margin + order::value_index(g, t, d));
+            value_state = (value_state << bits | values[v]) & 255U;
+            equal = equal && value_out[v] == table[value_state];
+          }
+        }
+        REQUIRE(equal);
+        const auto untouched = [&](const std::vector<std::int8_t>& bytes) {
+          return std::all_of(bytes.begin(), bytes.begin() + margin, [](std::int8_t x) { return x == 99; }) &&
+                 std::all_of(bytes.end() - margin, bytes.end(), [](std::int8_t x) { return x == 99; });
+        };
+        REQUIRE(untouched(out));
+        REQUIRE(untouched(value_out));
+
+        // in place
+        std::vector<std::uint8_t> same = keys;
+        kernels.decode_keys(bits, dim, static_cast<index_t>(size) / order::key_group_size(g),
+                            same.data() + margin, table.data(),
+                            reinterpret_cast<std::int8_t*>(same.data() + margin));
+        REQUIRE(std::equal(same.begin() + margin, same.end() - margin,
+                           reinterpret_cast<const std::uint8_t*>(out.data()) + margin));
+        same = values;
+        kernels.decode_values(bits, dim, num_tokens / 4, same.data() + margin, table.data(),
+                              reinterpret_cast<std::int8_t*>(same.data() + margin));
+        REQUIRE(std::equal(same.begin() + margin, same.end() - margin,
+                           reinterpret_cast<const std::uint8_t*>(value_out.data()) + margin));
+      }
+    }
+  }
+}
+
+#if defined(__x86_64__)
+TEST_CASE("AVX-512 without VBMI decodes to the same numbers", "[kernel]") {
+  if (!kernel::avx512::runs_here()) return;
+  test::random random(7);
+  const int bits = GENERATE(2, 3, 4);
+  const auto table = random_table(random);
+  for (const index_t dim : awkward_dims) {
+    const block_geometry g{64, dim};
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(order::key_size(g)));
+    for (std::uint8_t& c : codes) c = static_cast<std::uint8_t>(random.below(1 << bits));
+    std::vector<std::int8_t> expected(codes.size());
+    std::vector<std::int8_t> out(codes.size());
+    CAPTURE(bits, dim);
+    kernel::portable::decode_trellis_keys(bits, dim, 4, codes.data(), table.data(), expected.data());
+    kernel::avx512::decode_trellis_keys(bits, dim, 4, codes.data(), table.data(), out.data());
+    REQUIRE(out == expected);
+    kernel::portable::decode_trellis_values(bits, dim, 16, codes.data(), table.data(), expected.data());
+    kernel::avx512::decode_trellis_values(bits, dim, 16, codes.data(), table.data(), out.data());
+    REQUIRE(out == expected);
+  }
+}
+#endif
