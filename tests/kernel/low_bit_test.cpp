@@ -162,20 +162,21 @@ quantised nearest_in_words(const std::vector<float>& row, const kernel::scalar_c
 }
 
 /// Rows that are easy to get wrong, and some that are not.
-std::vector<std::vector<float>> varied_rows(std::size_t count, test::random& random) {
+std::vector<std::vector<float>> varied_rows(index_t num_floats, test::random& random) {
+  const auto count = static_cast<std::size_t>(num_floats);
   std::vector<std::vector<float>> all;
-  for (int i = 0; i < 20; ++i) all.push_back(random.floats(static_cast<index_t>(count)));
+  for (int i = 0; i < 20; ++i) all.push_back(random.floats(num_floats));
   for (const float scale : {1e-38F, 1e-41F, 1e-44F, 1e30F, 3e37F, 0x1p-119F, 0x1p-127F}) {
-    all.push_back(random.floats(static_cast<index_t>(count)));
+    all.push_back(random.floats(num_floats));
     for (float& x : all.back()) x *= scale;
   }
   for (const float x : {0.0F, -0.0F, 1.0F, -1.0F, 511.75F, -511.5F, 1e38F, -1e38F, 1e-45F, 0x1p-126F,
                         std::nextafter(0x1p-126F, 0.0F), 2e-41F})
     all.emplace_back(count, x);
   for (const float huge : {1e38F, -3.4e38F, 1.0F}) {
-    all.push_back(random.floats(static_cast<index_t>(count)));
+    all.push_back(random.floats(num_floats));
     for (float& x : all.back()) x *= 1e-6F;
-    all.back()[static_cast<std::size_t>(random.below(static_cast<index_t>(count)))] = huge;
+    all.back()[static_cast<std::size_t>(random.below(num_floats))] = huge;
   }
   all.emplace_back(count, 0.0F);
   all.back().back() = -1e-45F;
@@ -240,13 +241,12 @@ TEST_CASE("the Hadamard transform is the defined rounds, bit by bit", "[kernel]"
 TEST_CASE("nearest levels and their scale are what exact arithmetic says", "[kernel]") {
   test::random random;
   for (const kernel::table* level : tables()) {
-    for (const std::size_t count : {1, 2, 15, 16, 17, 31, 33, 64, 80, 96, 128, 511, 512}) {
+    for (const index_t count : {1, 2, 15, 16, 17, 31, 33, 64, 80, 96, 128, 511, 512}) {
       for (const std::vector<float>& row : varied_rows(count, random)) {
         for (const kernel::scalar_codebook& book : books) {
           CAPTURE(kernel::to_string(level->level), count, book.bits, row);
-          std::vector<std::uint8_t> codes(count + 1, 99);
-          const float scale =
-              level->low_bit.nearest(row.data(), static_cast<index_t>(count), book, codes.data());
+          std::vector<std::uint8_t> codes(row.size() + 1, 99);
+          const float scale = level->low_bit.nearest(row.data(), count, book, codes.data());
           const quantised expected = nearest_in_words(row, book);
           REQUIRE(codes.back() == 99);
           codes.pop_back();

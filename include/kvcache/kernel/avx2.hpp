@@ -242,16 +242,34 @@ KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
 KVCACHE_INLINE bits look_up(bits codebook, bits codes) {
   return {_mm256_shuffle_epi8(codebook.low, codes.low), _mm256_shuffle_epi8(codebook.high, codes.high)};
 }
-KVCACHE_INLINE vec look_up(const std::array<float, 8>& eight, vec place) {
-  const __m256 x = _mm256_loadu_ps(eight.data());
+KVCACHE_INLINE vec look_up(const float* eight, vec place) {
+  const __m256 x = _mm256_loadu_ps(eight);
   return {_mm256_permutevar8x32_ps(x, _mm256_castps_si256(place.low)),
           _mm256_permutevar8x32_ps(x, _mm256_castps_si256(place.high))};
 }
-KVCACHE_INLINE vec add_if_above(vec sum, vec x, vec limit, vec one) {
-  const __m256 low = _mm256_cmp_ps(x.low, limit.low, _CMP_GT_OQ);
-  const __m256 high = _mm256_cmp_ps(x.high, limit.high, _CMP_GT_OQ);
-  return {_mm256_add_ps(sum.low, _mm256_and_ps(low, one.low)),
-          _mm256_add_ps(sum.high, _mm256_and_ps(high, one.high))};
+KVCACHE_INLINE __m256 count_if_above(__m256 place, __m256 x, __m256 limit, __m256i n) {
+  const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, limit, _CMP_GT_OQ));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(place), _mm256_and_si256(above, n)));
+}
+KVCACHE_INLINE vec count_if_above(vec place, vec x, vec limit, std::uint32_t n) {
+  return {count_if_above(place.low, x.low, limit.low, fill(n).low),
+          count_if_above(place.high, x.high, limit.high, fill(n).high)};
+}
+KVCACHE_INLINE vec pick_above(vec x, vec limit, vec a, vec b) {
+  return {_mm256_blendv_ps(b.low, a.low, _mm256_cmp_ps(x.low, limit.low, _CMP_GT_OQ)),
+          _mm256_blendv_ps(b.high, a.high, _mm256_cmp_ps(x.high, limit.high, _CMP_GT_OQ))};
+}
+KVCACHE_INLINE __m256i low_byte_flipped(__m256 places, __m256 sign, __m256i flip) {
+  const __m256i negative = _mm256_srai_epi32(_mm256_castps_si256(sign), 31);
+  const __m256i flipped = _mm256_xor_si256(_mm256_castps_si256(places), _mm256_and_si256(negative, flip));
+  return _mm256_and_si256(flipped, _mm256_set1_epi32(255));
+}
+KVCACHE_INLINE void store_places(void* p, vec places, vec sign, std::uint32_t flip) {
+  const __m256i mixed = _mm256_packs_epi32(low_byte_flipped(places.low, sign.low, fill(flip).low),
+                                           low_byte_flipped(places.high, sign.high, fill(flip).low));
+  const __m256i halves = _mm256_permute4x64_epi64(mixed, 0b11'01'10'00);
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
 }
 KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
   const __m256i eight = _mm256_add_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));

@@ -184,12 +184,23 @@ KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
   return {_mm512_maskz_broadcast_i32x4(all, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 KVCACHE_INLINE bits look_up(bits codebook, bits codes) { return {_mm512_shuffle_epi8(codebook.x, codes.x)}; }
-KVCACHE_INLINE vec look_up(const std::array<float, 8>& eight, vec place) {
-  const __m512 both = _mm512_maskz_broadcast_f32x8(all, _mm256_loadu_ps(eight.data()));
+KVCACHE_INLINE vec look_up(const float* eight, vec place) {
+  const __m512 both = _mm512_maskz_broadcast_f32x8(all, _mm256_loadu_ps(eight));
   return {_mm512_maskz_permutexvar_ps(all, _mm512_castps_si512(place.x), both)};
 }
-KVCACHE_INLINE vec add_if_above(vec sum, vec x, vec limit, vec one) {
-  return {_mm512_mask_add_ps(sum.x, _mm512_cmp_ps_mask(x.x, limit.x, _CMP_GT_OQ), sum.x, one.x)};
+KVCACHE_INLINE vec count_if_above(vec place, vec x, vec limit, std::uint32_t n) {
+  const __m512i words = _mm512_castps_si512(place.x);
+  const __mmask16 above = _mm512_cmp_ps_mask(x.x, limit.x, _CMP_GT_OQ);
+  return {_mm512_castsi512_ps(_mm512_mask_add_epi32(words, above, words, fill(n).x))};
+}
+KVCACHE_INLINE vec pick_above(vec x, vec limit, vec a, vec b) {
+  return {_mm512_mask_mov_ps(b.x, _mm512_cmp_ps_mask(x.x, limit.x, _CMP_GT_OQ), a.x)};
+}
+KVCACHE_INLINE void store_places(void* p, vec places, vec sign, std::uint32_t flip) {
+  const __m512i words = _mm512_castps_si512(places.x);
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(sign.x));
+  const __m512i flipped = _mm512_mask_xor_epi32(words, negative, words, fill(flip).x);
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(all, flipped));
 }
 KVCACHE_INLINE __m256i lower(__m512i a) { return __builtin_shufflevector(a, a, 0, 1, 2, 3); }
 KVCACHE_INLINE __m256i upper(__m512i a) { return __builtin_shufflevector(a, a, 4, 5, 6, 7); }

@@ -14,32 +14,58 @@ struct byte_split {
   static constexpr unsigned weight_shift = Parts == 1 ? 0 : 8;
 };
 
-/// number = scale * whole, whole = number * inverse. Tiny rows are taken as relative to
-/// 2^-110, so that both are normal numbers; a row that is not finite gets a scale that is NaN.
-struct byte_scale {
-  float scale;
-  float inverse;
-};
-
-/// \param size_bits  of the largest magnitude of a row, as an integer
-inline byte_scale scale_to(float largest_integer, std::uint32_t size_bits) {
-  if (size_bits >= 0x7f800000U) return {std::numeric_limits<float>::quiet_NaN(), 0.0F};
-  const float size = std::max(std::bit_cast<float>(size_bits), 0x1p-110F);
-  return {size * (1.0F / largest_integer), largest_integer / size};
-}
-
 /// |x| as words, which order as the numbers do, infinity and NaN last.
 KVCACHE_INLINE __m512i magnitude_bits(__m512 x) {
   return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }
 KVCACHE_INLINE __m512i larger_words(__m512i a, __m512i b) { return _mm512_maskz_max_epu32(all, a, b); }
-KVCACHE_INLINE std::uint32_t largest_word(__m512i a) {
-  const __m256i eight = _mm256_max_epu32(lower(a), upper(a));
-  const __m128i four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  const __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0b01'00'11'10));
-  return static_cast<std::uint32_t>(
-      _mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0b10'11'00'01))));
+
+/// Words of a and b by turns, each what two words of theirs come to.
+KVCACHE_INLINE __m512i fold_largest(__m512i a, __m512i b) {
+  return larger_words(_mm512_maskz_unpacklo_epi32(all, a, b), _mm512_maskz_unpackhi_epi32(all, a, b));
 }
+KVCACHE_INLINE __m512i fold_sums(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_maskz_unpacklo_epi32(all, a, b), _mm512_maskz_unpackhi_epi32(all, a, b));
+}
+
+/// Word r: the largest word of row r.
+KVCACHE_INLINE __m128i largest_of_four(const __m512i (&row)[4]) {
+  const __m512i a = fold_largest(row[0], row[1]);
+  const __m512i b = fold_largest(row[2], row[3]);
+  const __m512i four = larger_words(_mm512_maskz_unpacklo_epi64(__mmask8{0xff}, a, b),
+                                    _mm512_maskz_unpackhi_epi64(__mmask8{0xff}, a, b));
+  const __m256i two = _mm256_max_epu32(lower(four), upper(four));
+  return _mm_max_epu32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+}
+
+/// Word r: the sum of row r.
+KVCACHE_INLINE __m128i sum_of_four(const __m512i (&row)[4]) {
+  const __m512i a = fold_sums(row[0], row[1]);
+  const __m512i b = fold_sums(row[2], row[3]);
+  const __m512i four = _mm512_add_epi32(_mm512_maskz_unpacklo_epi64(__mmask8{0xff}, a, b),
+                                        _mm512_maskz_unpackhi_epi64(__mmask8{0xff}, a, b));
+  const __m256i two = _mm256_add_epi32(lower(four), upper(four));
+  return _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+}
+
+/// Of up to four rows: number = scale * whole, whole = number * inverse. Tiny rows are taken as relative to 2^-110, so
+/// that both are normal numbers; a row that is not finite gets a scale that is NaN.
+struct byte_scales {
+  alignas(16) float scale[4];
+  alignas(16) float inverse[4];
+};
+
+/// \param most  largest magnitudes of each row, as words
+KVCACHE_INLINE void scale_to(float largest_integer, const __m512i (&most)[4], byte_scales& out) {
+  const __m128i words = largest_of_four(most);
+  const __m128 size = _mm_max_ps(_mm_castsi128_ps(words), _mm_set1_ps(0x1p-110F));  // 2^-110 for NaN
+  const __m128i infinity = _mm_set1_epi32(0x7f800000);
+  const __m128i not_finite = _mm_cmpeq_epi32(_mm_max_epu32(words, infinity), words);  // all ones are NaN
+  const __m128 scale = _mm_mul_ps(size, _mm_set1_ps(1.0F / largest_integer));
+  _mm_store_ps(out.scale, _mm_or_ps(scale, _mm_castsi128_ps(not_finite)));
+  _mm_store_ps(out.inverse, _mm_div_ps(_mm_set1_ps(largest_integer), size));
+}
+
 KVCACHE_INLINE __m512i to_whole(__m512 x, __m512 inverse) {
   return _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(x, inverse));
 }
@@ -74,16 +100,6 @@ inline constexpr index_t prepared_head_floats = 16;
 
 constexpr index_t round_up_16(index_t n) { return (n + 15) / 16 * 16; }
 
-/// high << shift | low, or the only part.
-template <int Parts>
-KVCACHE_INLINE __m512i joined(__m512i high, __m512i low, unsigned shift) {
-  if constexpr (Parts == 1) {
-    return high;
-  } else {
-    return _mm512_add_epi32(_mm512_maskz_slli_epi32(all, high, shift), low);
-  }
-}
-
 /// Part `Part` of 64 dims.
 template <int Parts, int Part>
 KVCACHE_INLINE __m512i query_part(const __m512i (&whole)[4]) {
@@ -113,7 +129,7 @@ KVCACHE_INLINE void load_64(const float* p, __m512 (&x)[4]) {
   for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_ps(p + 16 * i);
 }
 
-KVCACHE_INLINE __m512i larger_words(__m512i most, const __m512 (&x)[4]) {
+KVCACHE_INLINE __m512i larger_magnitudes(__m512i most, const __m512 (&x)[4]) {
   const __m512i a = larger_words(magnitude_bits(x[0]), magnitude_bits(x[1]));
   const __m512i b = larger_words(magnitude_bits(x[2]), magnitude_bits(x[3]));
   return larger_words(most, larger_words(a, b));
@@ -130,45 +146,83 @@ KVCACHE_INLINE void store_query(std::int8_t* to, __m512i bytes, index_t count, _
   }
 }
 
-/// One query. \param to  [prepared_query_floats(head_dim)]
-template <int Parts>
-KVCACHE_TARGET inline void prepare_query(index_t head_dim, const float* query, float* to) {
-  const index_t last = head_dim / 64 * 64;
+/// The largest magnitudes of a row, as words.
+KVCACHE_INLINE __m512i largest_magnitudes(const float* row, index_t count) {
   __m512 x[4];
   __m512i most = _mm512_setzero_si512();
-  for (index_t d = 0; d < last; d += 64) {
-    load_64(query + d, x);
-    most = larger_words(most, x);
+  index_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    load_64(row + i, x);
+    most = larger_magnitudes(most, x);
   }
-  if (last < head_dim) {
-    load_64(query + last, head_dim - last, x);
-    most = larger_words(most, x);
+  if (i < count) {
+    load_64(row + i, count - i, x);
+    most = larger_magnitudes(most, x);
   }
-  const byte_scale s = scale_to(byte_split<Parts>::largest_query, largest_word(most));
-  const __m512 inverse = _mm512_set1_ps(s.inverse);
+  return most;
+}
 
-  auto* bytes = reinterpret_cast<std::int8_t*>(to + prepared_head_floats);
-  const index_t part_bytes = round_up_16(head_dim);
-  __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-  for (index_t d = 0; d < head_dim; d += 64) {
-    const index_t count = head_dim - d;
-    if (count >= 64) load_64(query + d, x);
-    if (count < 64) load_64(query + d, count, x);
-    const __m512i whole[4] = {to_whole(x[0], inverse), to_whole(x[1], inverse), to_whole(x[2], inverse),
-                              to_whole(x[3], inverse)};
-    store_query(bytes + d, query_part<Parts, 0>(whole), count, sum[0]);
-    if constexpr (Parts == 2) store_query(bytes + part_bytes + d, query_part<Parts, 1>(whole), count, sum[1]);
+/// Stores the parts of up to 64 dims, `part_bytes` apart.
+template <int Parts>
+KVCACHE_INLINE void store_parts(const __m512 (&x)[4], float inverse, index_t count, std::int8_t* to,
+                                index_t part_bytes, __m512i (&sum)[Parts]) {
+  const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i whole[4] = {to_whole(x[0], scale), to_whole(x[1], scale), to_whole(x[2], scale),
+                            to_whole(x[3], scale)};
+  store_query(to, query_part<Parts, 0>(whole), count, sum[0]);
+  if constexpr (Parts == 2) store_query(to + part_bytes, query_part<Parts, 1>(whole), count, sum[1]);
+}
+
+/// Up to four queries, one after the other in every step: their chains of instructions overlap.
+template <int Parts, int Rows>
+KVCACHE_TARGET inline void prepare_rows(index_t head_dim, const float* queries, float* prepared) {
+  const index_t row_floats = 16 + round_up_16(head_dim);
+  __m512i most[4] = {};
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) most[r] = largest_magnitudes(queries + r * head_dim, head_dim);
+  byte_scales s;
+  scale_to(byte_split<Parts>::largest_query, most, s);
+
+  __m512i sums[Parts][4] = {};
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    const float* query = queries + r * head_dim;
+    auto* to = reinterpret_cast<std::int8_t*>(prepared + r * row_floats + prepared_head_floats);
+    __m512i sum[Parts] = {};
+    __m512 x[4];
+    index_t d = 0;
+    for (; d + 64 <= head_dim; d += 64) {
+      load_64(query + d, x);
+      store_parts<Parts>(x, s.inverse[r], 64, to + d, round_up_16(head_dim), sum);
+    }
+    if (d < head_dim) {
+      load_64(query + d, head_dim - d, x);
+      store_parts<Parts>(x, s.inverse[r], head_dim - d, to + d, round_up_16(head_dim), sum);
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < Parts; ++p) sums[p][r] = sum[p];
   }
-  prepared_head head{s.scale, {-128 * sum_of_words(sum[0]), 0}};
-  if constexpr (Parts == 2) head.starts[1] = -128 * sum_of_words(sum[1]);
-  std::memcpy(to, &head, sizeof(head));
+
+  alignas(16) std::int32_t starts[2][4] = {};
+#pragma GCC unroll 2
+  for (int p = 0; p < Parts; ++p)
+    _mm_store_si128(reinterpret_cast<__m128i*>(starts[p]), sum_of_four(sums[p]));
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    const prepared_head head{s.scale[r], {-128 * starts[0][r], -128 * starts[1][r]}};
+    std::memcpy(prepared + r * row_floats, &head, sizeof(head));
+  }
 }
 
 template <int Parts>
 KVCACHE_TARGET inline void prepare_vnni(index_t head_dim, const float* queries, index_t num_rows,
                                         float* prepared) {
-  for (index_t r = 0; r < num_rows; ++r)
-    prepare_query<Parts>(head_dim, queries + r * head_dim, prepared + r * prepared_query_floats(head_dim));
+  const index_t row_floats = prepared_query_floats(head_dim);
+  index_t r = 0;
+  for (; r + 4 <= num_rows; r += 4)
+    prepare_rows<Parts, 4>(head_dim, queries + r * head_dim, prepared + r * row_floats);
+  for (; r < num_rows; ++r)
+    prepare_rows<Parts, 1>(head_dim, queries + r * head_dim, prepared + r * row_floats);
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------------
@@ -198,25 +252,33 @@ KVCACHE_INLINE void store_weights(const __m512i (&whole)[4], std::int8_t (&to)[P
   }
 }
 
-/// Up to 64 weights of each row times the scales of their tokens.
+/// Up to 64 weights of each row times the scales of their tokens, both of which may be anything beyond `count`.
 template <int Parts, int Rows>
-KVCACHE_INLINE void split_weights(const float* weights, index_t stride, const bfloat16* scales, index_t count,
-                                  weight_bytes<Parts, Rows>& out) {
+KVCACHE_TARGET inline void split_weights(const float* weights, index_t stride, const bfloat16* scales,
+                                         index_t count, weight_bytes<Parts, Rows>& out) {
+  __m512 w[Rows][4];
+  __m512i most[4] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __mmask16 theirs = i * key_lanes < count ? all : __mmask16{0};
+    const __m256i halves = _mm256_maskz_loadu_epi16(theirs, scales + i * key_lanes);
+    const __m512 scale = widen_low(bits{_mm512_maskz_cvtepu16_epi32(all, halves)}).x;
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const __m512 x = _mm512_maskz_loadu_ps(theirs, weights + r * stride + i * key_lanes);
+      const __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      w[r][i] = _mm512_maskz_mul_ps(visible, x, scale);
+      most[r] = larger_words(most[r], _mm512_castps_si512(w[r][i]));
+    }
+  }
+  byte_scales s;
+  scale_to(byte_split<Parts>::largest_weight, most, s);
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-    __m512 w[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      w[i] = i * key_lanes < count
-                 ? scaled_weights(weights + r * stride + i * key_lanes, scales + i * key_lanes).x
-                 : _mm512_setzero_ps();
-    }
-    const byte_scale s =
-        scale_to(byte_split<Parts>::largest_weight, largest_word(larger_words(_mm512_setzero_si512(), w)));
-    const __m512 inverse = _mm512_set1_ps(s.inverse);
-    const __m512i whole[4] = {to_whole(w[0], inverse), to_whole(w[1], inverse), to_whole(w[2], inverse),
-                              to_whole(w[3], inverse)};
-    out.scales[r] = s.scale;
+    const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
+    const __m512i whole[4] = {to_whole(w[r][0], inverse), to_whole(w[r][1], inverse),
+                              to_whole(w[r][2], inverse), to_whole(w[r][3], inverse)};
+    out.scales[r] = s.scale[r];
     store_weights<Parts>(whole, out.bytes[r]);
   }
 }

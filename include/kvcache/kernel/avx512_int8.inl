@@ -8,6 +8,25 @@
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
+/// Typed, because g++ 12 copies accumulators of type __m512i around in a loop.
+using words [[gnu::vector_size(64)]] = std::int32_t;
+
+KVCACHE_INLINE words same_words(std::int32_t x) { return reinterpret_cast<words>(_mm512_set1_epi32(x)); }
+KVCACHE_INLINE void add_products(words& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  sum = reinterpret_cast<words>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), unsigned_bytes, signed_bytes));
+}
+
+/// high << shift | low, or the only part.
+template <int Parts>
+KVCACHE_INLINE __m512i joined(const words& high, const words& low, unsigned shift) {
+  if constexpr (Parts == 1) {
+    return reinterpret_cast<__m512i>(high);
+  } else {
+    return reinterpret_cast<__m512i>((high << static_cast<int>(shift)) + low);
+  }
+}
+
 /// Registers hold 16 accumulators, their operands and addresses.
 constexpr int byte_tile_width(int streams) { return streams >= 8 ? 2 : 4; }
 
@@ -20,18 +39,18 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_
   const index_t part_bytes = round_up_16(g.head_dim);
   prepared_head head[Rows];
   read_ahead next = ahead;
-  __m512i sum[Rows][Parts][Groups];
+  words sum[Rows][Parts][Groups];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
     std::memcpy(&head[r], prepared + r * row_floats, sizeof(prepared_head));
 #pragma GCC unroll 16
     for (int i = 0; i < Groups * Parts; ++i)
-      sum[r][i / Groups][i % Groups] = _mm512_set1_epi32(head[r].starts[i / Groups]);
+      sum[r][i / Groups][i % Groups] = same_words(head[r].starts[i / Groups]);
   }
   const auto* query = reinterpret_cast<const std::int8_t*>(prepared + prepared_head_floats);
   const index_t row_bytes = row_floats * index_t{sizeof(float)};
   for (index_t d = 0; d < g.head_dim; d += 4, keys += 64, query += 4) {
-    fetch<Groups>(next);
+    if (next.stride != 0) fetch<Groups>(next);
     __m512i k[Groups];
 #pragma GCC unroll 16
     for (int i = 0; i < Groups; ++i)
@@ -42,7 +61,7 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_
       for (int p = 0; p < Parts; ++p) {
         const __m512i q = four_bytes(query + r * row_bytes + p * part_bytes);
 #pragma GCC unroll 16
-        for (int i = 0; i < Groups; ++i) sum[r][p][i] = _mm512_dpbusd_epi32(sum[r][p][i], k[i], q);
+        for (int i = 0; i < Groups; ++i) add_products(sum[r][p][i], k[i], q);
       }
     }
   }
@@ -108,17 +127,17 @@ struct value_bytes {
 
 /// 16 * Chunks dims.
 template <int Parts, int Rows, int Chunks>
-KVCACHE_TARGET inline void sum_bytes(value_bytes v, const weight_bytes<Parts, Rows>& w, float* sums,
-                                     index_t sum_stride, read_ahead& ahead) {
+KVCACHE_INLINE void sum_bytes(value_bytes v, const weight_bytes<Parts, Rows>& w, float* sums,
+                              index_t sum_stride, read_ahead& ahead) {
   read_ahead next = ahead;
-  __m512i sum[Rows][Parts][Chunks];
+  words sum[Rows][Parts][Chunks];
 #pragma GCC unroll 16
   for (auto& row : sum) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Parts * Chunks; ++i) row[i / Chunks][i % Chunks] = _mm512_setzero_si512();
+    for (int i = 0; i < Parts * Chunks; ++i) row[i / Chunks][i % Chunks] = same_words(0);
   }
   for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.stride) {
-    fetch<Chunks>(next);
+    if (next.stride != 0) fetch<Chunks>(next);
     __m512i x[Chunks];
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) x[c] = _mm512_loadu_si512(v.at + 64 * c);
@@ -128,7 +147,7 @@ KVCACHE_TARGET inline void sum_bytes(value_bytes v, const weight_bytes<Parts, Ro
       for (int p = 0; p < Parts; ++p) {
         const __m512i weight = four_bytes(&w.bytes[r][p][t]);
 #pragma GCC unroll 16
-        for (int c = 0; c < Chunks; ++c) sum[r][p][c] = _mm512_dpbusd_epi32(sum[r][p][c], weight, x[c]);
+        for (int c = 0; c < Chunks; ++c) add_products(sum[r][p][c], weight, x[c]);
       }
     }
   }

@@ -222,20 +222,33 @@ KVCACHE_INLINE bits look_up(bits codebook, bits codes) {
         vqtbl1q_u8(vreinterpretq_u8_u32(codebook.x[i]), vreinterpretq_u8_u32(codes.x[i])));
   });
 }
-KVCACHE_INLINE vec look_up(const std::array<float, 8>& eight, vec place) {
+KVCACHE_INLINE vec look_up(const float* eight, vec place) {
   const uint8x16x2_t bytes = {
-      {vreinterpretq_u8_f32(vld1q_f32(eight.data())), vreinterpretq_u8_f32(vld1q_f32(eight.data() + 4))}};
+      {vreinterpretq_u8_f32(vld1q_f32(eight)), vreinterpretq_u8_f32(vld1q_f32(eight + 4))}};
   return each([&](int i) {  // byte j of entry n is byte 4n + j
     const uint32x4_t entry = vandq_u32(vreinterpretq_u32_f32(place.x[i]), vdupq_n_u32(7));
     const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100U), entry, vdupq_n_u32(0x04040404U));
     return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(at)));
   });
 }
-KVCACHE_INLINE vec add_if_above(vec sum, vec x, vec limit, vec one) {
+KVCACHE_INLINE vec count_if_above(vec place, vec x, vec limit, std::uint32_t n) {
   return each([&](int i) {
-    const uint32x4_t above = vcgtq_f32(x.x[i], limit.x[i]);
-    return vaddq_f32(sum.x[i], vreinterpretq_f32_u32(vandq_u32(above, vreinterpretq_u32_f32(one.x[i]))));
+    const uint32x4_t more = vandq_u32(vcgtq_f32(x.x[i], limit.x[i]), vdupq_n_u32(n));
+    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(place.x[i]), more));
   });
+}
+KVCACHE_INLINE vec pick_above(vec x, vec limit, vec a, vec b) {
+  return each([&](int i) { return vbslq_f32(vcgtq_f32(x.x[i], limit.x[i]), a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE void store_places(void* p, vec places, vec sign, std::uint32_t flip) {
+  const bits flipped = each_word([&](int i) {
+    const int32x4_t negative = vshrq_n_s32(vreinterpretq_s32_f32(sign.x[i]), 31);
+    return veorq_u32(vreinterpretq_u32_f32(places.x[i]),
+                     vandq_u32(vreinterpretq_u32_s32(negative), vdupq_n_u32(flip)));
+  });
+  const uint16x8_t low = vcombine_u16(vmovn_u32(flipped.x[0]), vmovn_u32(flipped.x[1]));
+  const uint16x8_t high = vcombine_u16(vmovn_u32(flipped.x[2]), vmovn_u32(flipped.x[3]));
+  vst1q_u8(static_cast<std::uint8_t*>(p), vcombine_u8(vmovn_u16(low), vmovn_u16(high)));
 }
 KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
   std::int32_t sum = 0;

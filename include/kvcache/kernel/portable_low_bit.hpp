@@ -77,12 +77,13 @@ inline std::array<float, 7> whole_thresholds(const scalar_codebook& book, std::i
                                              index_t count) noexcept {
   constexpr double beyond_all = 1024;
   const double rms = std::sqrt(static_cast<double>(sum_of_squares) / static_cast<double>(count));
+  const std::size_t num_thresholds = (std::size_t{1} << static_cast<unsigned>(book.bits - 1)) - 1;
   std::array<float, 7> whole;
+#pragma GCC unroll 7
   for (std::size_t j = 0; j < whole.size(); ++j) {
-    const bool used = j + 1 < (std::size_t{1} << (book.bits - 1));
-    const double threshold =
-        used ? std::min(static_cast<double>(book.thresholds[j]) * rms, beyond_all) : beyond_all;
-    whole[j] = static_cast<float>(static_cast<std::int32_t>(threshold));
+    const double threshold = static_cast<double>(book.thresholds[j]) * rms;
+    const double used = j < num_thresholds && threshold < beyond_all ? threshold : beyond_all;
+    whole[j] = static_cast<float>(static_cast<std::int32_t>(used));
   }
   return whole;
 }

@@ -17,7 +17,9 @@
 //   fill(word), and_bits, or_bits, shifted<n>      words >> n, or << -n
 //   load_codebook(const int8_t*)           16 bytes, in every 128 bits
 //   look_up(codebook, codes)   byte by byte, codes below 16; look_up(eight, x): entry in the low mantissa bits of x
-//   add_if_above(sum, x, limit, one)       x > limit ? sum + one : sum
+//   pick_above(x, limit, a, b)             x > limit ? a : b
+//   count_if_above(place, x, limit, n)     adds n to the low mantissa bits of place where x > limit
+//   store_places(p, places, sign, flip)    low mantissa bytes, xor flip where sign is negative
 //   sum_of_whole               of whole numbers, as an integer
 //   interleave_low, interleave_high     a0 b0 a1 b1 ..., of the lower and of the upper eight lanes
 //   smaller_words, broadcast_word, masked_or(a, mask, b): (a & mask) | b, store_low_bytes(p, words)

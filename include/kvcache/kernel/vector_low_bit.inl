@@ -109,10 +109,12 @@ KVCACHE_TARGET inline void hadamard(float* row, index_t size) {
 
 // ---- scalar quantisation --------------------------------------------------------------------------------------------
 
-/// A row as whole numbers, zeros up to a multiple of 16.
+/// A row as whole numbers, zeros up to a multiple of 16, and what it will be coded with.
 struct whole_row {
   alignas(64) std::array<float, max_head_dim> numbers;
-  std::int32_t sum_of_squares;
+  alignas(32) std::array<float, 8> levels{};  // the positive ones, at their codes modulo 8
+  std::int32_t sum_of_squares = 0;
+  int exponent = 0;  // numbers = row * 2^exponent
 };
 
 KVCACHE_TARGET inline float largest_number(const float* row, index_t count) {
@@ -122,74 +124,94 @@ KVCACHE_TARGET inline float largest_number(const float* row, index_t count) {
   return largest_of(most);
 }
 
-KVCACHE_TARGET inline void to_whole(const float* row, index_t count, const portable::whole_scaling& scaling,
-                                    whole_row& out) {
+/// Up to 16 numbers as whole ones. \return their squares
+KVCACHE_INLINE vec to_whole(const float* row, index_t count, const portable::whole_scaling& scaling,
+                            float* out) {
   const vec round_to_integer = broadcast(0x1.8p23F);
-  vec squares = zero();  // at most 32 times 2^18 in each lane: exact
-  for (index_t i = 0; i < count; i += key_lanes) {
-    const vec x = mul(load_first(row + i, count - i), broadcast(scaling.first));
-    const vec m = sub(fma(x, broadcast(scaling.second), round_to_integer), round_to_integer);
-    store(&out.numbers[static_cast<std::size_t>(i)], m);
-    squares = fma(m, m, squares);
+  const vec x = mul(load_first(row, count), broadcast(scaling.first));
+  const vec m = sub(fma(x, broadcast(scaling.second), round_to_integer), round_to_integer);
+  store(out, m);
+  return mul(m, m);
+}
+
+KVCACHE_TARGET inline void to_whole(const float* row, index_t count, float largest_of_row, whole_row& out) {
+  const portable::whole_scaling scaling = portable::whole_scaling_of(largest_of_row);
+  float* numbers = out.numbers.data();
+  vec even = zero();  // at most 16 times 2^18 in each lane: exact
+  vec odd = zero();
+  index_t i = 0;
+  for (; i + 2 * key_lanes <= count; i += 2 * key_lanes) {
+    even = add(even, to_whole(row + i, key_lanes, scaling, numbers + i));
+    odd = add(odd, to_whole(row + i + key_lanes, key_lanes, scaling, numbers + i + key_lanes));
   }
-  out.sum_of_squares = sum_of_whole(squares);
+  for (; i < count; i += key_lanes) even = add(even, to_whole(row + i, count - i, scaling, numbers + i));
+  out.sum_of_squares = sum_of_whole(add(even, odd));
+  out.exponent = scaling.exponent;
+}
+
+/// start + the number of limits below `size`, by bisection. \param limits  [Positive - 1], ascending
+template <int Positive>
+KVCACHE_INLINE vec place_of(vec size, const vec* limits, vec start) {
+  if constexpr (Positive == 1) {
+    return start;
+  } else {
+    constexpr int half = Positive / 2;
+    vec rest[half];  // the limits that are still in question; one more than there are
+#pragma GCC unroll 4
+    for (int j = 0; j + 1 < half; ++j)
+      rest[j] = pick_above(size, limits[half - 1], limits[half + j], limits[j]);
+    return place_of<half>(size, rest, count_if_above(start, size, limits[half - 1], half));
+  }
 }
 
 /// Codes of a row of whole numbers. \return the least-squares scale
-template <int Thresholds>
+template <int Positive>
 KVCACHE_TARGET inline float code_whole(const whole_row& row, index_t count, const scalar_codebook& book,
-                                       int exponent, std::uint8_t* codes) {
-  constexpr int num_positive = Thresholds + 1;
+                                       std::uint8_t* codes) {
+  constexpr std::uint32_t mirror = 2 * Positive - 1;  // code ^ mirror: the level of the other sign
   const auto thresholds = portable::whole_thresholds(book, row.sum_of_squares, count);
-  vec limits[Thresholds];
+  vec limits[Positive - 1];
 #pragma GCC unroll 8
-  for (int j = 0; j < Thresholds; ++j) limits[j] = broadcast(thresholds[static_cast<std::size_t>(j)]);
-  alignas(64) std::array<float, 8> levels{};
-  for (int j = 0; j < num_positive; ++j)
-    levels[static_cast<std::size_t>(j)] = static_cast<float>(book.levels[num_positive + j]);
-
-  const vec one = broadcast(1.0F);
-  const vec start = broadcast(0x1p23F);  // counts in its low mantissa bits
-  vec products = zero();                 // sums of whole numbers below 2^24: exact
+  for (int j = 0; j < Positive - 1; ++j) limits[j] = broadcast(thresholds[static_cast<std::size_t>(j)]);
+  const vec start = broadcast(0x1p23F + Positive);  // the code of a positive number in its low mantissa bits
+  vec products = zero();                            // sums of whole numbers below 2^24: exact
   vec squares = zero();
   for (index_t i = 0; i < count; i += key_lanes) {
     const vec m = load(&row.numbers[static_cast<std::size_t>(i)]);
     const vec size = magnitude(m);
-    vec place = start;
-#pragma GCC unroll 8
-    for (int j = 0; j < Thresholds; ++j) place = add_if_above(place, size, limits[j], one);
-    const vec level = look_up(levels, place);
+    const vec place = place_of<Positive>(size, limits, start);
+    const vec level = look_up(row.levels.data(), place);
     products = fma(size, level, products);
     squares = fma(level, level, squares);
-    // num_positive + index, mirrored for negative numbers: num_positive - 1/2 +- (index + 1/2)
-    const vec from_middle = add(sub(place, start), broadcast(0.5F));
-    const vec code = add(with_sign(m, from_middle), broadcast(static_cast<float>(num_positive) - 0.5F));
     if (count - i >= key_lanes) {
-      store_bytes(codes + i, code);
+      store_places(codes + i, place, m, mirror);
     } else {
       std::array<std::uint8_t, key_lanes> last;
-      store_bytes(last.data(), code);
+      store_places(last.data(), place, m, mirror);
       std::copy_n(last.data(), count - i, codes + i);
     }
   }
   // The zeros behind the row have the smallest level.
   const auto padding = static_cast<std::int32_t>(round_up(count, key_lanes) - count);
-  const std::int32_t smallest = book.levels[num_positive];
+  const std::int32_t smallest = book.levels[Positive];
   return portable::least_squares_scale(sum_of_whole(products),
-                                       sum_of_whole(squares) - padding * smallest * smallest, exponent);
+                                       sum_of_whole(squares) - padding * smallest * smallest, row.exponent);
 }
 
 KVCACHE_TARGET inline float nearest(const float* row, index_t count, const scalar_codebook& book,
                                     std::uint8_t* codes) {
+  const int num_positive = 1 << (book.bits - 1);
+  whole_row whole;  // levels first: they are read as one vector, long after their separate stores
+  for (int j = 0; j < num_positive; ++j)
+    whole.levels[static_cast<std::size_t>((num_positive + j) % 8)] =
+        static_cast<float>(book.levels[num_positive + j]);
   const float largest_of_row = largest_number(row, count);
   if (largest_of_row == 0.0F) {
-    std::fill_n(codes, count, static_cast<std::uint8_t>(1U << (book.bits - 1)));
+    std::fill_n(codes, count, static_cast<std::uint8_t>(num_positive));
     return 0.0F;
   }
-  const portable::whole_scaling scaling = portable::whole_scaling_of(largest_of_row);
-  whole_row whole;
-  to_whole(row, count, scaling, whole);
-  if (book.bits == 2) return code_whole<1>(whole, count, book, scaling.exponent, codes);
-  if (book.bits == 3) return code_whole<3>(whole, count, book, scaling.exponent, codes);
-  return code_whole<7>(whole, count, book, scaling.exponent, codes);
+  to_whole(row, count, largest_of_row, whole);
+  if (book.bits == 2) return code_whole<2>(whole, count, book, codes);
+  if (book.bits == 3) return code_whole<4>(whole, count, book, codes);
+  return code_whole<8>(whole, count, book, codes);
 }
