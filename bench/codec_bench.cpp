@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT
+// Codecs against bf16: attention over both in the same loop, each over a ring of its own, and what encoding a token costs.
+#include <kvcache/attention/attend.hpp>
+#include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/channel.hpp>
+#include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/mixed.hpp>
+#include <kvcache/codec/rotated.hpp>
+#include <kvcache/codec/sealing.hpp>
+#include <kvcache/codec/trellis.hpp>
+#include <kvcache/kernel/select.hpp>
+
+#include "support/check.hpp"
+#include "support/layouts.hpp"
+#include "support/measure.hpp"
+#include "support/noise.hpp"
+#include "support/pin.hpp"
+#include "support/ring.hpp"
+#include "support/rows.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kvcache::bench {
+namespace {
+
+constexpr index_t head_dim = 128;
+constexpr index_t num_q_heads = 32;
+
+struct codec_case {
+  index_t kv_heads;
+  index_t kv_len;
+  index_t threads;
+  kernel::isa isa;
+
+  [[nodiscard]] ring_size ring() const { return {{.num_kv_heads = kv_heads, .head_dim = head_dim}, kv_len}; }
+};
+
+using bf16_ring = kv_ring<contiguous, codec::bf16>;
+
+/// The ring to compare with; kept beside that of the row, which shared_ring holds.
+bf16_ring& ring_to_compare_with(const ring_size& size) {
+  static std::unique_ptr<bf16_ring> ring;
+  static index_t kv_heads = 0;
+  static index_t kv_len = 0;
+  if (ring == nullptr || kv_heads != size.shape.num_kv_heads || kv_len != size.kv_len) {
+    ring = nullptr;  // there is memory for one
+    ring = std::make_unique<bf16_ring>(size);
+    kv_heads = size.shape.num_kv_heads;
+    kv_len = size.kv_len;
+  }
+  return *ring;
+}
+
+template <class Codec>
+void run_decode(benchmark::State& state, const codec_case& c) {
+  auto& ring = shared_ring<contiguous, Codec>(c.ring());
+  auto& plain = ring_to_compare_with(c.ring());
+  attend_workspace workspace;
+  const attend_options options{.kernel = &kernel::select(c.isa), .workspace = &workspace};
+  const auto q = noise::queries(num_q_heads * head_dim);
+  std::vector<float> out(q.size());
+  auto& workers = pinned_workers(c.threads);
+
+  const double error = ring.remembered("error " + std::string(kernel::to_string(c.isa)), [&] {
+    attend(q, ring.layer(0), std::span(out), options, workers);
+    return error_against_reference({1, c.kv_len, num_q_heads, c.kv_heads, head_dim},
+                                   noise(c.kv_heads * head_dim), q, out);
+  });
+  // noise averages out: what is left of the output is small beside the numbers it is made of
+  if (!(error <= 1.0)) return state.SkipWithError("the result is wrong");
+
+  measured what{.op = [&](index_t i) { attend(q, ring.layer(i), std::span(out), options, workers); }};
+  what.compare.push_back([&](index_t i) { attend(q, plain.layer(i), std::span(out), options, workers); });
+  what.compare.push_back([&](index_t i) { ring.read(ring.far_from(i), c.threads); });
+  const medians m = measure(state, what);
+
+  const auto values = static_cast<double>(2 * c.kv_len * c.kv_heads * head_dim);
+  state.counters["times_bf16"] = m.compare[0] / m.op;
+  state.counters["roof_pct"] = 100 * m.compare[1] / m.op;
+  state.counters["bits_per_value"] = 8 * static_cast<double>(ring.step_bytes()) / values;
+  state.counters["ns_per_token_and_head"] = 1e9 * m.op / static_cast<double>(c.kv_len * c.kv_heads);
+  state.counters["rel_err"] = error;
+}
+
+/// One token of 8 heads after the other; blocks are sealed on the way.
+template <class Codec>
+void run_encode(benchmark::State& state, kernel::isa isa) {
+  constexpr index_t kv_heads = 8;
+  constexpr index_t tokens = 256;
+  chunked_cache<Codec> cache({.num_layers = 1, .num_kv_heads = kv_heads, .head_dim = head_dim});
+  cache.use_kernels(kernel::select(isa));
+  fill(cache, 512);
+  const noise rows(kv_heads * head_dim);
+  measured what;
+  what.op = [&](index_t) {
+    for (index_t t = 0; t < tokens; ++t) cache[0].append(rows.keys(t, 1), rows.values(t, 1));
+  };
+  what.restore = [&](index_t) { cache.truncate(512); };
+  what.ops_per_sample = tokens;
+  const medians m = measure(state, what);
+  state.counters["us_per_token"] = 1e6 * m.op;
+}
+
+template <class Codec>
+void add_rows(std::string_view name) {
+  for (const index_t kv_heads : {8, 4}) {  // groups of 4 and 8 query heads
+    for (const index_t kv_len : {16384, 65536}) {
+      for (const kernel::isa isa : kernel::available()) {
+        if (isa == kernel::isa::portable) continue;
+        for (const index_t threads : thread_counts()) {
+          const codec_case c{kv_heads, kv_len, threads, isa};
+          register_row(row_name("decode")
+                           .add("codec", name)
+                           .add("cache", contiguous::name)
+                           .add("heads", num_q_heads)
+                           .add("kv_heads", kv_heads)
+                           .add("dim", head_dim)
+                           .add("kv_len", kv_len)
+                           .add("isa", kernel::to_string(isa))
+                           .add("threads", threads),
+                       [c](benchmark::State& state) { run_decode<Codec>(state, c); });
+        }
+      }
+    }
+  }
+  for (const kernel::isa isa : kernel::available()) {
+    register_row(row_name("encode").add("codec", name).add("isa", kernel::to_string(isa)),
+                 [isa](benchmark::State& state) { run_encode<Codec>(state, isa); });
+  }
+}
+
+}  // namespace
+
+void register_rows() {
+  using namespace codec;
+  add_rows<int8>("int8");
+  add_rows<rotated<4>>("rotated4");
+  add_rows<mixed<channel<4>, rotated<4>>>("channel4+rotated4");
+  add_rows<mixed<channel<3>, rotated<3>>>("channel3+rotated3");
+  add_rows<mixed<balanced<2>, rotated<2>>>("balanced2+rotated2");
+  add_rows<rotated<2>>("rotated2");
+  add_rows<trellis<4>>("trellis4");
+  add_rows<trellis<2>>("trellis2");
+  add_rows<exact_sinks<exact_tail<mixed<channel<4>, rotated<4>>>>>("channel4+rotated4,sinks=4,tail=128");
+}
+
+}  // namespace kvcache::bench
