@@ -13,6 +13,7 @@
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/types.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -46,6 +47,25 @@ struct packed_order {
     if constexpr (Bits != 3) return static_cast<std::uint8_t>(low);
     const auto top = std::to_integer<unsigned>(packed[p.top_at] >> p.top_shift) & 1U;
     return static_cast<std::uint8_t>(low | top << 2U);
+  }
+
+  /// Stores codes[i] at byte_index + 4 * i.
+  static void put_every_fourth(std::byte* packed, index_t byte_index, const std::uint8_t* codes,
+                               index_t count) noexcept {
+    for (index_t done = 0; done < count;) {
+      const index_t at = byte_index + 4 * done;
+      const index_t in_line = std::min((packed_line_bytes - at % packed_line_bytes + 3) / 4, count - done);
+      const place p = place_of(at);
+      for (index_t i = 0; i < in_line; ++i) {
+        const unsigned code = codes[done + i];
+        replace<std::uint8_t>(packed + p.at + 4 * i, static_cast<std::uint8_t>(low_mask << p.shift),
+                              static_cast<std::uint8_t>((code & low_mask) << p.shift));
+        if constexpr (Bits == 3)
+          replace<std::uint8_t>(packed + p.top_at + 4 * i, static_cast<std::uint8_t>(1U << p.top_shift),
+                                static_cast<std::uint8_t>((code >> 2U & 1U) << p.top_shift));
+      }
+      done += in_line;
+    }
   }
 
   /// Stores four adjacent codes, one in each byte of `codes`, the first in memory order.

@@ -127,10 +127,8 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
                                                           prepared.data(), n, to + t, nullptr);
                                   });
       const index_t num_scores = round_up(count, key_lanes);
-      for (index_t r = 0; r < n; ++r) {
-        for (index_t t = 0; t < num_scores; ++t)
-          to[r * g.block_size + t] += constants[static_cast<std::size_t>(r)];
-      }
+      for (index_t r = 0; r < n; ++r)
+        kernels.channel.shift(to + r * g.block_size, num_scores, constants[static_cast<std::size_t>(r)]);
     }
   }
 

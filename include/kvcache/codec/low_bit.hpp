@@ -45,13 +45,7 @@ struct packed_codes {
 
   /// \param codes  [head_dim], and three more that are ignored
   static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) noexcept {
-    Order::for_each_code(g, token, codes, [&](index_t index, auto code) {
-      if constexpr (sizeof(code) == 4) {
-        packed::put_four(section, index, code);
-      } else {
-        packed::put(section, index, code);
-      }
-    });
+    Order::template put<packed>(g, section, token, codes);
   }
   [[nodiscard]] static std::uint8_t get(const block_geometry& g, const std::byte* section, index_t token,
                                         index_t dim) noexcept {
@@ -88,13 +82,13 @@ struct keys_in_order {
   static constexpr index_t lines_for(const block_geometry& g, index_t num_tokens) noexcept {
     return ceil_div(num_tokens, key_lanes) * order::key_packs(g);
   }
-  template <class Put>
-  static void for_each_code(const block_geometry& g, index_t token, std::uint8_t* codes, Put put) {
+  template <class Packed>
+  static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) {
     for (index_t d = g.head_dim; d % order::pack != 0; ++d) codes[d] = 0;
     for (index_t d = 0; d < g.head_dim; d += order::pack) {
       std::uint32_t four;
       std::memcpy(&four, codes + d, sizeof(four));
-      put(index(g, token, d), four);
+      Packed::put_four(section, index(g, token, d), four);
     }
   }
 };
@@ -112,9 +106,9 @@ struct values_in_order {
   static constexpr index_t lines_for(const block_geometry& g, index_t num_tokens) noexcept {
     return ceil_div(round_up(num_tokens, order::pack) * g.head_dim, line_bytes);
   }
-  template <class Put>
-  static void for_each_code(const block_geometry& g, index_t token, const std::uint8_t* codes, Put put) {
-    for (index_t d = 0; d < g.head_dim; ++d) put(index(g, token, d), codes[d]);
+  template <class Packed>
+  static void put(const block_geometry& g, std::byte* section, index_t token, const std::uint8_t* codes) {
+    Packed::put_every_fourth(section, index(g, token, 0), codes, g.head_dim);
   }
 };
 

@@ -53,10 +53,10 @@ struct rotated_rows : plain_side {
     alignas(64) std::array<float, max_head_dim> row;
     code_row row_codes;
     for (index_t t = first; t < first + count; ++t) {
-      const float unit = to_unit_range(kernels, rows.row(t - first), g.head_dim, row.data());
-      rotation.turn(kernels, row.data(), g.head_dim);
+      const unit_range range = unit_range_of(kernels, rows.row(t - first), g.head_dim);
+      rotation.turn(kernels, rows.row(t - first), g.head_dim, row.data(), range.inverse);
       const float scale = Quantiser::encode(kernels, row.data(), g.head_dim, row_codes.data());
-      set_scale(section + codes::section_bytes(g), t, to_finite_bfloat16(scale * unit));
+      set_scale(section + codes::section_bytes(g), t, to_finite_bfloat16(scale * range.unit));
       codes::put(g, section, t, row_codes.data());
     }
   }
@@ -106,8 +106,7 @@ struct rotated_keys : rotated_rows<Quantiser, keys_in_order> {
                        index_t num_rows, float* prepared) const {
     alignas(64) std::array<float, max_head_dim> row;
     for (index_t r = 0; r < num_rows; ++r) {
-      std::copy_n(queries + r * g.head_dim, g.head_dim, row.begin());
-      this->rotation.turn(kernels, row.data(), g.head_dim);
+      this->rotation.turn(kernels, queries + r * g.head_dim, g.head_dim, row.data());
       kernels.coarse.prepare(g.head_dim, row.data(), 1, prepared + r * prepared_floats(g));
     }
     return prepared;

@@ -75,45 +75,54 @@ struct rotation {
     return {matrices, matrices ? matrices->at(layer, head) : nullptr};
   }
 
-  /// row = R row.
-  void turn(const kernel::table& kernels, float* row, index_t head_dim) const {
-    if (matrix != nullptr) return multiply(row, head_dim, head_dim, 1);
-    for (index_t d = 0; d < head_dim; ++d) row[d] *= signs()[static_cast<std::size_t>(d)];
-    transform_blocks(kernels, row, head_dim);
+  /// turned = R row * factor; `turned` may be `row`.
+  void turn(const kernel::table& kernels, const float* row, index_t head_dim, float* turned,
+            float factor = 1) const {
+    if (matrix != nullptr) return multiply(row, head_dim, {head_dim, 1}, turned, factor);
+    for_each_block(head_dim, [&](index_t d, index_t size, float norm) {
+      kernels.channel.multiply(row + d, signs() + d, norm * factor, size, turned + d);
+      kernels.low_bit.hadamard(turned + d, size);
+    });
   }
 
   /// row = R^T row.
   void turn_back(const kernel::table& kernels, float* row, index_t head_dim) const {
-    if (matrix != nullptr) return multiply(row, head_dim, 1, head_dim);
-    transform_blocks(kernels, row, head_dim);
-    for (index_t d = 0; d < head_dim; ++d) row[d] *= signs()[static_cast<std::size_t>(d)];
+    if (matrix != nullptr) return multiply(row, head_dim, {1, head_dim}, row, 1);
+    for_each_block(head_dim, [&](index_t d, index_t size, float norm) {
+      kernels.low_bit.hadamard(row + d, size);
+      kernels.channel.multiply(row + d, signs() + d, norm, size, row + d);
+    });
   }
 
   friend bool operator==(const rotation&, const rotation&) = default;
 
  private:
-  static void transform_blocks(const kernel::table& kernels, float* row, index_t head_dim) {
+  /// Calls body(first dim, dims, 1 / sqrt(dims)) for each block of a power of two.
+  template <class Body>
+  static void for_each_block(index_t head_dim, Body body) {
     for (index_t d = 0; d < head_dim;) {
       const auto size = static_cast<index_t>(std::bit_floor(static_cast<std::uint64_t>(head_dim - d)));
-      kernels.low_bit.hadamard(row + d, size);
-      const float norm = 1.0F / std::sqrt(static_cast<float>(size));
-      for (index_t i = d; i < d + size; ++i) row[i] *= norm;
+      body(d, size, 1.0F / std::sqrt(static_cast<float>(size)));
       d += size;
     }
   }
 
-  void multiply(float* row, index_t head_dim, index_t row_stride, index_t column_stride) const {
+  struct matrix_strides {
+    index_t row;
+    index_t column;
+  };
+  void multiply(const float* row, index_t head_dim, matrix_strides strides, float* out, float factor) const {
     std::array<float, max_head_dim> product;
     for (index_t i = 0; i < head_dim; ++i) {
       float sum = 0;
-      for (index_t d = 0; d < head_dim; ++d) sum += matrix[i * row_stride + d * column_stride] * row[d];
-      product[static_cast<std::size_t>(i)] = sum;
+      for (index_t d = 0; d < head_dim; ++d) sum += matrix[i * strides.row + d * strides.column] * row[d];
+      product[static_cast<std::size_t>(i)] = sum * factor;
     }
-    std::copy_n(product.begin(), head_dim, row);
+    std::copy_n(product.begin(), head_dim, out);
   }
 
   /// +1 or -1 for each dim: bits of splitmix64 (Steele et al. 2014). Part of the format of stored blocks.
-  static const std::array<float, max_head_dim>& signs() noexcept {
+  static const float* signs() noexcept {
     static constexpr std::array<float, max_head_dim> all = [] {
       std::array<float, max_head_dim> signs{};
       std::uint64_t state = 0;
@@ -126,7 +135,7 @@ struct rotation {
       }
       return signs;
     }();
-    return all;
+    return all.data();
   }
 };
 

@@ -47,15 +47,18 @@ inline bfloat16 to_finite_bfloat16(float x) noexcept {
   return from_float<bfloat16>(std::clamp(x, -largest, largest));
 }
 
-/// out = row / unit, a power of two that brings the largest magnitude into [1, 4), or leaves it below 1 if it is
-/// denormal: what follows can neither overflow nor lose precision. \pre the row is finite
-/// \return unit
-inline float to_unit_range(const kernel::table& kernels, const float* row, index_t count, float* out) {
+/// A power of two that brings a row's largest magnitude into [1, 4), or leaves it below 1 if it is denormal: then
+/// what follows can neither overflow nor lose precision. `inverse` is 1 / unit.
+struct unit_range {
+  float unit;
+  float inverse;
+};
+
+/// \pre the row is finite
+inline unit_range unit_range_of(const kernel::table& kernels, const float* row, index_t count) {
   const auto exponent = std::bit_cast<std::uint32_t>(kernels.int8.largest(row, count)) >> 23U;
   const std::uint32_t biased = std::clamp(exponent, 1U, 253U);
-  const auto inverse = std::bit_cast<float>((254U - biased) << 23U);
-  for (index_t i = 0; i < count; ++i) out[i] = row[i] * inverse;
-  return std::bit_cast<float>(biased << 23U);
+  return {std::bit_cast<float>(biased << 23U), std::bit_cast<float>((254U - biased) << 23U)};
 }
 
 }  // namespace kvcache::inline v0::codec

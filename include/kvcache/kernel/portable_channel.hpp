@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Scales and offsets of channels in plain C++.
+// Rows times factors of their dims, in plain C++.
 #pragma once
 
 #include <kvcache/core/half.hpp>
@@ -7,6 +7,14 @@
 #include <kvcache/kernel/table.hpp>
 
 namespace kvcache::inline v0::kernel::portable {
+
+inline void multiply(const float* row, const float* factors, float factor, index_t count, float* out) {
+  for (index_t d = 0; d < count; ++d) out[d] = row[d] * factors[d] * factor;
+}
+
+inline void shift(float* scores, index_t count, float constant) {
+  for (index_t t = 0; t < count; ++t) scores[t] += constant;
+}
 
 inline float fold(const float* query, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,
                   float* folded) {
@@ -24,6 +32,6 @@ inline void unfold(const float* part, index_t head_dim, const bfloat16* scales, 
     sums[d] += part[d] * to_float(scales[d]) + offset_weight * to_float(offsets[d]);
 }
 
-inline constexpr channel_kernels kernels_for_channels = {fold, unfold};
+inline constexpr channel_kernels kernels_for_channels = {multiply, shift, fold, unfold};
 
 }  // namespace kvcache::inline v0::kernel::portable

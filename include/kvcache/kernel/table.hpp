@@ -116,11 +116,16 @@ struct low_bit_kernels {
   float (*nearest)(const float* row, index_t count, const scalar_codebook& book, std::uint8_t* codes);
 };
 
-/// Scales and offsets of channels (dims): a number is offset[dim] + scale[dim] * whatever is stored.
-/// \param scales, offsets  [head_dim rounded up to 16]
+/// Rows times factors of their dims. A number of a block with scales and offsets of channels (dims) is
+/// offset[dim] + scale[dim] * whatever is stored.
 struct channel_kernels {
+  /// out[d] = row[d] * factors[d] * factor; `out` may be `row`.
+  void (*multiply)(const float* row, const float* factors, float factor, index_t count, float* out);
+
+  /// scores[t] += constant.
+  void (*shift)(float* scores, index_t count, float constant);
+
   /// folded[d] = query[d] * scales[d]. \return sum_d query[d] * offsets[d]
-  /// \param folded  [head_dim rounded up to 16]
   float (*fold)(const float* query, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,
                 float* folded);
 
