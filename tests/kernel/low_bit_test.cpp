@@ -140,6 +140,7 @@ quantised nearest_in_words(const std::vector<float>& row, const kernel::scalar_c
   while (std::ldexp(largest, exponent) < 256) ++exponent;
   std::int64_t squares = 0;
   std::vector<int> whole;
+  whole.reserve(row.size());
   for (const float x : row) {
     whole.push_back(static_cast<int>(std::nearbyint(std::ldexp(double{x}, exponent))));
     squares += std::int64_t{whole.back()} * whole.back();

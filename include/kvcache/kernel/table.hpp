@@ -75,7 +75,7 @@ struct int8_kernels {
   void (*prepare)(index_t head_dim, const float* queries, index_t num_rows, float* prepared);
 
   /// As in element_kernels, of prepared queries. A query that is not finite has scores that are NaN or infinite.
-  /// \param scales  [block_size]
+  /// \param scales   [block_size], not negative where there is a token, as the weights are not
   void (*scores)(const block_geometry&, const std::byte* keys, const bfloat16* scales, index_t count,
                  const float* prepared, index_t num_rows, float* scores, const std::byte* next);
   void (*accumulate)(const block_geometry&, const std::byte* values, const bfloat16* scales, index_t count,
@@ -86,8 +86,7 @@ struct int8_kernels {
 struct scalar_codebook {
   int bits;                ///< 2, 3 or 4: there are 2^bits levels
   std::int8_t levels[16];  ///< ascending, none zero, levels[2^bits - 1 - i] == -levels[i]
-  float thresholds
-      [7];  ///< between neighbours of the positive levels, in units of the row's rms; ascending, >= 0
+  float thresholds[7];     ///< between neighbouring positive levels, in units of the row's rms; ascending
 };
 
 /// Arithmetic on numbers of less than 8 bits. Every level gives the same bits.

@@ -193,7 +193,7 @@ KVCACHE_TARGET inline float code_whole(const whole_row& row, index_t count, cons
   }
   // The zeros behind the row have the smallest level.
   const auto padding = static_cast<std::int32_t>(round_up(count, key_lanes) - count);
-  const std::int32_t smallest = book.levels[Positive];
+  const auto smallest = static_cast<std::int32_t>(row.levels[Positive % 8]);
   return portable::least_squares_scale(sum_of_whole(products),
                                        sum_of_whole(squares) - padding * smallest * smallest, row.exponent);
 }
