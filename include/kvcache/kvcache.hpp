@@ -12,6 +12,10 @@
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/eviction/arc.hpp>
+#include <kvcache/eviction/lru.hpp>
+#include <kvcache/eviction/priority.hpp>
+#include <kvcache/eviction/s3_fifo.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>
