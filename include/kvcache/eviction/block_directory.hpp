@@ -15,7 +15,6 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -53,7 +52,7 @@ class block_directory {
   [[nodiscard]] bool is_present(slot_index slot) const noexcept { return entry(slot).present; }
 
   /// Makes a key present, a ghost as well. \pre it is not present, and there is a slot left
-  slot_index add(block_key key, std::optional<block_key> parent) noexcept;
+  slot_index add(block_key key, block_key parent) noexcept;
 
   /// The block is gone. \return its parent if that may go now, else no_slot. \pre present
   slot_index make_ghost(slot_index slot) noexcept;
@@ -142,7 +141,8 @@ inline void block_directory::reserve(index_t capacity, index_t slots_per_block) 
   }
 }
 
-inline slot_index block_directory::add(block_key key, std::optional<block_key> parent) noexcept {
+inline slot_index block_directory::add(block_key key, block_key parent) noexcept {
+  KVCACHE_ASSERT(key != no_block, "insert: no_block is not the key of any block");
   const std::size_t at = bucket_of(key);
   if (buckets_[at] == no_slot) {
     buckets_[at] = unused_.back();
@@ -156,7 +156,7 @@ inline slot_index block_directory::add(block_key key, std::optional<block_key> p
   added.present = true;
   added.parent = no_slot;
   ++num_present_;
-  const slot_index before = parent && *parent != key ? find_present(*parent) : no_slot;
+  const slot_index before = parent != key ? find_present(parent) : no_slot;
   if (before != no_slot) {
     added.parent = before;
     added.parent_life = entry(before).life;

@@ -26,10 +26,13 @@ namespace kvcache::inline v0::eviction {
 /// blocks before it, or an id that an index gives to each such chain. Different blocks need different keys.
 using block_key = std::uint64_t;
 
+/// Not the key of any block.
+inline constexpr block_key no_block = ~block_key{0};
+
 struct block_info {
-  std::optional<block_key> parent = {};  ///< the block before it; ignored where the policy does not have it
-  int priority = 0;           ///< class of the block: a higher one goes after all of the lower ones
-  double recompute_cost = 1;  ///< of the block, in any unit; finite and not negative
+  block_key parent = no_block;  ///< the block before it; ignored where the policy does not have it
+  int priority = 0;             ///< class of the block: a higher one goes after all of the lower ones
+  double recompute_cost = 1;    ///< of the block, in any unit; finite and not negative
 };
 
 /// Constructed from its capacity, the most blocks it has at a time; throws shape_error if that is negative or above
