@@ -10,8 +10,10 @@
 #include "replay/trace.hpp"
 
 #include <cstddef>
+#include <iterator>
 #include <limits>
 #include <set>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -68,7 +70,10 @@ class optimum {
     index_t next;       // request
     std::size_t depth;  // in its chain
     std::size_t block;
-    auto operator<=>(const kept&) const = default;
+
+    friend bool operator<(const kept& a, const kept& b) {
+      return std::tie(a.next, a.depth, a.block) < std::tie(b.next, b.depth, b.block);
+    }
   };
 
   std::vector<std::vector<use>> uses_;  // [requests][blocks]
