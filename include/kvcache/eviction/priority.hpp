@@ -4,7 +4,7 @@
 //   rank of a block = (class, clock when it was last used + recompute cost, last use)        the lowest goes
 //   clock           = the highest rank, without the class, of a block that went
 //
-// A block that costs c is so kept through c worth of evictions after its last use; with equal costs this is lru in
+// So a block that costs twice as much is kept about twice as long after its last use; with equal costs this is lru in
 // each class.
 // Source: Young 1994, "The k-server dual and loose competitiveness for paging" (GreedyDual), as in Cao and Irani 1997,
 // "Cost-Aware WWW Proxy Caching Algorithms".
