@@ -72,6 +72,21 @@ Policy filled(index_t capacity, const std::vector<block_key>& chain) {
 
 }  // namespace
 
+TEST_CASE("the concept takes the policies and turns near misses down", "[eviction]") {
+  struct no_pins {
+    explicit no_pins(index_t) {}
+    bool insert(block_key, const block_info& = {}) { return true; }
+    bool touch(block_key) { return true; }
+    std::optional<block_key> evict() { return std::nullopt; }
+  };
+  STATIC_REQUIRE(eviction::block_policy<eviction::lru>);
+  STATIC_REQUIRE(eviction::block_policy<eviction::arc>);
+  STATIC_REQUIRE(eviction::block_policy<eviction::s3_fifo>);
+  STATIC_REQUIRE(eviction::block_policy<eviction::priority>);
+  STATIC_REQUIRE(!eviction::block_policy<no_pins>);
+  STATIC_REQUIRE(!eviction::block_policy<eviction::block_directory>);
+}
+
 TEMPLATE_TEST_CASE("a policy picks the victims of its model over random scripts", "[eviction]", lru_pair,
                    arc_pair, s3_fifo_pair, priority_pair) {
   for (const index_t capacity : {0, 1, 2, 3, 10, 25, 60}) {
