@@ -18,6 +18,10 @@
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/trellis.hpp>
+#include <kvcache/eviction/arc.hpp>
+#include <kvcache/eviction/lru.hpp>
+#include <kvcache/eviction/priority.hpp>
+#include <kvcache/eviction/s3_fifo.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>

@@ -114,6 +114,6 @@ leg_threads() { cmake --workflow --preset gcc-tsan; }
 leg_examples() { sh examples/run.sh --tokens 64; }
 
 # The benchmarks build, run and end in a report: a few rows only, whose figures mean nothing.
-leg_bench() { KVCACHE_BENCH_RING_MIB=4 sh bench/run.sh --benchmark_min_time=0.001 --benchmark_filter='kv_len:512|tokens:1/'; }
+leg_bench() { KVCACHE_BENCH_RING_MIB=4 sh bench/run.sh --benchmark_min_time=0.001 --benchmark_filter='kv_len:512|tokens:1/|blocks:1000/'; }
 
 "leg_$1"

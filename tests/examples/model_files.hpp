@@ -3,14 +3,13 @@
 #pragma once
 
 #include "llama/load_model.hpp"
+#include "temporary_folder.hpp"
 
 #include <kvcache/core/half.hpp>
 
 #include <nlohmann/json.hpp>
 
-#include <atomic>
 #include <bit>
-#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -24,36 +23,6 @@ namespace model_files {
 
 using kvcache::index_t;
 using nlohmann::json;
-
-/// A folder that goes away with the object.
-class temporary_folder {
- public:
-  temporary_folder() {
-    static std::atomic<int> count{0};
-    const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
-    path_ = std::filesystem::temp_directory_path() /
-            ("kvcache-" + std::to_string(now) + "-" + std::to_string(count.fetch_add(1)));
-    std::filesystem::create_directories(path_);
-  }
-  temporary_folder(const temporary_folder&) = delete;
-  temporary_folder& operator=(const temporary_folder&) = delete;
-  ~temporary_folder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-
-  [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-
-  /// Writes a file and returns its path.
-  std::filesystem::path write(const std::string& name, std::string_view bytes) const {
-    std::ofstream(path_ / name, std::ios::binary)
-        .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    return path_ / name;
-  }
-
- private:
-  std::filesystem::path path_;
-};
 
 [[nodiscard]] inline std::string read_file(const std::filesystem::path& path) {
   std::ifstream in(path, std::ios::binary);
