@@ -44,7 +44,7 @@ leg_format() {
 # The scripts are POSIX sh and run on machines where /bin/sh is not bash.
 leg_shell() {
   need shellcheck
-  shellcheck -x tools/setup.sh tests/run.sh examples/run.sh bench/run.sh .ci/run tests/ci/legs.sh
+  shellcheck -x tools/setup.sh tools/codebooks/trellis.sh tests/run.sh examples/run.sh bench/run.sh .ci/run tests/ci/legs.sh
 }
 
 # The other compiler, without assertions and fully optimised: other warnings, other vectoriser, other template rules.
@@ -57,7 +57,7 @@ leg_clang() {
 leg_optimised() {
   cmake -S . -B build/optimised -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVCACHE_BUILD_EXAMPLES=OFF -DKVCACHE_WERROR=ON \
     -DCMAKE_VERIFY_INTERFACE_HEADER_SETS=OFF >/dev/null
-  local tests=(kernel.kernels codec.exact codec.int8 attention.adversarial attention.attend_sizes attention.determinism
+  local tests=(kernel.kernels kernel.trellis codec.exact codec.int8 attention.adversarial attention.attend_sizes attention.determinism
     attention.golden attention.adversarial_on_emulated_tiles)
   cmake --build build/optimised --target "${tests[@]}"
   ctest --test-dir build/optimised --output-on-failure -R "^(kernel|codec)[.]|^attention[.](adversarial|attend_sizes@|determinism@|golden)"

@@ -48,6 +48,7 @@ encoded encode(kernel::isa level, int bits, const std::vector<float>& row, const
 std::vector<double> decode(int bits, const std::vector<std::uint8_t>& codes, const std::int8_t* table,
                            double scale) {
   std::vector<double> row;
+  row.reserve(codes.size());
   unsigned state = 0;
   for (const std::uint8_t code : codes) {
     state = (state << bits | code) & 255U;
@@ -99,6 +100,7 @@ double least_distance(int bits, const std::vector<double>& row, const std::int8_
 std::vector<double> normalised(const std::vector<float>& row) {
   const double rms = std::sqrt(squared_size(row) / static_cast<double>(row.size()));
   std::vector<double> out;
+  out.reserve(row.size());
   for (const float x : row) out.push_back(x / rms * kernel::trellis_unit);
   return out;
 }

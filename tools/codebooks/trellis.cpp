@@ -3,8 +3,8 @@
 //
 // Rows of 128 normally distributed numbers, each divided by its root mean square, are encoded by Viterbi from state 0; each
 // entry of the table becomes the mean of the numbers that its state stood for; and again. A run starts from the quantiles of
-// the normal distribution in random order. Where it ends depends on that order: of several runs the best goes on with more
-// rows. At last entries are rounded to whole 1/trellis_unit. The distortion is measured by the tests of the kernels.
+// the normal distribution in random order, and where it ends depends on that order: hence many runs. At last entries are
+// rounded to whole 1/trellis_unit. The distortion on other rows is measured by tests/kernel/trellis_test.cpp.
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
@@ -79,9 +79,10 @@ float viterbi(const table& entries, const row& x, std::array<int, row_length>& s
   return distance;
 }
 
-/// One round: encodes all rows, moves the entries to the means. Returns the distortion before the move.
+/// One round: encodes all rows and moves the entries by `step` times the way to the means; a step beyond them, up to about
+/// 3, gets further in a round. Returns the distortion before the move.
 template <int Bits>
-double improve(table& entries, const std::vector<row>& rows) {
+double improve(table& entries, const std::vector<row>& rows, float step = 2.5F) {
   std::array<double, num_states> sum{};
   std::array<double, num_states> count{};
   std::array<int, row_length> states;
@@ -93,8 +94,9 @@ double improve(table& entries, const std::vector<row>& rows) {
       ++count[states[d]];
     }
   }
-  for (int s = 0; s < num_states; ++s)
-    if (count[s] > 0) entries[s] = static_cast<float>(sum[s] / count[s]);
+  for (int s = 0; s < num_states; ++s) {
+    if (count[s] > 0) entries[s] += step * (static_cast<float>(sum[s] / count[s]) - entries[s]);
+  }
   return distance / static_cast<double>(rows.size()) / row_length;
 }
 
@@ -120,25 +122,28 @@ table random_table(std::uint64_t seed) {
   return entries;
 }
 
+/// Many runs on few rows, of which the better half goes on, and so on; then the best one on many rows.
 template <int Bits>
 table train() {
-  constexpr int num_runs = 8;
-  constexpr int short_rounds = 300;
-  constexpr int long_rounds = 60;
-  const std::vector<row> few = random_rows(1, 2000);
-  table best{};
-  double least = 1;
-  for (std::uint64_t seed = 1; seed <= num_runs; ++seed) {
-    table entries = random_table(seed);
-    double distortion = 0;
-    for (int i = 0; i < short_rounds; ++i) distortion = improve<Bits>(entries, few);
-    if (distortion < least) best = entries;
-    least = std::min(least, distortion);
+  struct run {
+    table entries;
+    double distortion = 1;
+  };
+  std::vector<run> runs(16);
+  for (std::size_t i = 0; i < runs.size(); ++i) runs[i].entries = random_table(i + 1);
+  const std::vector<row> few = random_rows(1, 1500);
+  for (; runs.size() > 1; runs.resize(runs.size() / 2)) {
+    for (run& r : runs) {
+      for (int i = 0; i < 60; ++i) r.distortion = improve<Bits>(r.entries, few);
+    }
+    std::sort(runs.begin(), runs.end(),
+              [](const run& a, const run& b) { return a.distortion < b.distortion; });
   }
   const std::vector<row> many = random_rows(2, 20000);
-  for (int i = 0; i < long_rounds; ++i) least = improve<Bits>(best, many);
-  std::fprintf(stderr, "%d bits: %.5f before rounding\n", Bits, least);
-  return best;
+  for (int i = 0; i < 60; ++i)
+    runs[0].distortion = improve<Bits>(runs[0].entries, many, i < 50 ? 2.5F : 1.0F);
+  std::fprintf(stderr, "%d bits: %.5f before rounding\n", Bits, runs[0].distortion);
+  return runs[0].entries;
 }
 
 template <int Bits>

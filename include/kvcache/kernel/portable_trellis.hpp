@@ -133,7 +133,7 @@ inline void walk_trellis(const trellis_row& row, index_t count, const std::int8_
       path.from[d * num_suffixes + p] = from;
     }
     for (std::size_t s = 0; s < trellis_states; ++s) {
-      const std::int32_t x = table[s];
+      const std::int8_t x = table[s];
       const std::int32_t off = (x * x << trellis_fraction(Bits)) - 2 * row.targets[d] * x;
       path.cost[s] = best[s >> Bits] + (off << Bits);
     }
@@ -152,7 +152,7 @@ inline void walk_trellis(const trellis_row& row, index_t count, const std::int8_
   std::int32_t square = 0;
   for (index_t d = count - 1; d >= 0; --d) {
     const auto i = static_cast<std::size_t>(d);
-    const std::int32_t x = table[state];
+    const std::int8_t x = table[state];
     product += row.m[i] * x;
     square += x * x;
     codes[d] = static_cast<std::uint8_t>(state & code_mask);

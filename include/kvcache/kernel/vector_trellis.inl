@@ -18,7 +18,7 @@ struct trellis_constants {
 
   explicit trellis_constants(const std::int8_t* table) noexcept {
     for (std::size_t s = 0; s < products.size(); ++s) {
-      const std::int32_t x = table[s];
+      const std::int8_t x = table[s];
       products[s] = (x * x << 16) | ((x * (1 << Bits)) & 0xffff);
     }
     for (std::size_t p = 0; p < high_bits.size(); ++p)
@@ -52,27 +52,26 @@ KVCACHE_TARGET inline void walk_states(const portable::trellis_row& row, index_t
   bits cost[16];
   path.start();
 #pragma GCC unroll 16
-  for (int v = 0; v < 16; ++v) cost[v] = load_bits(&path.cost[static_cast<std::size_t>(16 * v)]);
+  for (int v = 0; v < 16; ++v) cost[v] = load_bits(path.cost.data() + 16 * v);
   std::uint8_t* from = path.from.data();
   for (index_t d = 0; d < count; ++d, from += num_best * 16) {
 #pragma GCC unroll 4
     for (int v = 0; v < num_best; ++v) {
       const bits b = best_costs<Bits>(cost + v);
       store_low_bytes(from + 16 * v, b);
-      const bits high_bits = load_bits(&constants.high_bits[static_cast<std::size_t>(16 * v)]);
-      store_bits(&best[static_cast<std::size_t>(16 * v)], masked_or(b, without_low_bits, high_bits));
+      const bits high_bits = load_bits(constants.high_bits.data() + 16 * v);
+      store_bits(best.data() + 16 * v, masked_or(b, without_low_bits, high_bits));
     }
     const std::int32_t target = row.targets[static_cast<std::size_t>(d)];
     const bits factors = broadcast_word((64 << 16) | ((-2 * target) & 0xffff));
 #pragma GCC unroll 16
     for (int v = 0; v < 16; ++v) {
-      const bits products = load_bits(&constants.products[static_cast<std::size_t>(16 * v)]);
-      cost[v] = add_products(spread<1 << Bits>(&best[static_cast<std::size_t>((16 * v) >> Bits)]), products,
-                             factors);
+      const bits products = load_bits(constants.products.data() + 16 * v);
+      cost[v] = add_products(spread<1 << Bits>(best.data() + ((16 * v) >> Bits)), products, factors);
     }
   }
 #pragma GCC unroll 16
-  for (int v = 0; v < 16; ++v) store_bits(&path.cost[static_cast<std::size_t>(16 * v)], cost[v]);
+  for (int v = 0; v < 16; ++v) store_bits(path.cost.data() + 16 * v, cost[v]);
 }
 
 KVCACHE_TARGET inline float encode_trellis(int num_bits, const float* row, index_t count,
