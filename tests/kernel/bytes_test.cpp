@@ -4,6 +4,7 @@
 #include "support/random.hpp"
 
 #include <kvcache/block/order.hpp>
+#include <kvcache/block/packed.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/memory.hpp>
@@ -279,6 +280,143 @@ TEST_CASE("zero, tiny and huge queries and weights keep their accuracy", "[kerne
     for (const float tiny : {1e-45F, 1e-41F, 3e-39F, 1e-36F}) {  // only not to come out large
       const std::vector<float> q(64, tiny);
       for (const float s : scores_of(a, b, q)) CHECK(std::abs(s) < 1e-30F);
+    }
+  }
+}
+
+namespace {
+
+/// The packed form of a section whose bytes are codes.
+template <int Bits>
+memory_block packed(const std::vector<std::uint8_t>& codes) {
+  memory_block section(packed_order<Bits>::section_bytes(static_cast<index_t>(codes.size())),
+                       huge_page_resource());
+  std::memset(section.data(), 0, static_cast<std::size_t>(section.size()));
+  for (std::size_t i = 0; i < codes.size(); ++i)
+    packed_order<Bits>::put(section.data(), static_cast<index_t>(i), codes[i]);
+  return section;
+}
+
+/// Scores and sums of packed codes, where a level has them, are those of the bytes that the codes stand for.
+template <int Bits>
+void require_packed_like_bytes(const kernel::table& t, const block_geometry& g, index_t count,
+                               index_t num_rows, test::random& random) {
+  CAPTURE(kernel::to_string(t.level), Bits, g.head_dim, g.block_size, count, num_rows);
+  std::int8_t codebook[16];
+  for (std::int8_t& entry : codebook) entry = static_cast<std::int8_t>(random.between(-127, 127));
+  const auto in_codes = [&](index_t size) {
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(size));
+    for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(random.below(1 << Bits));
+    return codes;
+  };
+  const auto to_bytes = [&](const std::vector<std::uint8_t>& codes) {
+    memory_block bytes(round_up(static_cast<index_t>(codes.size()), 64), huge_page_resource());
+    for (std::size_t i = 0; i < codes.size(); ++i)
+      bytes.data()[i] = static_cast<std::byte>(codebook[codes[i]]);
+    return bytes;
+  };
+  std::vector<bfloat16> scales(static_cast<std::size_t>(g.block_size));
+  for (bfloat16& scale : scales) scale = from_float<bfloat16>(random.uniform(0.01F, 2.0F));
+
+  const auto key_codes = in_codes(order::key_size(g));
+  const auto keys = packed<Bits>(key_codes);
+  const auto key_bytes = to_bytes(key_codes);
+  const std::vector<float> queries = random.floats(num_rows * g.head_dim);
+  const memory_block prepared(num_rows * kernel::prepared_query_floats(g.head_dim) * index_t{sizeof(float)},
+                              huge_page_resource());
+  auto* ready = reinterpret_cast<float*>(prepared.data());
+  t.coarse.prepare(g.head_dim, queries.data(), num_rows, ready);
+  std::vector<float> got(static_cast<std::size_t>(num_rows * g.block_size), 7.0F);
+  std::vector<float> expected = got;
+  if (!t.low_bit.scores({Bits, keys.data(), codebook}, g, scales.data(), count, ready, num_rows, got.data(),
+                        nullptr))
+    return;
+  t.coarse.scores(g, key_bytes.data(), scales.data(), count, ready, num_rows, expected.data(), nullptr);
+  REQUIRE(got == expected);
+
+  const auto value_codes = in_codes(order::value_size(g));
+  const auto values = packed<Bits>(value_codes);
+  const auto value_bytes = to_bytes(value_codes);
+  std::vector<float> weights(static_cast<std::size_t>(num_rows * g.block_size));
+  for (index_t r = 0; r < num_rows; ++r) {
+    for (index_t i = 0; i < count; ++i)
+      weights[static_cast<std::size_t>(r * g.block_size + i)] =
+          random.chance(0.2) ? 0.0F : random.uniform(0, 1);
+  }
+  std::vector<float> sums = random.floats(num_rows * g.head_dim);
+  std::vector<float> expected_sums = sums;
+  if (!t.low_bit.accumulate({Bits, values.data(), codebook}, g, scales.data(), count, weights.data(),
+                            num_rows, sums.data(), values.data()))
+    return;
+  t.coarse.accumulate(g, value_bytes.data(), scales.data(), count, weights.data(), num_rows,
+                      expected_sums.data(), nullptr);
+  REQUIRE(sums == expected_sums);
+}
+
+}  // namespace
+
+TEST_CASE("packed codes are multiplied as the bytes that they stand for", "[kernel]") {
+  test::random random;
+  for (const kernel::isa level : kernel::available()) {
+    const kernel::table& t = kernel::select(level);
+    if (t.low_bit.scores == nullptr) continue;
+    for (const index_t head_dim : {8, 16, 32, 64, 80, 96, 128, 256}) {
+      for (const index_t block_size : {16, 64, 128}) {
+        for (const index_t count : {index_t{1}, index_t{15}, index_t{17}, index_t{50}, block_size}) {
+          for (const index_t num_rows : {1, 3, 4, 8, 9}) {
+            if (count > block_size) continue;
+            const block_geometry g{.block_size = block_size, .head_dim = head_dim};
+            require_packed_like_bytes<2>(t, g, count, num_rows, random);
+            require_packed_like_bytes<3>(t, g, count, num_rows, random);
+            require_packed_like_bytes<4>(t, g, count, num_rows, random);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("channels' scales and offsets are folded in on every level", "[kernel]") {
+  test::random random;
+  for (const kernel::isa level : kernel::available()) {
+    const kernel::table& t = kernel::select(level);
+    for (const index_t head_dim : {1, 7, 16, 33, 128}) {
+      for (const index_t num_rows : {1, 4, 5}) {
+        CAPTURE(kernel::to_string(level), head_dim, num_rows);
+        const auto n = static_cast<std::size_t>(head_dim);
+        std::vector<bfloat16> scales(n + 16);
+        std::vector<bfloat16> offsets(n + 16);
+        for (std::size_t d = 0; d < n; ++d) {
+          scales[d] = from_float<bfloat16>(random.normal());
+          offsets[d] = from_float<bfloat16>(random.normal());
+        }
+        const std::vector<float> rows = random.floats(num_rows * head_dim);
+        std::vector<float> folded(rows.size());
+        std::vector<float> dots(static_cast<std::size_t>(num_rows));
+        t.channel.fold(rows.data(), num_rows, head_dim, scales.data(), offsets.data(), folded.data(),
+                       dots.data());
+        std::vector<float> sums = rows;
+        std::vector<float> shifted = rows;
+        t.channel.shift(shifted.data(), num_rows * head_dim, 3.0F);
+        t.channel.unfold(folded.data(), head_dim, scales.data(), offsets.data(), 0.5F, sums.data());
+        std::vector<float> product(n);
+        t.channel.multiply(rows.data(), folded.data(), 2.0F, head_dim, product.data());
+        for (std::size_t r = 0; r < dots.size(); ++r) {
+          double dot = 0;
+          for (std::size_t d = 0; d < n; ++d) {
+            dot += double{rows[r * n + d]} * double{to_float(offsets[d])};
+            REQUIRE(folded[r * n + d] == rows[r * n + d] * to_float(scales[d]));
+            REQUIRE(shifted[r * n + d] == rows[r * n + d] + 3.0F);
+          }
+          REQUIRE(std::fabs(dots[r] - dot) < 1e-4);
+        }
+        for (std::size_t d = 0; d < n; ++d) {
+          const double sum = double{rows[d]} + double{folded[d]} * double{to_float(scales[d])} +
+                             0.5 * double{to_float(offsets[d])};
+          REQUIRE(std::fabs(sums[d] - sum) < 1e-4);
+          REQUIRE(std::fabs(product[d] - 2.0 * double{rows[d]} * double{folded[d]}) < 1e-4);
+        }
+      }
     }
   }
 }

@@ -31,10 +31,10 @@ namespace kvcache::inline v0::codec::detail {
 
 using channel_floats = std::array<float, max_head_dim>;
 
-/// One scale of 1 for each token that is unpacked at a time.
+/// A scale of 1 for each token.
 inline const bfloat16* unit_scales() noexcept {
   static constexpr auto ones = [] {
-    std::array<bfloat16, unpacked_tokens> all{};
+    std::array<bfloat16, max_block_size> all{};
     all.fill(bfloat16{0x3f80});
     return all;
   }();
@@ -94,9 +94,8 @@ struct channel_scaled_rows : plain_side {
   static const bfloat16* token_scales(const block_geometry& g, const std::byte* section) noexcept {
     return scales(section + token_scales_offset(g));
   }
-  /// Scales of unpacked tokens from token `t` on.
-  static const bfloat16* scales_from(const block_geometry& g, const std::byte* section, index_t t) noexcept {
-    return Traits::has_token_scales ? token_scales(g, section) + t : unit_scales();
+  static const bfloat16* scales_of_tokens(const block_geometry& g, const std::byte* section) noexcept {
+    return Traits::has_token_scales ? token_scales(g, section) : unit_scales();
   }
 
  private:
@@ -111,7 +110,6 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* queries, index_t num_rows, float* scores, const std::byte* next) const {
-    constexpr index_t rows_at_once = 8;
     alignas(64) std::array<float, rows_at_once*(16 + max_head_dim)> prepared;
     std::array<float, rows_at_once> constants;
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
@@ -119,13 +117,8 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
       const float* from = queries + first * g.head_dim;
       float* to = scores + first * g.block_size;
       fold(kernels, g, section, from, n, prepared.data(), constants.data());
-      rows::codes::for_each_piece(g, section, count, next,
-                                  unpack_through<Traits::bits>(kernels, Traits::levels()),
-                                  [&](index_t t, index_t num_tokens, const std::int8_t* bytes) {
-                                    kernels.coarse.scores(g, reinterpret_cast<const std::byte*>(bytes),
-                                                          rows::scales_from(g, section, t), num_tokens,
-                                                          prepared.data(), n, to + t, nullptr);
-                                  });
+      looked_up<Traits::bits>{kernels, g, section, Traits::levels(), count, next}.scores(
+          rows::scales_of_tokens(g, section), prepared.data(), n, to);
       const index_t num_scores = round_up(count, key_lanes);
       for (index_t r = 0; r < n; ++r)
         kernels.channel.shift(to + r * g.block_size, num_scores, constants[static_cast<std::size_t>(r)]);
@@ -133,17 +126,15 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
   }
 
  private:
+  static constexpr index_t rows_at_once = 8;
+
   /// Queries times the channels' scales, made ready, and their dot products with the offsets.
   static void fold(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                    const float* queries, index_t num_rows, float* prepared, float* constants) {
-    alignas(64) channel_floats folded;
-    const index_t stride = kernel::prepared_query_floats(g.head_dim);
-    for (index_t r = 0; r < num_rows; ++r) {
-      constants[r] =
-          kernels.channel.fold(queries + r * g.head_dim, g.head_dim, rows::channel_scales(g, section),
-                               rows::channel_offsets(g, section), folded.data());
-      kernels.coarse.prepare(g.head_dim, folded.data(), 1, prepared + r * stride);
-    }
+    alignas(64) std::array<float, rows_at_once * max_head_dim> folded;
+    kernels.channel.fold(queries, num_rows, g.head_dim, rows::channel_scales(g, section),
+                         rows::channel_offsets(g, section), folded.data(), constants);
+    kernels.coarse.prepare(g.head_dim, folded.data(), num_rows, prepared);
   }
 };
 
@@ -160,13 +151,8 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = weights + first * g.block_size;
       std::fill_n(parts.begin(), n * g.head_dim, 0.0F);
-      rows::codes::for_each_piece(g, section, count, next,
-                                  unpack_through<Traits::bits>(kernels, Traits::levels()),
-                                  [&](index_t t, index_t num_tokens, const std::int8_t* bytes) {
-                                    kernels.coarse.accumulate(g, reinterpret_cast<const std::byte*>(bytes),
-                                                              rows::scales_from(g, section, t), num_tokens,
-                                                              from + t, n, parts.data(), nullptr);
-                                  });
+      looked_up<Traits::bits>{kernels, g, section, Traits::levels(), count, next}.accumulate(
+          rows::scales_of_tokens(g, section), from, n, parts.data());
       for (index_t r = 0; r < n; ++r) {
         float all_weights = 0;
         for (index_t t = 0; t < count; ++t) all_weights += from[r * g.block_size + t];

@@ -115,13 +115,51 @@ struct values_in_order {
 /// A row of codes, and room for the padding behind it.
 using code_row = std::array<std::uint8_t, max_head_dim + 4>;
 
-/// unpack(...) for packed_codes::for_each_piece with a codebook of up to 16 bytes.
+/// Codes that index a codebook of up to 16 bytes, multiplied: at once where the kernels can, else unpacked piece by piece.
 template <int Bits>
-auto unpack_through(const kernel::table& kernels, const std::int8_t* codebook) noexcept {
-  return [&kernels, codebook](const std::byte* section, index_t first_line, index_t num_lines,
-                              std::int8_t* out, const std::byte* next) {
-    kernels.low_bit.unpack(Bits, section, first_line, num_lines, codebook, out, next);
-  };
-}
+struct looked_up {
+  const kernel::table& kernels;
+  const block_geometry& g;
+  const std::byte* section;
+  const std::int8_t* codebook;
+  index_t count;
+  const std::byte* next;
+
+  /// kernels.coarse.scores. \param scales  [count rounded up to 16]
+  void scores(const bfloat16* scales, const float* prepared, index_t num_rows, float* scores) const {
+    const auto at_once = kernels.low_bit.scores;
+    if (at_once != nullptr &&
+        at_once({Bits, section, codebook}, g, scales, count, prepared, num_rows, scores, next))
+      return;
+    for_each_piece<keys_in_order>([&](index_t t, index_t num_tokens, const std::int8_t* levels) {
+      kernels.coarse.scores(g, reinterpret_cast<const std::byte*>(levels), scales + t, num_tokens, prepared,
+                            num_rows, scores + t, nullptr);
+    });
+  }
+
+  /// kernels.coarse.accumulate.
+  void accumulate(const bfloat16* scales, const float* weights, index_t num_rows, float* sums) const {
+    const auto at_once = kernels.low_bit.accumulate;
+    if (at_once != nullptr &&
+        at_once({Bits, section, codebook}, g, scales, count, weights, num_rows, sums, next))
+      return;
+    for_each_piece<values_in_order>([&](index_t t, index_t num_tokens, const std::int8_t* levels) {
+      kernels.coarse.accumulate(g, reinterpret_cast<const std::byte*>(levels), scales + t, num_tokens,
+                                weights + t, num_rows, sums, nullptr);
+    });
+  }
+
+  /// Calls body(first_token, num_tokens, std::int8_t* bytes), unpacked, piece by piece.
+  template <class Order, class Body>
+  void for_each_piece(Body body) const {
+    packed_codes<Bits, Order>::for_each_piece(
+        g, section, count, next,
+        [this](const std::byte* from, index_t first_line, index_t num_lines, std::int8_t* out,
+               const std::byte* after) {
+          kernels.low_bit.unpack(Bits, from, first_line, num_lines, codebook, out, after);
+        },
+        body);
+  }
+};
 
 }  // namespace kvcache::inline v0::codec::detail

@@ -8,11 +8,12 @@
 // EDEN (Vargaftik et al. 2022).
 #pragma once
 
-#include <kvcache/block/order.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/gaussian_codebook.hpp>
+#include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/rotated_rows.hpp>
 #include <kvcache/codec/sides.hpp>
+#include <kvcache/core/half.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -36,9 +37,14 @@ struct gaussian_quantiser {
   static void levels(const std::uint8_t* codes, index_t count, float* row) noexcept {
     for (index_t d = 0; d < count; ++d) row[d] = static_cast<float>(book.levels[codes[d]]);
   }
-  template <class Order>
-  static void finish_unpacking(const kernel::table& /*kernels*/, const block_geometry& /*g*/, Order /*order*/,
-                               index_t /*num_tokens*/, std::int8_t* /*bytes*/) noexcept {}
+  static void scores(const looked_up<Bits>& codes, const bfloat16* scales, const float* prepared,
+                     index_t num_rows, float* scores) {
+    codes.scores(scales, prepared, num_rows, scores);
+  }
+  static void accumulate(const looked_up<Bits>& codes, const bfloat16* scales, const float* weights,
+                         index_t num_rows, float* sums) {
+    codes.accumulate(scales, weights, num_rows, sums);
+  }
 };
 
 }  // namespace detail

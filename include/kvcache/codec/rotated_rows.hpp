@@ -29,7 +29,8 @@ namespace kvcache::inline v0::codec::detail {
 /// \tparam Quantiser  how a row of numbers becomes codes:
 ///   bits; unpack_book(), 16 bytes that codes are looked up in when they are unpacked;
 ///   encode(kernels, row, count, codes) -> scale, row[d] ~ scale * level;  levels(codes, count, row): the levels again;
-///   finish_unpacking(kernels, g, order, num_tokens, bytes): what was looked up, in block order, to levels
+///   scores(codes, scales, prepared, num_rows, scores), accumulate(codes, scales, weights, num_rows, sums), `codes` being
+///   looked_up
 /// \tparam Order      keys_in_order or values_in_order
 template <class Quantiser, class Order>
 struct rotated_rows : plain_side {
@@ -76,19 +77,11 @@ struct rotated_rows : plain_side {
   }
 
  protected:
-  /// Calls body(first_token, scales, num_tokens, levels) piece by piece, levels in block order of bytes.
-  template <class Body>
-  static void for_each_piece(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                             index_t count, const std::byte* next, Body body) {
-    codes::for_each_piece(
-        g, section, count, next, unpack_through<Quantiser::bits>(kernels, Quantiser::unpack_book()),
-        [&](index_t t, index_t num_tokens, std::int8_t* bytes) {
-          Quantiser::finish_unpacking(kernels, g, Order{}, num_tokens, bytes);
-          body(t, section_scales(g, section) + t, num_tokens, reinterpret_cast<const std::byte*>(bytes));
-        });
+  [[nodiscard]] static looked_up<Quantiser::bits> codes_of(const kernel::table& kernels,
+                                                           const block_geometry& g, const std::byte* section,
+                                                           index_t count, const std::byte* next) noexcept {
+    return {kernels, g, section, Quantiser::unpack_book(), count, next};
   }
-
- private:
   static const bfloat16* section_scales(const block_geometry& g, const std::byte* section) noexcept {
     return scales(section + codes::section_bytes(g));
   }
@@ -113,11 +106,8 @@ struct rotated_keys : rotated_rows<Quantiser, keys_in_order> {
   }
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
-    this->for_each_piece(
-        kernels, g, section, count, next,
-        [&](index_t t, const bfloat16* token_scales, index_t num_tokens, const std::byte* levels) {
-          kernels.coarse.scores(g, levels, token_scales, num_tokens, prepared, num_rows, scores + t, nullptr);
-        });
+    Quantiser::scores(this->codes_of(kernels, g, section, count, next), this->section_scales(g, section),
+                      prepared, num_rows, scores);
   }
 };
 
@@ -131,12 +121,8 @@ struct rotated_values : rotated_rows<Quantiser, values_in_order> {
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
-    this->for_each_piece(
-        kernels, g, section, count, next,
-        [&](index_t t, const bfloat16* token_scales, index_t num_tokens, const std::byte* levels) {
-          kernels.coarse.accumulate(g, levels, token_scales, num_tokens, weights + t, num_rows, sums,
-                                    nullptr);
-        });
+    Quantiser::accumulate(this->codes_of(kernels, g, section, count, next), this->section_scales(g, section),
+                          weights, num_rows, sums);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     for (index_t r = 0; r < num_rows; ++r)

@@ -16,11 +16,13 @@
 #include <kvcache/codec/sides.hpp>
 #include <kvcache/codec/trellis_tables.hpp>
 #include <kvcache/core/checked.hpp>
+#include <kvcache/core/half.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 
@@ -57,15 +59,24 @@ struct trellis_quantiser {
       row[d] = static_cast<float>(table()[state]);
     }
   }
-  static void finish_unpacking(const kernel::table& kernels, const block_geometry& g, keys_in_order /*order*/,
-                               index_t num_tokens, std::int8_t* bytes) {
-    kernels.trellis.decode_keys(Bits, g.head_dim, ceil_div(num_tokens, key_lanes),
-                                reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+  static void scores(const looked_up<Bits>& codes, const bfloat16* scales, const float* prepared,
+                     index_t num_rows, float* scores) {
+    codes.template for_each_piece<keys_in_order>([&](index_t t, index_t num_tokens, std::int8_t* bytes) {
+      codes.kernels.trellis.decode_keys(Bits, codes.g.head_dim, ceil_div(num_tokens, key_lanes),
+                                        reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+      codes.kernels.coarse.scores(codes.g, reinterpret_cast<const std::byte*>(bytes), scales + t, num_tokens,
+                                  prepared, num_rows, scores + t, nullptr);
+    });
   }
-  static void finish_unpacking(const kernel::table& kernels, const block_geometry& g,
-                               values_in_order /*order*/, index_t num_tokens, std::int8_t* bytes) {
-    kernels.trellis.decode_values(Bits, g.head_dim, ceil_div(num_tokens, values_in_order::order::pack),
-                                  reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+  static void accumulate(const looked_up<Bits>& codes, const bfloat16* scales, const float* weights,
+                         index_t num_rows, float* sums) {
+    codes.template for_each_piece<values_in_order>([&](index_t t, index_t num_tokens, std::int8_t* bytes) {
+      codes.kernels.trellis.decode_values(Bits, codes.g.head_dim,
+                                          ceil_div(num_tokens, values_in_order::order::pack),
+                                          reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+      codes.kernels.coarse.accumulate(codes.g, reinterpret_cast<const std::byte*>(bytes), scales + t,
+                                      num_tokens, weights + t, num_rows, sums, nullptr);
+    });
   }
 
  private:

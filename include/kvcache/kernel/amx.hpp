@@ -331,7 +331,7 @@ inline constexpr table kernels_on = {
      portable::element<bfloat16>::decode_values, scores<Tiles>, accumulate<Tiles>},
     avx512::kernels_for_bytes<2>,
     avx512::kernels_for_bytes<1>,
-    avx512::kernels_for_low_bits,
+    avx512::kernels_for_packed,
     avx512::kernels_for_channels,
     avx512::kernels_for_trellis,
     avx512::softmax,

@@ -297,6 +297,7 @@ struct byte_table {
 // after what it builds on
 #include <kvcache/kernel/avx512_bytes.inl>
 #include <kvcache/kernel/avx512_int8.inl>
+#include <kvcache/kernel/avx512_packed.inl>
 
 // The same with VBMI (Intel since Ice Lake, AMD since Zen 4), where an index into 128 bytes is one instruction.
 #pragma push_macro("KVCACHE_TARGET")
@@ -358,7 +359,7 @@ inline constexpr table kernels = {isa::avx512,
                                   kernels_for<bfloat16>,
                                   kernels_for_bytes<2>,
                                   kernels_for_bytes<1>,
-                                  kernels_for_low_bits,
+                                  kernels_for_packed,
                                   kernels_for_channels,
                                   kernels_for_trellis,
                                   softmax,

@@ -16,14 +16,16 @@ inline void shift(float* scores, index_t count, float constant) {
   for (index_t t = 0; t < count; ++t) scores[t] += constant;
 }
 
-inline float fold(const float* query, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,
-                  float* folded) {
-  float dot = 0.0F;
-  for (index_t d = 0; d < head_dim; ++d) {
-    folded[d] = query[d] * to_float(scales[d]);
-    dot += query[d] * to_float(offsets[d]);
+inline void fold(const float* queries, index_t num_rows, index_t head_dim, const bfloat16* scales,
+                 const bfloat16* offsets, float* folded, float* dots) {
+  for (index_t r = 0; r < num_rows; ++r) {
+    float dot = 0.0F;
+    for (index_t d = 0; d < head_dim; ++d) {
+      folded[r * head_dim + d] = queries[r * head_dim + d] * to_float(scales[d]);
+      dot += queries[r * head_dim + d] * to_float(offsets[d]);
+    }
+    dots[r] = dot;
   }
-  return dot;
 }
 
 inline void unfold(const float* part, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,

@@ -89,6 +89,13 @@ struct scalar_codebook {
   float thresholds[7];     ///< between neighbouring positive levels, in units of the row's rms; ascending
 };
 
+/// Codes of 2, 3 or 4 bits that are packed as in block/packed.hpp, and the 16 bytes that they index.
+struct packed_section {
+  int bits;
+  const std::byte* codes;
+  const std::int8_t* codebook;
+};
+
 /// Arithmetic on numbers of less than 8 bits. Every level gives the same bits.
 struct low_bit_kernels {
   /// Codes to bytes: out[64 * line + i] = codebook[code at line, i], for `num_lines` lines of 64 bytes that are packed as
@@ -113,6 +120,13 @@ struct low_bit_kernels {
   /// \param codes  [count], indices of levels
   /// \return the scale, finite and not negative; zero for a row of zeros, with codes of the smallest positive level
   float (*nearest)(const float* row, index_t count, const scalar_codebook& book, std::uint8_t* codes);
+
+  /// `coarse.scores` and `coarse.accumulate` of a packed section without unpacking it first; null on levels where that is
+  /// no faster. \return false, with nothing done, where unpacking first is better: many rows, odd head_dims
+  bool (*scores)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,
+                 const float* prepared, index_t num_rows, float* scores, const std::byte* next) = nullptr;
+  bool (*accumulate)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,
+                     const float* weights, index_t num_rows, float* sums, const std::byte* next) = nullptr;
 };
 
 /// Rows times factors of their dims. A number of a block with scales and offsets of channels (dims) is
@@ -124,9 +138,9 @@ struct channel_kernels {
   /// scores[t] += constant.
   void (*shift)(float* scores, index_t count, float constant);
 
-  /// folded[d] = query[d] * scales[d]. \return sum_d query[d] * offsets[d]
-  float (*fold)(const float* query, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,
-                float* folded);
+  /// folded[r, d] = queries[r, d] * scales[d]; dots[r] = sum_d queries[r, d] * offsets[d].
+  void (*fold)(const float* queries, index_t num_rows, index_t head_dim, const bfloat16* scales,
+               const bfloat16* offsets, float* folded, float* dots);
 
   /// sums[d] += part[d] * scales[d] + offset_weight * offsets[d].
   void (*unfold)(const float* part, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,

@@ -18,16 +18,40 @@ KVCACHE_TARGET inline void shift(float* scores, index_t count, float constant) {
   portable::shift(scores + t, count - t, constant);
 }
 
-KVCACHE_TARGET inline float fold(const float* query, index_t head_dim, const bfloat16* scales,
-                                 const bfloat16* offsets, float* folded) {
-  vec dot = zero();
+/// `Rows` rows, for which scales and offsets are widened once.
+template <int Rows>
+KVCACHE_TARGET inline void fold_rows(const float* queries, index_t head_dim, const bfloat16* scales,
+                                     const bfloat16* offsets, float* folded, float* dots) {
+  vec dot[Rows];
+#pragma GCC unroll 4
+  for (vec& sum : dot) sum = zero();
   index_t d = 0;
   for (; d + key_lanes <= head_dim; d += key_lanes) {
-    const vec q = load(query + d);
-    store(folded + d, mul(q, load_widened(scales + d)));
-    dot = fma(q, load_widened(offsets + d), dot);
+    const vec scale = load_widened(scales + d);
+    const vec offset = load_widened(offsets + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const vec q = load(queries + r * head_dim + d);
+      store(folded + r * head_dim + d, mul(q, scale));
+      dot[r] = fma(q, offset, dot[r]);
+    }
   }
-  return sum_of(dot) + portable::fold(query + d, head_dim - d, scales + d, offsets + d, folded + d);
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    float rest = 0.0F;
+    portable::fold(queries + r * head_dim + d, 1, head_dim - d, scales + d, offsets + d,
+                   folded + r * head_dim + d, &rest);
+    dots[r] = sum_of(dot[r]) + rest;
+  }
+}
+
+KVCACHE_TARGET inline void fold(const float* queries, index_t num_rows, index_t head_dim, const bfloat16* scales,
+                                const bfloat16* offsets, float* folded, float* dots) {
+  index_t r = 0;
+  for (; r + 4 <= num_rows; r += 4)
+    fold_rows<4>(queries + r * head_dim, head_dim, scales, offsets, folded + r * head_dim, dots + r);
+  for (; r < num_rows; ++r)
+    fold_rows<1>(queries + r * head_dim, head_dim, scales, offsets, folded + r * head_dim, dots + r);
 }
 
 KVCACHE_TARGET inline void unfold(const float* part, index_t head_dim, const bfloat16* scales,
