@@ -114,7 +114,7 @@ void add_rows(std::string_view name) {
         if (isa == kernel::isa::portable) continue;
         for (const index_t threads : thread_counts()) {
           const codec_case c{kv_heads, kv_len, threads, isa};
-          register_row(row_name("decode")
+          register_row(row_name("codec_decode")
                            .add("codec", name)
                            .add("cache", contiguous::name)
                            .add("heads", num_q_heads)
@@ -129,7 +129,7 @@ void add_rows(std::string_view name) {
     }
   }
   for (const kernel::isa isa : kernel::available()) {
-    register_row(row_name("encode").add("codec", name).add("isa", kernel::to_string(isa)),
+    register_row(row_name("codec_encode").add("codec", name).add("isa", kernel::to_string(isa)),
                  [isa](benchmark::State& state) { run_encode<Codec>(state, isa); });
   }
 }
