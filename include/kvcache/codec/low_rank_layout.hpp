@@ -236,7 +236,7 @@ class layout_chooser {
   }
 
   /// body(end) for `first`, and whole quads behind it as far as there are components, until it returns false.
-  /// \return whether there was one for which it did not
+  /// \return whether it was true for `first`
   template <class Body>
   bool for_each_end(index_t first, Body body) const {
     constexpr index_t quad = 4;
