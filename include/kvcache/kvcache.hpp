@@ -10,6 +10,7 @@
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
+#include <kvcache/cache/recoded.hpp>
 #include <kvcache/codec/balanced.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
@@ -30,5 +31,6 @@
 
 #if __has_include(<Eigen/Core>)
 #include <kvcache/attention/multi_head_attention.hpp>
+#include <kvcache/codec/low_rank.hpp>
 #include <kvcache/interop/eigen.hpp>
 #endif

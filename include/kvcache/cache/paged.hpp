@@ -133,6 +133,7 @@ class page_pool {
   static std::shared_ptr<page_store> make_store(const cache_shape& shape, const Codec& codec,
                                                 const pool_options& options) {
     validate(shape);
+    validate(codec, shape);
     const index_t block_bytes = codec.block_bytes(geometry_of(shape));
     return std::make_shared<page_store>(checked_mul(shape.num_layers, shape.num_kv_heads, block_bytes),
                                         options);

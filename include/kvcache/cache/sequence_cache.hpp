@@ -205,6 +205,7 @@ class sequence_cache {
   template <class Options>
   static Storage make_storage(const cache_shape& shape, const Codec& codec, const Options& options) {
     validate(shape);
+    validate(codec, shape);
     return Storage(shape, codec.block_bytes(geometry_of(shape)), options);
   }
 

@@ -8,6 +8,7 @@
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
+#include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -57,6 +58,13 @@ constexpr decltype(auto) codec_at(const Codec& codec, [[maybe_unused]] index_t l
   } else {
     return (codec);
   }
+}
+
+/// What containers ask before all else: `codec.validate(shape)`, where there is such a member, throws shape_error if the
+/// codec's settings do not fit the shape.
+template <class Codec>
+void validate([[maybe_unused]] const Codec& codec, [[maybe_unused]] const cache_shape& shape) {
+  if constexpr (requires { codec.validate(shape); }) codec.validate(shape);
 }
 
 /// Whether a cache with this codec may keep some tokens exact and seal whole blocks; see cache/sealing_blocks.hpp.

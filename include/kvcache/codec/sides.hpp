@@ -7,6 +7,7 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -22,6 +23,12 @@ struct sides {
 
   [[no_unique_address]] Keys keys = {};
   [[no_unique_address]] Values values = {};
+
+  /// Throws shape_error if the settings of either side do not fit.
+  void validate(const cache_shape& shape) const {
+    kvcache::validate(keys, shape);
+    kvcache::validate(values, shape);
+  }
 
   [[nodiscard]] constexpr bool needs_whole_blocks() const noexcept {
     return keys.needs_whole_blocks || values.needs_whole_blocks;

@@ -17,6 +17,7 @@
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/sides.hpp>
+#include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -49,6 +50,7 @@ class erased_side {
   erased_side& operator=(const erased_side&) = delete;
   virtual ~erased_side() = default;
 
+  virtual void validate(const cache_shape& shape) const = 0;
   [[nodiscard]] virtual bool needs_whole_blocks() const noexcept = 0;
   [[nodiscard]] virtual index_t section_bytes(const block_geometry& g) const noexcept = 0;
   [[nodiscard]] virtual index_t row_bytes(const block_geometry& g) const noexcept = 0;
@@ -86,6 +88,7 @@ class erased_side_of : public Base {
  public:
   explicit erased_side_of(const Side& side) : side_(side) {}
 
+  void validate(const cache_shape& shape) const override { kvcache::validate(side_, shape); }
   [[nodiscard]] bool needs_whole_blocks() const noexcept override { return side_.needs_whole_blocks; }
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept override {
     return side_.section_bytes(g);
@@ -156,6 +159,8 @@ struct any_side {
   std::shared_ptr<const Erased> erased;
   head_id where = {};
   bool needs_whole_blocks = erased->needs_whole_blocks();
+
+  void validate(const cache_shape& shape) const { erased->validate(shape); }
 
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
     return erased->section_bytes(g);

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+// recoded: the tokens of one cache in another container or codec.
+//
+//   auto lean = recoded(cache, chunked_cache<codec::low_rank>(cache.shape(), codec::low_rank(bases)));
+#pragma once
+
+#include <kvcache/cache/concepts.hpp>
+#include <kvcache/cache/positions.hpp>
+#include <kvcache/core/assert.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/types.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace kvcache::inline v0 {
+
+namespace detail {
+
+/// Appends tokens [first, last), as far as there are so many, of each layer.
+template <class From, class To>
+void append_tokens(const From& from, To& to, index_t first, index_t last) {
+  constexpr index_t at_a_time = 256;
+  const cache_shape shape = from.shape();
+  std::vector<float> k;
+  std::vector<float> v;
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    const index_t end = std::min(last, from[layer].size());
+    for (index_t t = first; t < end; t += at_a_time) {
+      const index_t count = std::min(at_a_time, end - t);
+      k.resize(static_cast<std::size_t>(count * shape.num_kv_heads * shape.head_dim));
+      v.resize(k.size());
+      from[layer].copy_out(t, count, k, v);
+      to[layer].append(k, v);
+    }
+  }
+}
+
+}  // namespace detail
+
+/// Encodes all tokens of `from` once more, and returns the cache they went into. Positions are the same as well.
+///
+/// \param from  any kv_cache, or any_cache
+/// \param to    empty, with the same layers, heads and dims; what it is made of decides container and codec
+/// Throws capacity_error if `to` has no room, or refuses a row that is not finite; std::bad_alloc.
+template <class From, class To>
+[[nodiscard]] To recoded(const From& from, To to) {
+  cache_shape expected = from.shape();
+  expected.block_size = to.shape().block_size;
+  if (to.shape() != expected)
+    throw shape_error("kvcache: recoded needs a cache of the same layers, heads and dims");
+  KVCACHE_ASSERT(to.size() == 0, "recoded: the cache to fill must be empty");
+  const std::span<const position_segment> segments = from.positions().segments();
+  index_t longest = 0;
+  for (index_t layer = 0; layer < expected.num_layers; ++layer)
+    longest = std::max(longest, from[layer].size());
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    const position_segment& s = segments[i];
+    const index_t end = i + 1 < segments.size() ? segments[i + 1].first_token : longest;
+    if (s.first_token >= end) break;
+    // Keys were stored for `position - rotation`. New tokens continue after the newest, so that one is moved to where
+    // they do, and back.
+    const index_t stored_for = s.first_position - s.rotation;
+    const index_t before = s.first_token;
+    const index_t jump = stored_for - to.positions()[before];
+    if (before > 0) to.shift(before - 1, before, jump);
+    detail::append_tokens(from, to, before, end);
+    if (before > 0) to.shift(before - 1, before, -jump);
+  }
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    const position_segment& s = segments[i];
+    const index_t end = i + 1 < segments.size() ? segments[i + 1].first_token : to.size();
+    if (s.first_token < end) to.shift(s.first_token, end, s.rotation);
+  }
+  return to;
+}
+
+}  // namespace kvcache::inline v0
