@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: MIT
+// What a codec does to a model: distributions of the next token against those over an f32 cache, along the same tokens,
+// which enter one by one, so that every key and value was computed over a compressed cache. And facts recalled.
+#pragma once
+
+#include "llama/byte_tokenizer.hpp"
+#include "llama/decoder.hpp"
+#include "llama/generation.hpp"
+#include "llama/input_file.hpp"
+#include "llama/load_model.hpp"
+#include "llama/model_error.hpp"
+#include "quality/metrics.hpp"
+
+#include <kvcache/interop/any_cache.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace quality {
+
+using kvcache::index_t;
+
+struct model_settings {
+  index_t num_tokens = 1024;  ///< of each text; at most the model's context
+  index_t num_texts = 8;
+  index_t num_documents = 64;  ///< recall documents, as many as there are
+  index_t block_size = 128;    ///< tokens
+};
+
+/// Token ids; questions are asked from `first_question` on: key, value, key, value ...
+struct recall_document {
+  std::vector<index_t> ids;
+  std::size_t first_question = 0;
+};
+
+struct model_quality {
+  double median = 0;  ///< divergence of the next token's distribution, nats
+  double mean = 0;
+  double extreme = 0;     ///< what 99.9 % of all positions do not exceed
+  double same_first = 0;  ///< share of positions with the same likeliest token
+  index_t correct = 0;    ///< answers, of `questions`
+  index_t questions = 0;
+};
+
+/// The texts and documents that a model is measured on, and what it says over an f32 cache.
+/// The second half of each text is measured, so that there is always a context.
+class model_reference {
+ public:
+  /// \param folder  a model as llama::load_model takes it; texts are from the sample.txt in it, or the model writes them;
+  ///                recall documents from its reference.json, if there is one
+  /// Throws llama::model_error.
+  model_reference(const std::filesystem::path& folder, const model_settings& settings);
+
+  /// \param codec  as in "paged/<codec>"
+  [[nodiscard]] model_quality measure(const std::string& codec) const;
+
+  /// Bits per number of a block of the codec in this model, scales and padding included.
+  [[nodiscard]] double bits(const std::string& codec) const {
+    const auto g = kvcache::geometry_of(shape());
+    return 8.0 * static_cast<double>(kvcache::make_codec(codec).block_bytes(g)) /
+           static_cast<double>(2 * g.block_size * g.head_dim);
+  }
+
+  [[nodiscard]] const llama::model_config& config() const noexcept { return model_.config(); }
+  [[nodiscard]] std::size_t num_positions() const noexcept { return expected_.size(); }
+
+ private:
+  using ids = std::vector<index_t>;
+
+  [[nodiscard]] kvcache::cache_shape shape() const {
+    return llama::cache_shape_of(model_.config(), settings_.block_size);
+  }
+  [[nodiscard]] ids written_text() const;
+  void read_documents(const std::filesystem::path& file);
+
+  /// Calls back(position, logits) after each token of `text`, which enter one by one.
+  template <class Back>
+  void stream(const ids& text, const std::string& codec, Back back) const {
+    auto cache = kvcache::make_cache("paged/" + codec, shape());
+    for (std::size_t i = 0; i < text.size(); ++i) {
+      const llama::matrix logits = model_.forward(std::span(&text[i], 1), cache);
+      back(i, llama::row_of(logits, 0));
+    }
+  }
+  template <class Back>
+  void stream_texts(const std::string& codec, Back back) const {
+    for (const ids& text : texts_) {
+      stream(text, codec, [&](std::size_t at, std::span<const float> logits) {
+        if (at >= text.size() / 2) back(log_softmax(logits));
+      });
+    }
+  }
+  void count_answers(const std::string& codec, model_quality& result) const;
+
+  llama::decoder model_;
+  model_settings settings_;
+  std::vector<ids> texts_;
+  std::vector<recall_document> documents_;
+  std::vector<std::vector<double>> expected_;  // of each measured position, logarithms
+};
+
+inline model_reference::model_reference(const std::filesystem::path& folder, const model_settings& settings)
+    : model_(llama::load_model(folder)), settings_(settings) {
+  settings_.num_tokens = std::min(settings.num_tokens, model_.config().max_context);
+  ids all;
+  if (std::ifstream sample(folder / "sample.txt", std::ios::binary); sample && config().vocab_size == 256) {
+    all = llama::byte_tokenizer{}.encode(std::string{std::istreambuf_iterator<char>(sample), {}});
+  } else {
+    all = written_text();
+  }
+  const auto length = static_cast<std::size_t>(settings_.num_tokens);
+  for (std::size_t at = 0; at + length <= all.size() && std::ssize(texts_) < settings_.num_texts;
+       at += length)
+    texts_.emplace_back(all.begin() + static_cast<std::ptrdiff_t>(at),
+                        all.begin() + static_cast<std::ptrdiff_t>(at + length));
+  if (texts_.empty()) throw llama::model_error(folder / "sample.txt", "", "is shorter than one text");
+  read_documents(folder / "reference.json");
+  stream_texts("f32", [&](std::vector<double> logs) { expected_.push_back(std::move(logs)); });
+}
+
+/// Tokens of as many texts as asked for, drawn from the model itself.
+inline model_reference::ids model_reference::written_text() const {
+  kvcache::serial_executor serial;
+  ids all;
+  for (index_t i = 0; i < settings_.num_texts; ++i) {
+    auto cache = kvcache::make_cache("paged/f32", shape());
+    const ids start{config().bos_id.value_or(0)};
+    const llama::generation_options options{
+        .num_tokens = settings_.num_tokens - 1,
+        .sampling = {.temperature = 0.8, .top_p = 1, .seed = static_cast<std::uint64_t>(i + 1)}};
+    auto text = llama::generate(model_, start, cache, options, serial, {}).tokens;
+    text.resize(static_cast<std::size_t>(settings_.num_tokens), start.front());  // it may have ended early
+    all.insert(all.end(), text.begin(), text.end());
+  }
+  return all;
+}
+
+inline void model_reference::read_documents(const std::filesystem::path& file) {
+  std::ifstream in(file);
+  if (!in) return;
+  try {
+    const auto reference = nlohmann::json::parse(in);
+    for (const auto& document : reference.at("recall_documents")) {
+      if (std::ssize(documents_) == settings_.num_documents) break;
+      documents_.push_back({document.at("ids").get<ids>(), document.at("first_question").get<std::size_t>()});
+    }
+  } catch (const nlohmann::json::exception& error) {
+    throw llama::model_error(file, "recall_documents", llama::printable(error.what()));
+  }
+}
+
+inline void model_reference::count_answers(const std::string& codec, model_quality& result) const {
+  for (const recall_document& document : documents_) {
+    stream(document.ids, codec, [&](std::size_t at, std::span<const float> logits) {
+      const bool is_key = at >= document.first_question && (at - document.first_question) % 2 == 0;
+      if (!is_key || at + 1 == document.ids.size()) return;
+      ++result.questions;
+      if (llama::greedy_token(logits) == document.ids[at + 1]) ++result.correct;
+    });
+  }
+}
+
+inline model_quality model_reference::measure(const std::string& codec) const {
+  std::vector<double> divergences;
+  std::size_t same = 0;
+  stream_texts(codec, [&](const std::vector<double>& logs) {
+    const std::vector<double>& exact = expected_[divergences.size()];
+    divergences.push_back(divergence(exact, logs));
+    const auto first = [](const std::vector<double>& of) {
+      return std::max_element(of.begin(), of.end()) - of.begin();
+    };
+    if (first(exact) == first(logs)) ++same;
+  });
+  model_quality result{.median = quantile(divergences, 0.5),
+                       .mean = quality::mean(divergences),
+                       .extreme = quantile(divergences, 0.999),
+                       .same_first = static_cast<double>(same) / static_cast<double>(divergences.size())};
+  count_answers(codec, result);
+  return result;
+}
+
+}  // namespace quality
