@@ -163,3 +163,50 @@ TEST_CASE("hidden tokens of int8 do not matter", "[codec]") {
                       computed(other, filled<kvcache::contiguous_cache<codec::int8>>(other, 64)[0]));
   }
 }
+
+TEST_CASE("keys without their mean keep more of what differs between them", "[codec]") {
+  test::random random;
+  const kvcache::cache_shape shape{.num_layers = 2, .num_kv_heads = 2, .head_dim = 20, .block_size = 16};
+  const index_t token = shape.num_kv_heads * shape.head_dim;
+  std::vector<std::vector<float>> keys;
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    keys.push_back(random.floats(50 * token));
+    for (std::size_t i = 0; i < keys.back().size(); ++i) keys.back()[i] += i % 20 == 7 ? 40.0F : 0.0F;
+  }
+  codec::int8 centred;
+  centred.keys.means = std::make_shared<const codec::key_means>(codec::key_means::of(shape, keys));
+
+  const auto error = [&](const codec::int8& codec) {
+    kvcache::chunked_cache<codec::int8> cache(shape, codec);
+    std::vector<float> k(keys[1].size());
+    std::vector<float> v(k.size());
+    cache[1].append(keys[1], keys[1]);
+    cache[1].copy_out(0, 50, k, v);
+    double sum = 0;
+    for (std::size_t i = 0; i < k.size(); ++i) sum += std::pow(double{k[i]} - double{keys[1][i]}, 2);
+
+    // attention and its log-sum-exp are those over the keys that are read back
+    const std::vector<float> q = random.floats(2 * token);
+    std::vector<float> out(q.size());
+    std::vector<float> plain_out(q.size());
+    std::vector<float> lse(4);
+    std::vector<float> plain_lse(4);
+    attend(q, cache[1], out, {.scale = 0.05F, .lse = lse});
+    kvcache::chunked_cache<codec::f32> plain(shape);
+    plain[1].append(k, v);
+    attend(q, plain[1], plain_out, {.scale = 0.05F, .lse = plain_lse});
+    for (std::size_t i = 0; i < out.size(); ++i) CHECK(std::fabs(out[i] - plain_out[i]) < 2e-3);
+    for (std::size_t i = 0; i < lse.size(); ++i) CHECK(std::fabs(lse[i] - plain_lse[i]) < 2e-3);
+    return sum;
+  };
+  CHECK(error(centred) < error(codec::int8{}) / 30);
+
+  std::vector<float> means(static_cast<std::size_t>(2 * token), 1.0F);
+  REQUIRE_NOTHROW(codec::key_means(shape, means));
+  means[3] = std::numeric_limits<float>::infinity();
+  REQUIRE_THROWS_AS(codec::key_means(shape, means), kvcache::shape_error);
+  means.pop_back();
+  REQUIRE_THROWS_AS(codec::key_means(shape, means), kvcache::shape_error);
+  keys.pop_back();
+  REQUIRE_THROWS_AS(codec::key_means::of(shape, keys), kvcache::shape_error);
+}

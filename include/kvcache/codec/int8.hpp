@@ -5,12 +5,13 @@
 //
 // 8 + 16 / head_dim bits per number. Relative mean squared error of normally distributed rows of 128: 4.3e-5. A number is
 // off by at most 0.504 scales: half a step, and the scale is rounded up to bfloat16 so that huge and tiny rows keep it.
-// Rows that are not finite are refused.
+// Rows that are not finite are refused. Keys may be stored without their mean, see codec/key_means.hpp.
 #pragma once
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/key_means.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/codec/sides.hpp>
 #include <kvcache/core/checked.hpp>
@@ -20,11 +21,14 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <string_view>
 
 namespace kvcache::inline v0::codec {
@@ -53,6 +57,13 @@ struct byte_row {
 struct int8_keys : plain_side {
   using order = block_order<std::int8_t>;
 
+  std::shared_ptr<const key_means> means =
+      nullptr;                  ///< taken off the keys before they are quantised; null: nothing
+  const float* mean = nullptr;  ///< of the head that this is for, [head_dim]
+
+  [[nodiscard]] int8_keys at(index_t layer, index_t head) const {
+    return {{}, means, means ? means->at(layer, head) : nullptr};
+  }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return scales_offset(g) + scales_bytes(g);
   }
@@ -63,42 +74,60 @@ struct int8_keys : plain_side {
                         const_rows rows) {
     return finite_rows(kernels, g, count, rows);
   }
-  static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
-                     index_t count, const_rows rows) {
+  void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
+              index_t count, const_rows rows) const {
     auto* keys = reinterpret_cast<std::int8_t*>(section);
+    std::array<float, max_head_dim> centred;
     for (index_t t = first; t < first + count; ++t) {
-      const detail::byte_row row(kernels, rows.row(t - first), g.head_dim);
+      const float* key = rows.row(t - first);
+      if (mean != nullptr) {
+        std::transform(key, key + g.head_dim, mean, centred.begin(), [](float x, float m) { return x - m; });
+        key = centred.data();
+      }
+      const detail::byte_row row(kernels, key, g.head_dim);
       set_scale(section + scales_offset(g), t, row.scale);
       for (index_t d = 0; d < g.head_dim; d += order::pack)
         std::memcpy(keys + order::key_index(g, t, d), &row.bytes[static_cast<std::size_t>(d)], order::pack);
     }
   }
-  static void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
-                     index_t first, index_t count, mutable_rows rows) {
+  void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
+              index_t first, index_t count, mutable_rows rows) const {
     const auto* keys = reinterpret_cast<const std::int8_t*>(section);
     for (index_t t = first; t < first + count; ++t) {
       const float scale = to_float(scales(section + scales_offset(g))[t]);
       float* row = rows.row(t - first);
       for (index_t d = 0; d < g.head_dim; ++d)
-        row[d] = scale * static_cast<float>(keys[order::key_index(g, t, d)]);
+        row[d] =
+            scale * static_cast<float>(keys[order::key_index(g, t, d)]) + (mean == nullptr ? 0.0F : mean[d]);
     }
   }
-  [[nodiscard]] static constexpr index_t prepared_floats(const block_geometry& g) noexcept {
-    return kernel::prepared_query_floats(g.head_dim);
+
+  /// Rows as the kernels want them; behind them all, the dot product of each row with the mean.
+  [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
+    return kernel::prepared_query_floats(g.head_dim) + (means ? index_t{16} : index_t{0});
   }
-  static const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
-                              index_t num_rows, float* prepared) {
+  const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                       index_t num_rows, float* prepared) const {
     kernels.int8.prepare(g.head_dim, queries, num_rows, prepared);
+    for (index_t r = 0; mean != nullptr && r < num_rows; ++r)
+      constants(g, prepared, num_rows)[r] =
+          std::inner_product(mean, mean + g.head_dim, queries + r * g.head_dim, 0.0F);
     return prepared;
   }
-  static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                     index_t count, const float* prepared, index_t num_rows, float* scores,
-                     const std::byte* next) {
+  void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
+              const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
     kernels.int8.scores(g, section, codec::scales(section + scales_offset(g)), count, prepared, num_rows,
                         scores, next);
+    for (index_t r = 0; mean != nullptr && r < num_rows; ++r)
+      kernels.channel.shift(scores + r * g.block_size, round_up(count, key_lanes),
+                            constants(g, prepared, num_rows)[r]);
   }
 
  private:
+  template <class Float>
+  static Float* constants(const block_geometry& g, Float* prepared, index_t num_rows) noexcept {
+    return prepared + num_rows * kernel::prepared_query_floats(g.head_dim);
+  }
   static constexpr index_t scales_offset(const block_geometry& g) noexcept {
     return round_up(order::key_size(g), block_alignment);
   }
