@@ -42,8 +42,8 @@ class key_means {
         throw shape_error("kvcache: sample keys must be [tokens, num_kv_heads, head_dim]");
       std::vector<double> sums(width);
       for (std::size_t i = 0; i < layer.size(); ++i) sums[i % width] += static_cast<double>(layer[i]);
-      for (const double sum : sums)
-        means.push_back(static_cast<float>(sum / static_cast<double>(layer.size() / width)));
+      const std::size_t tokens = layer.size() / width;
+      for (const double sum : sums) means.push_back(static_cast<float>(sum / static_cast<double>(tokens)));
     }
     return {shape, std::move(means)};
   }

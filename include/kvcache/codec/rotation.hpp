@@ -126,12 +126,12 @@ struct rotation {
     static constexpr std::array<float, max_head_dim> all = [] {
       std::array<float, max_head_dim> signs{};
       std::uint64_t state = 0;
-      for (std::size_t d = 0; d < signs.size(); ++d) {
+      for (float& sign : signs) {
         state += 0x9e3779b97f4a7c15U;
         std::uint64_t z = state;
         z = (z ^ (z >> 30U)) * 0xbf58476d1ce4e5b9U;
         z = (z ^ (z >> 27U)) * 0x94d049bb133111ebU;
-        signs[d] = (z ^ (z >> 31U)) >> 63U != 0 ? -1.0F : 1.0F;
+        sign = (z ^ (z >> 31U)) >> 63U != 0 ? -1.0F : 1.0F;
       }
       return signs;
     }();
