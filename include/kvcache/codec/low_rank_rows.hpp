@@ -134,6 +134,11 @@ struct low_rank_rows : plain_side {
       throw shape_error("kvcache: the bases of low_rank are for another number of layers, heads or dims");
   }
 
+  /// Bytes of the bases of this side, of all heads.
+  [[nodiscard]] index_t settings_bytes() const noexcept {
+    if (bases == nullptr) return 0;
+    return is_keys ? bases->key_bytes() : bases->value_bytes();
+  }
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
     return detail::section_bytes<Groups>(layout(), g.block_size);
   }
