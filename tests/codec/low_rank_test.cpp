@@ -319,12 +319,19 @@ TEST_CASE("bytes of low_rank are what the layout adds up to", "[codec]") {
   CHECK(groups.block_bytes(g) == 64 * groups.token_bytes(g));
   CHECK(codec_of({.rank = 1}).token_bytes(g) == 2 * 3);
   // bases: two matrices of 64 x 128 floats and two times 64 spreads
-  CHECK(half_rank.keys.bases->bytes() == 4 * 2 * (64 * 128 + 64));
-  // a cache counts its blocks: two of 64 tokens, one of them half used
+  CHECK(half_rank.keys.bases->key_bytes() == 4 * (64 * 128 + 64));
+  CHECK(half_rank.keys.bases->value_bytes() == 4 * (64 * 128 + 64));
+  // a cache counts its blocks, two of 64 tokens, one of them half used, and the bases
   kvcache::chunked_cache<codec::low_rank> cache(shape, half_rank, {.blocks_per_chunk = 1});
   cache[0].append(std::span(rows).first(96 * dim), std::span(rows).first(96 * dim));
   CHECK(cache.bytes().payload == 96 * half_rank.token_bytes(g));
-  CHECK(cache.bytes().total == 2 * half_rank.block_bytes(g));
+  CHECK(cache.bytes().total == 2 * half_rank.block_bytes(g) + half_rank.settings_bytes());
+  CHECK(cache.bytes().shared == half_rank.settings_bytes());
+  kvcache::any_codec any;
+  any.keys = codec::any_keys::of(half_rank.keys);
+  any.tail_tokens = 30;
+  CHECK(kvcache::chunked_cache<kvcache::any_codec>(shape, any).bytes().total ==
+        half_rank.keys.bases->key_bytes());
 }
 
 namespace {

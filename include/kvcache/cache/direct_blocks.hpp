@@ -135,9 +135,10 @@ class direct_blocks {
   [[nodiscard]] memory_use bytes(std::span<const index_t> sizes) const noexcept {
     index_t tokens = 0;
     for (const index_t size : sizes) tokens += size;
-    const index_t total = storage_.total_bytes();
+    const index_t settings = settings_bytes(codec_);
+    const index_t total = storage_.total_bytes() + settings;
     const index_t payload = tokens * shape_.num_kv_heads * codec_.token_bytes(geometry());
-    return {total, payload, total - payload, storage_.shared_bytes()};
+    return {total, payload, total - payload, storage_.shared_bytes() + settings};
   }
 
   /// The first `num_tokens` of every layer, of which there are `sizes`, in memory of their own. Throws capacity_error.

@@ -178,8 +178,9 @@ class sealing_blocks {
       payload += sealed * codec().token_bytes(geometry()) + exact * exact_.token_bytes(geometry());
     }
     payload *= shape().num_kv_heads;
-    const index_t total = storage().total_bytes() + tail_.size() + saved_.size();
-    return {total, payload, total - payload, storage().shared_bytes()};
+    const index_t settings = settings_bytes(codec());
+    const index_t total = storage().total_bytes() + tail_.size() + saved_.size() + settings;
+    return {total, payload, total - payload, storage().shared_bytes() + settings};
   }
 
   [[nodiscard]] sealing_blocks copied(const kernel::table& kernels, std::span<const index_t> sizes,

@@ -67,6 +67,17 @@ void validate([[maybe_unused]] const Codec& codec, [[maybe_unused]] const cache_
   if constexpr (requires { codec.validate(shape); }) codec.validate(shape);
 }
 
+/// Bytes of what a codec refers to besides its blocks, shared by its copies: `codec.settings_bytes()`, where there is such
+/// a member.
+template <class Codec>
+index_t settings_bytes([[maybe_unused]] const Codec& codec) noexcept {
+  if constexpr (requires { codec.settings_bytes(); }) {
+    return codec.settings_bytes();
+  } else {
+    return 0;
+  }
+}
+
 /// Whether a cache with this codec may keep some tokens exact and seal whole blocks; see cache/sealing_blocks.hpp.
 template <class C>
 concept sealing_codec = block_codec<C> && requires(const C& codec) {

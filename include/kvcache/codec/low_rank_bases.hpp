@@ -93,8 +93,13 @@ class low_rank_bases {
     return {at, at, at + matrix_floats(value_layout_)};
   }
 
-  /// Memory of all bases; not part of what caches report of their blocks, since caches share it.
-  [[nodiscard]] index_t bytes() const noexcept { return memory_.size(); }
+  /// Memory of the bases of the keys and of the values; part of what each cache with them reports as shared.
+  [[nodiscard]] index_t key_bytes() const noexcept {
+    return num_heads() * key_floats() * index_t{sizeof(float)};
+  }
+  [[nodiscard]] index_t value_bytes() const noexcept {
+    return num_heads() * value_floats() * index_t{sizeof(float)};
+  }
 
  private:
   [[nodiscard]] const float* floats() const noexcept {

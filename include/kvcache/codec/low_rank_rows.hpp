@@ -25,7 +25,9 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstring>
 #include <memory>
+#include <type_traits>
 
 namespace kvcache::inline v0::codec {
 
@@ -37,31 +39,51 @@ inline constexpr index_t work_rows = 16;
 using component_row = std::array<float, max_head_dim>;
 using component_rows = std::array<float, work_rows * max_head_dim>;
 
+/// Sixteen sums in the registers of any processor: four at a time, multiplied, then added.
+class lane_sums {
+ public:
+  void add(const float* factors, float x) noexcept {
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < 4; ++i) parts_[i] += load(factors + 4 * i) * x;
+  }
+  void add(const float* factors, const float* x) noexcept {
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < 4; ++i) parts_[i] += load(factors + 4 * i) * load(x + 4 * i);
+  }
+  void store(float* out) const noexcept { std::memcpy(out, parts_, sizeof(parts_)); }
+
+ private:
+  using four [[gnu::vector_size(16)]] = float;
+  static four load(const float* from) noexcept {
+    four loaded;
+    std::memcpy(&loaded, from, sizeof(loaded));
+    return loaded;
+  }
+  four parts_[4] = {};
+};
+
 /// out[i] = sum_d matrix[i, d] x[d], the matrix in lanes: [rank/16][head_dim][16].
 inline void project_lanes(const float* matrix, index_t rank, index_t head_dim, const float* x, float* out) {
   for (index_t i = 0; i < rank; i += key_lanes, out += key_lanes) {
-    std::array<float, key_lanes> sum{};
-    for (index_t d = 0; d < head_dim; ++d, matrix += key_lanes) {
-      for (std::size_t lane = 0; lane < key_lanes; ++lane) sum[lane] += matrix[lane] * x[d];
-    }
-    std::copy(sum.begin(), sum.end(), out);
+    lane_sums sums;
+    for (index_t d = 0; d < head_dim; ++d, matrix += key_lanes) sums.add(matrix, x[d]);
+    sums.store(out);
   }
 }
 
 /// The same, the matrix in rows: [rank][head_dim].
 inline void project_rows(const float* matrix, index_t rank, index_t head_dim, const float* x, float* out) {
   for (index_t i = 0; i < rank; ++i, matrix += head_dim) {
-    std::array<float, key_lanes> sum{};
+    lane_sums sums;
     index_t d = 0;
-    for (; d + key_lanes <= head_dim; d += key_lanes) {
-      for (std::size_t lane = 0; lane < key_lanes; ++lane)
-        sum[lane] += matrix[d + static_cast<index_t>(lane)] * x[d + static_cast<index_t>(lane)];
-    }
-    for (; d < head_dim; ++d) sum[static_cast<std::size_t>(d % key_lanes)] += matrix[d] * x[d];
+    for (; d + key_lanes <= head_dim; d += key_lanes) sums.add(matrix + d, x + d);
+    std::array<float, key_lanes> lanes;
+    sums.store(lanes.data());
+    for (; d < head_dim; ++d) lanes[static_cast<std::size_t>(d % key_lanes)] += matrix[d] * x[d];
     for (std::size_t half = key_lanes / 2; half > 0; half /= 2) {
-      for (std::size_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+      for (std::size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
     }
-    out[i] = sum[0];
+    out[i] = lanes[0];
   }
 }
 
@@ -84,6 +106,17 @@ inline void rebuild_rows(const float* matrix, index_t rank, index_t head_dim, co
   }
 }
 
+/// to[i] += from[i], in steps that compilers vectorise at -O2; `to` and `from` do not overlap.
+inline void add_floats(const float* from, index_t count, float* to) noexcept {
+  std::array<float, key_lanes> sum;
+  for (; count >= key_lanes; count -= key_lanes, from += key_lanes, to += key_lanes) {
+    std::memcpy(sum.data(), to, sizeof(sum));
+    for (std::size_t lane = 0; lane < key_lanes; ++lane) sum[lane] += from[lane];
+    std::memcpy(to, sum.data(), sizeof(sum));
+  }
+  for (index_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
 /// What keys and values have in common. \tparam Groups  key_groups or value_groups
 template <class Groups>
 struct low_rank_rows : plain_side {
@@ -101,6 +134,11 @@ struct low_rank_rows : plain_side {
       throw shape_error("kvcache: the bases of low_rank are for another number of layers, heads or dims");
   }
 
+  /// Bytes of the bases of this side, of all heads.
+  [[nodiscard]] index_t settings_bytes() const noexcept {
+    if (bases == nullptr) return 0;
+    return is_keys ? bases->key_bytes() : bases->value_bytes();
+  }
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
     return detail::section_bytes<Groups>(layout(), g.block_size);
   }
@@ -254,11 +292,8 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
       const index_t n = std::min(detail::work_rows, num_rows - first);
       side.scores(kernels, part.geometry, section + part.offset, count,
                   prepared + first * row_floats(side, part), n, memory.data(), next);
-      for (index_t r = 0; r < n; ++r) {
-        const float* from = memory.data() + r * block_size;
-        float* to = scores + (first + r) * block_size;
-        for (index_t t = 0; t < num_scores; ++t) to[t] += from[t];
-      }
+      for (index_t r = 0; r < n; ++r)
+        detail::add_floats(memory.data() + r * block_size, num_scores, scores + (first + r) * block_size);
     }
   }
 };
@@ -285,11 +320,8 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
         std::fill_n(memory.begin(), n * dim, 0.0F);
         side.accumulate(kernels, part.geometry, section + part.offset, count, weights + first * g.block_size,
                         n, memory.data(), after);
-        for (index_t r = 0; r < n; ++r) {
-          const float* from = memory.data() + r * dim;
-          float* to = sums + (first + r) * g.head_dim + part.first;
-          for (index_t i = 0; i < dim; ++i) to[i] += from[i];
-        }
+        for (index_t r = 0; r < n; ++r)
+          detail::add_floats(memory.data() + r * dim, dim, sums + (first + r) * g.head_dim + part.first);
       }
     });
   }

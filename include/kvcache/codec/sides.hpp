@@ -30,6 +30,11 @@ struct sides {
     kvcache::validate(values, shape);
   }
 
+  /// Bytes of what both sides refer to.
+  [[nodiscard]] index_t settings_bytes() const noexcept {
+    return kvcache::settings_bytes(keys) + kvcache::settings_bytes(values);
+  }
+
   [[nodiscard]] constexpr bool needs_whole_blocks() const noexcept {
     return keys.needs_whole_blocks || values.needs_whole_blocks;
   }

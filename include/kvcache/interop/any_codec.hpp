@@ -51,6 +51,7 @@ class erased_side {
   virtual ~erased_side() = default;
 
   virtual void validate(const cache_shape& shape) const = 0;
+  [[nodiscard]] virtual index_t settings_bytes() const noexcept = 0;
   [[nodiscard]] virtual bool needs_whole_blocks() const noexcept = 0;
   [[nodiscard]] virtual index_t section_bytes(const block_geometry& g) const noexcept = 0;
   [[nodiscard]] virtual index_t row_bytes(const block_geometry& g) const noexcept = 0;
@@ -89,6 +90,7 @@ class erased_side_of : public Base {
   explicit erased_side_of(const Side& side) : side_(side) {}
 
   void validate(const cache_shape& shape) const override { kvcache::validate(side_, shape); }
+  [[nodiscard]] index_t settings_bytes() const noexcept override { return kvcache::settings_bytes(side_); }
   [[nodiscard]] bool needs_whole_blocks() const noexcept override { return side_.needs_whole_blocks; }
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept override {
     return side_.section_bytes(g);
@@ -161,6 +163,7 @@ struct any_side {
   bool needs_whole_blocks = erased->needs_whole_blocks();
 
   void validate(const cache_shape& shape) const { erased->validate(shape); }
+  [[nodiscard]] index_t settings_bytes() const noexcept { return erased->settings_bytes(); }
 
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
     return erased->section_bytes(g);
