@@ -76,15 +76,15 @@ struct key_groups {
   using f32 = exact_keys<float>;
   using bf16 = exact_keys<bfloat16>;
   using int8 = int8_keys;
-  using bits4 = rotated_keys<4>;
-  using bits2 = rotated_keys<2>;
+  using bits4 = codec::rotated_keys<4>;
+  using bits2 = codec::rotated_keys<2>;
 };
 struct value_groups {
   using f32 = exact_values<float>;
   using bf16 = exact_values<bfloat16>;
   using int8 = int8_values;
-  using bits4 = rotated_values<4>;
-  using bits2 = rotated_values<2>;
+  using bits4 = codec::rotated_values<4>;
+  using bits2 = codec::rotated_values<2>;
 };
 
 /// Where a group lies.

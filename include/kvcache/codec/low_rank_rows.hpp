@@ -155,7 +155,9 @@ struct low_rank_rows : plain_side {
     alignas(64) component_row x;
     alignas(64) component_row c;
     for (index_t t = first; t < first + count; ++t) {
-      const float unit = to_unit_range(kernels, rows.row(t - first), g.head_dim, x.data());
+      const float* row = rows.row(t - first);
+      const unit_range range = unit_range_of(kernels, row, g.head_dim);
+      std::transform(row, row + g.head_dim, x.begin(), [&](float number) { return number * range.inverse; });
       if constexpr (is_keys) {
         project_lanes(basis_in(), rank(), g.head_dim, x.data(), c.data());
       } else {
@@ -163,7 +165,7 @@ struct low_rank_rows : plain_side {
       }
       for (index_t i = 0; i < rank(); ++i) {
         float& component = c[static_cast<std::size_t>(i)];
-        component = std::clamp(component / basis.spreads[i] * unit, -0x1.FEp127F, 0x1.FEp127F);
+        component = std::clamp(component / basis.spreads[i] * range.unit, -0x1.FEp127F, 0x1.FEp127F);
       }
       for_each_group<Groups>(layout(), g.block_size, [&](const auto& side, const component_group& group) {
         side.encode(kernels, group.geometry, section + group.offset, t, 1, {c.data() + group.first, 0});
