@@ -188,7 +188,7 @@ TEST_CASE("with query moments scores are off by no more than the bound of K Q^T"
         CHECK(error <= 1.0001 * least + 4e-6 * exact.norm());
         if (least > 1e-3 * exact.norm()) worst = std::max(worst, error / least - 1);
       }
-      if (rank != dim / 2) continue;
+      if (rank != dim / 2 || dim < 16) continue;
       // bases that know nothing of the queries do worse
       const auto blind = low_rank_bases::fit(shape, options, {.k = rows.k, .v = rows.v});
       const matrix scores = wide(through(shape, codec::low_rank(blind), rows).k, dim) * q.transpose();
@@ -370,8 +370,8 @@ TEST_CASE("attention over components is that over the rows they stand for", "[co
     double most;  // of numbers of the order of one
   };
   const std::vector<layout_bound> layouts = {
-      {{.f32 = 11}, 2e-5},   {{.f32 = 20}, 2e-5},
-      {{.bf16 = 13}, 2e-4},  {{.int8 = 1}, 2e-3},
+      {{.f32 = 11}, 1e-5},   {{.f32 = 20}, 1e-5},
+      {{.bf16 = 13}, 1e-3},  {{.int8 = 1}, 2e-3},
       {{.int8 = 10}, 2e-3},  {{.int8 = 20}, 2e-3},
       {{.bits4 = 18}, 0.03},  // queries and weights of 8 bits
       {{.bits2 = 9}, 0.03},  {{.f32 = 1, .bf16 = 2, .int8 = 5, .bits4 = 7, .bits2 = 3}, 0.03},
@@ -389,11 +389,10 @@ TEST_CASE("attention over components is that over the rows they stand for", "[co
   for (const layout_bound& chosen : layouts) {
     const codec::low_rank low_rank(calibration.bases({.layout = chosen.layout}));
     kvcache::chunked_cache<codec::low_rank> cache(small, low_rank);
-    const float size = 0.5F;
     std::vector<float> layer_k(k.begin() + static_cast<std::ptrdiff_t>(layer_floats), k.end());
     std::vector<float> layer_v(v.begin() + static_cast<std::ptrdiff_t>(layer_floats), v.end());
-    for (float& x : layer_k) x *= 0.3F * size;
-    for (float& x : layer_v) x *= 0.3F * size;
+    for (float& x : layer_k) x *= 0.4F;  // numbers of the order of one
+    for (float& x : layer_v) x *= 0.4F;
     cache[1].append(layer_k, layer_v);
     for (const kernel::isa level : kernel::available()) {
       for (const index_t q_len : {1, 3, 7}) {
