@@ -57,7 +57,7 @@ leg_clang() {
 leg_optimised() {
   cmake -S . -B build/optimised -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVCACHE_BUILD_EXAMPLES=OFF -DKVCACHE_WERROR=ON \
     -DCMAKE_VERIFY_INTERFACE_HEADER_SETS=OFF >/dev/null
-  local tests=(kernel.kernels kernel.low_bit kernel.bytes kernel.trellis codec.exact codec.int8 codec.low_bit_codecs attention.adversarial attention.attend_sizes attention.determinism
+  local tests=(kernel.kernels kernel.low_bit kernel.bytes kernel.trellis codec.exact codec.int8 codec.low_bit_codecs codec.low_rank attention.adversarial attention.attend_sizes attention.determinism
     attention.golden attention.adversarial_on_emulated_tiles)
   cmake --build build/optimised --target "${tests[@]}"
   ctest --test-dir build/optimised --output-on-failure -R "^(kernel|codec)[.]|^attention[.](adversarial|attend_sizes@|determinism@|golden)"

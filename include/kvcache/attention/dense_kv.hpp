@@ -27,7 +27,7 @@ namespace kvcache::inline v0 {
 template <block_codec Codec = codec::f32>
 class dense_kv {
  public:
-  /// \param k,v  [tokens, num_kv_heads, head_dim]
+  /// \param k,v  [tokens, num_kv_heads, head_dim]; what the codec has for each layer is that of layer 0
   /// Throws shape_error, std::bad_alloc, and capacity_error if a lossy codec meets NaN or infinity.
   dense_kv(const cache_shape& shape, std::span<const float> k, std::span<const float> v, Codec codec = {})
       : shape_(shape), codec_(codec) {
@@ -46,9 +46,10 @@ class dense_kv {
     for (index_t head = 0; head < shape.num_kv_heads; ++head) {
       for (index_t t = 0; t < size_; t += g.block_size) {
         const index_t offset = t * stride + head * shape.head_dim;
-        const status s = codec_.encode(kernel::best(), g, block_at(head, t / g.block_size), 0,
-                                       std::min(g.block_size, size_ - t), {k.data() + offset, stride},
-                                       {v.data() + offset, stride});
+        const status s = codec_at(codec_, 0, head)
+                             .encode(kernel::best(), g, block_at(head, t / g.block_size), 0,
+                                     std::min(g.block_size, size_ - t), {k.data() + offset, stride},
+                                     {v.data() + offset, stride});
         if (s != status::ok) throw capacity_error("dense_kv", s);
       }
     }
@@ -60,6 +61,9 @@ class dense_kv {
     explicit layer_ref(const dense_kv& rows) noexcept : rows_(&rows) {}
     [[nodiscard]] const cache_shape& shape() const noexcept { return rows_->shape_; }
     [[nodiscard]] const Codec& codec() const noexcept { return rows_->codec_; }
+    [[nodiscard]] decltype(auto) codec(index_t head) const noexcept {
+      return codec_at(rows_->codec_, 0, head);
+    }
     [[nodiscard]] index_t size() const noexcept { return rows_->size_; }
     [[nodiscard]] const position_map& positions() const noexcept { return rows_->positions_; }
     [[nodiscard]] const std::byte* block(index_t head, index_t index) const noexcept {
