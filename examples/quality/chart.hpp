@@ -255,8 +255,8 @@ inline chart_writer::box chart_writer::place_for(const chart_point& point,
   };
   for (const double near : {x + 10, x - 10 - width, x + 40, x - 40 - width}) {
     for (int i = 0; i <= 2 * most_steps; ++i) {
-      const double away = step * static_cast<double>((i + 1) / 2) * (i % 2 == 0 ? -1 : 1);
-      const box at{near, y - 6 + away, width, 12};
+      const int steps = (i + 1) / 2 * (i % 2 == 0 ? -1 : 1);
+      const box at{near, y - 6 + step * steps, width, 12};
       if (is_free(at)) return at;
     }
   }
