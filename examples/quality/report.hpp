@@ -47,7 +47,7 @@ namespace detail {
                detail::short_number(q.keys.error), times(q.keys.above_bound()),
                detail::bits_text(q.values.bits), detail::short_number(q.values.error),
                times(q.values.above_bound())});
-    panel.add({spec, family_of(spec), q.keys.bits, q.keys.error});
+    panel.add({label_of(spec), family_of(spec), q.keys.bits, q.keys.error});
   }
   out << table << '\n' << std::flush;
   return panel;
@@ -74,7 +74,7 @@ namespace detail {
     const double bits = key_bits(spec, settings);
     table.add({spec, detail::bits_text(bits), detail::short_number(q.key_divergence),
                llama::formatted("%.4f", q.key_output), llama::formatted("%.4f", q.value_output)});
-    panel.add({spec, family_of(spec), bits, q.key_divergence});
+    panel.add({label_of(spec), family_of(spec), bits, q.key_divergence});
   }
   out << table << '\n' << std::flush;
   return panel;
@@ -136,11 +136,11 @@ class model_table {
     const bool only_itself = detail::has_tail(spec);
     const model_quality plain = model.measure(spec);
     table.add(spec, only_itself, bits, plain);
-    panel.add({only_itself ? spec : "", family_of(spec), bits, plain.median, !only_itself});
+    panel.add({only_itself ? label_of(spec) : "", family_of(spec), bits, plain.median, !only_itself});
     if (only_itself) continue;
     const model_quality tail = model.measure(spec + ",sinks=4,tail=128");
     table.add(spec, true, bits, tail);
-    panel.add({spec, family_of(spec), bits, tail.median});
+    panel.add({label_of(spec), family_of(spec), bits, tail.median});
   }
   out << table << '\n' << std::flush;
   return panel;

@@ -149,6 +149,8 @@ TEST_CASE("a chart leaves out what its axes cannot show and names the others", "
   CHECK(quality::family_of("rotated4") == "rotated");
   CHECK(quality::family_of("int8") == "int8");
   CHECK(quality::family_of("k=int8,v=rotated4") == "pairs");
+  CHECK(quality::label_of("k=int8,v=rotated4") == "int8 + rotated4");
+  CHECK(quality::label_of("v=rotated4") == "v=rotated4");
   quality::chart_panel panel{
       .title = "a < b", .error_axis = "error", .bits_axis = "bits", .shannon_bound = true};
   panel.add({"int8", "int8", 8.125, 4e-5});
