@@ -18,10 +18,10 @@ file(REMOVE_RECURSE "${SCRATCH}")
 file(MAKE_DIRECTORY "${SCRATCH}")
 
 # Tables and chart.
-run(0 "Bigger models were not measured" --model "${MODEL}" --tokens 16 --texts 1 --heads 1 --head-tokens 256
-  --codecs "int8\;k=channel4,v=rotated4\;rotated2,tail=16" --svg "${SCRATCH}/chart.svg")
+run(0 "Bigger models were not measured" --model "${MODEL}" --tokens 16 --texts 1 --documents 0 --heads 1 --head-tokens 256
+  --codecs "int8 k=channel4,v=rotated4 rotated2,tail=16" --svg "${SCRATCH}/chart.svg")
 foreach(needed "Normally distributed rows" "x bound" "KL of weights" "same first" "\nint8 +128 +" "\nint8 +0 +"
-    "\nk=channel4,v=rotated4 +128 +" "\nrotated2,tail=16 ")
+    "\nk=channel4,v=rotated4 +128 +" "\nrotated2,tail=16 +own +")
   if(NOT printed MATCHES "${needed}")
     message(FATAL_ERROR "no \"${needed}\" in\n${printed}")
   endif()
@@ -43,11 +43,12 @@ endif()
 # Bad arguments.
 run(2 "bogus" --bogus)
 run(2 "--codecs.*no codec 'rotated5'; there is .*rotated4" --codecs rotated5)
-run(2 "--codecs" --codecs "int8\;")
+run(2 "--codecs" --codecs "int8 ")
 run(2 "--part" --part all-of-it)
 run(2 "--tokens" --tokens 1)
 run(2 "--tokens" --tokens many)
 run(2 "--texts" --texts 0)
+run(2 "--documents" --documents -1)
 run(2 "--heads" --heads 0)
 run(2 "--head-tokens: a multiple" --head-tokens 200)
 run(2 "--head-tokens" --head-tokens 64)

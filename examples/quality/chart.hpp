@@ -50,6 +50,13 @@ struct chart_panel {
   return std::string(spec.substr(0, spec.size() - (has_width ? 1 : 0)));
 }
 
+/// A spec as short as it is clear: "channel4 + rotated4" of "k=channel4,v=rotated4".
+[[nodiscard]] inline std::string label_of(std::string spec) {
+  const std::size_t values = spec.find(",v=");
+  if (!spec.starts_with("k=") || values == std::string::npos) return spec;
+  return spec.substr(2, values - 2) + " + " + spec.substr(values + 3);
+}
+
 /// Writes panels below each other.
 class chart_writer {
  public:
@@ -250,13 +257,13 @@ inline chart_writer::box chart_writer::place_for(const chart_point& point,
   const double x = x_of(point.bits), y = y_of(point.error);
   const double width = 6.4 * static_cast<double>(point.label.size()) + 2;
   const auto is_free = [&](const box& at) {
-    return at.y > top_ + above && at.y + at.height < top_ + below &&
+    return at.x > left && at.y > top_ + above && at.y + at.height < top_ + below &&
            std::none_of(taken.begin(), taken.end(), [&](const box& other) { return at.overlaps(other); });
   };
   for (const double near : {x + 10, x - 10 - width, x + 40, x - 40 - width}) {
     for (int i = 0; i <= 2 * most_steps; ++i) {
-      const double away = step * static_cast<double>((i + 1) / 2) * (i % 2 == 0 ? -1 : 1);
-      const box at{near, y - 6 + away, width, 12};
+      const int steps = (i + 1) / 2 * (i % 2 == 0 ? -1 : 1);
+      const box at{near, y - 6 + step * steps, width, 12};
       if (is_free(at)) return at;
     }
   }

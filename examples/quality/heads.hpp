@@ -44,19 +44,16 @@ class exact_head {
       : head_(make_head(seed, settings.head)),
         g_{settings.block_size, settings.head.head_dim},
         num_tokens_(static_cast<std::size_t>(settings.head.num_tokens)),
-        log_weights_(log_weights_of(exact_scores())) {
-    for (const double x : log_weights_) weights_.push_back(static_cast<float>(std::exp(x)));
-    outputs_ = outputs_of(weights_);
-  }
+        log_weights_(log_weights_of(exact_scores())),
+        weights_(weights_of(log_weights_)),
+        outputs_(outputs_of(weights_)) {}
 
   [[nodiscard]] attention_quality measure(const kvcache::any_codec& codec) const {
     const coded_keys keys(codec.keys, g_, head_.keys);
     const auto logs = log_weights_of(keys.scores(head_.queries));
-    std::vector<float> weights;
-    for (const double x : logs) weights.push_back(static_cast<float>(std::exp(x)));
     const coded_values values(codec.values, g_, head_.values);
     const double rows = static_cast<double>(num_queries());
-    return {divergence(log_weights_, logs) / rows, relative_error(outputs_of(weights), outputs_),
+    return {divergence(log_weights_, logs) / rows, relative_error(outputs_of(weights_of(logs)), outputs_),
             relative_error(values.sums(weights_), outputs_)};
   }
 

@@ -41,6 +41,14 @@ namespace quality {
   return logs;
 }
 
+/// The weights whose logarithms these are.
+[[nodiscard]] inline std::vector<float> weights_of(std::span<const double> logs) {
+  std::vector<float> weights(logs.size());
+  std::transform(logs.begin(), logs.end(), weights.begin(),
+                 [](double x) { return static_cast<float>(std::exp(x)); });
+  return weights;
+}
+
 /// Kullback-Leibler divergence of softmax(got) from softmax(exact), in nats; both in logarithms.
 [[nodiscard]] inline double divergence(std::span<const double> exact, std::span<const double> got) {
   double sum = 0;

@@ -30,6 +30,7 @@ struct options {
   std::filesystem::path svg;
   index_t num_tokens = 1024;
   index_t num_texts = 8;
+  index_t num_documents = 64;
   index_t num_heads = 40;
   index_t head_tokens = 4096;
   index_t block_size = 128;
@@ -50,11 +51,11 @@ struct options {
   return specs;
 }
 
-/// "int8;k=channel4,v=rotated4" as two specs.
+/// "int8;k=channel4,v=rotated4" as two specs; spaces separate as well.
 [[nodiscard]] inline std::vector<std::string> split_specs(const std::string& list) {
   std::vector<std::string> specs;
   for (std::size_t at = 0; at <= list.size();) {
-    const std::size_t end = std::min(list.find(';', at), list.size());
+    const std::size_t end = std::min(list.find_first_of("; ", at), list.size());
     specs.push_back(list.substr(at, end - at));
     at = end + 1;
   }
@@ -81,6 +82,7 @@ inline void check(const options& given) {
     throw llama::usage_error("--block-size: 16, 32, 64, 128 or 256");
   check_range("--tokens", given.num_tokens, 2, 1 << 20);
   check_range("--texts", given.num_texts, 1, 1 << 20);
+  check_range("--documents", given.num_documents, 0, 1 << 20);
   check_range("--heads", given.num_heads, 1, 1 << 20);
   check_range("--head-tokens", given.head_tokens, given.block_size, 1 << 20);
   if (given.head_tokens % given.block_size != 0)
@@ -98,7 +100,8 @@ inline void check(const options& given) {
   CLI::App app{
       "Measures what codecs cost in quality: errors of normally distributed rows, attention over synthetic "
       "heads, and a model that decodes through them."};
-  app.add_option("--codecs", codecs, "specs of codecs, with ; between them (default: all, and some pairs)");
+  app.add_option("--codecs", codecs,
+                 "specs of codecs, with ; or spaces between them (default: all, and some pairs)");
   app.add_option("--part", part, "gaussian, heads, model or all")
       ->check(CLI::IsMember({"gaussian", "heads", "model", "all"}))
       ->capture_default_str();
@@ -107,6 +110,8 @@ inline void check(const options& given) {
   app.add_option("--tokens", given.num_tokens, "length of each text, at most the model's context")
       ->capture_default_str();
   app.add_option("--texts", given.num_texts, "how many texts")->capture_default_str();
+  app.add_option("--documents", given.num_documents, "most documents whose facts are to be recalled")
+      ->capture_default_str();
   app.add_option("--heads", given.num_heads, "how many synthetic heads")->capture_default_str();
   app.add_option("--head-tokens", given.head_tokens, "tokens of each synthetic head")->capture_default_str();
   app.add_option("--seed", given.seed, "of the first synthetic head")

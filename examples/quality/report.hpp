@@ -47,7 +47,7 @@ namespace detail {
                detail::short_number(q.keys.error), times(q.keys.above_bound()),
                detail::bits_text(q.values.bits), detail::short_number(q.values.error),
                times(q.values.above_bound())});
-    panel.add({spec, family_of(spec), q.keys.bits, q.keys.error});
+    panel.add({label_of(spec), family_of(spec), q.keys.bits, q.keys.error});
   }
   out << table << '\n' << std::flush;
   return panel;
@@ -74,7 +74,7 @@ namespace detail {
     const double bits = key_bits(spec, settings);
     table.add({spec, detail::bits_text(bits), detail::short_number(q.key_divergence),
                llama::formatted("%.4f", q.key_output), llama::formatted("%.4f", q.value_output)});
-    panel.add({spec, family_of(spec), bits, q.key_divergence});
+    panel.add({label_of(spec), family_of(spec), bits, q.key_divergence});
   }
   out << table << '\n' << std::flush;
   return panel;
@@ -85,14 +85,15 @@ namespace detail {
 /// Rows of the model's table; remembers the medians of int8.
 class model_table {
  public:
-  void add(const std::string& spec, bool with_tail, double bits, const model_quality& q) {
-    double& of_int8 = int8_medians_[with_tail ? 1 : 0];
+  /// \param tail  "0", "128", or "own" for a spec that says it itself
+  void add(const std::string& spec, const std::string& tail, double bits, const model_quality& q) {
+    double& of_int8 = int8_medians_[tail == "0" ? 0 : 1];
     if (spec == "int8") of_int8 = q.median;
     const std::string times = of_int8 > 0 ? llama::formatted("%.2f", q.median / of_int8) : "-";
     const std::string recalled =
         q.questions == 0 ? "-" : std::to_string(q.correct) + "/" + std::to_string(q.questions);
-    table_.add({spec, with_tail ? "128" : "0", bits_text(bits), scientific(q.median), scientific(q.mean),
-                scientific(q.extreme), times, llama::formatted("%.2f %%", 100 * q.same_first), recalled});
+    table_.add({spec, tail, bits_text(bits), scientific(q.median), scientific(q.mean), scientific(q.extreme),
+                times, llama::formatted("%.2f %%", 100 * q.same_first), recalled});
   }
   friend std::ostream& operator<<(std::ostream& out, const model_table& t) { return out << t.table_; }
 
@@ -113,9 +114,10 @@ class model_table {
 }  // namespace detail
 
 [[nodiscard]] inline chart_panel report_model(std::ostream& out, const options& given) {
-  const model_reference model(
-      given.model,
-      {.num_tokens = given.num_tokens, .num_texts = given.num_texts, .block_size = given.block_size});
+  const model_reference model(given.model, {.num_tokens = given.num_tokens,
+                                            .num_texts = given.num_texts,
+                                            .num_documents = given.num_documents,
+                                            .block_size = given.block_size});
   const llama::model_config& c = model.config();
   out << "A model of " << c.num_layers << " layers, " << c.num_kv_heads << " KV heads and head_dim "
       << c.head_dim
@@ -135,12 +137,12 @@ class model_table {
     const double bits = model.bits(spec);
     const bool only_itself = detail::has_tail(spec);
     const model_quality plain = model.measure(spec);
-    table.add(spec, only_itself, bits, plain);
-    panel.add({only_itself ? spec : "", family_of(spec), bits, plain.median, !only_itself});
+    table.add(spec, only_itself ? "own" : "0", bits, plain);
+    panel.add({only_itself ? label_of(spec) : "", family_of(spec), bits, plain.median, !only_itself});
     if (only_itself) continue;
     const model_quality tail = model.measure(spec + ",sinks=4,tail=128");
-    table.add(spec, true, bits, tail);
-    panel.add({spec, family_of(spec), bits, tail.median});
+    table.add(spec, "128", bits, tail);
+    panel.add({label_of(spec), family_of(spec), bits, tail.median});
   }
   out << table << '\n' << std::flush;
   return panel;

@@ -145,10 +145,32 @@ TEST_CASE("a decoding model keeps its distributions and its facts", "[examples]"
   CHECK(pair4.correct == exact.correct);
 }
 
+TEST_CASE("stories260K keeps its distributions behind an exact tail", "[examples]") {
+  const char* set = std::getenv("KVCACHE_REAL_DIR");
+  const auto real = set != nullptr ? std::filesystem::path(set)
+                                   : std::filesystem::path(KVCACHE_SOURCE_DIR) / "../shared/real";
+  const auto file = real / "models" / "stories260K.bin";
+  if (!std::filesystem::exists(file)) {
+    WARN("skipped: no " << file.string() << "; set KVCACHE_REAL_DIR");
+    return;
+  }
+  const quality::model_reference stories(file, {.num_tokens = optimised ? 512 : 16, .num_texts = 1});
+  const auto int8 = stories.measure("int8,sinks=4,tail=128");
+  const auto pair = stories.measure("k=channel4,v=rotated4,sinks=4,tail=128");
+  CAPTURE(int8.median, int8.mean, pair.median, pair.mean);
+  CHECK(int8.median < 2e-6);
+  CHECK(int8.same_first > 0.98);
+  CHECK(pair.median < 2e-5);
+  CHECK(pair.same_first > 0.97);
+  CHECK(pair.questions == 0);
+}
+
 TEST_CASE("a chart leaves out what its axes cannot show and names the others", "[examples]") {
   CHECK(quality::family_of("rotated4") == "rotated");
   CHECK(quality::family_of("int8") == "int8");
   CHECK(quality::family_of("k=int8,v=rotated4") == "pairs");
+  CHECK(quality::label_of("k=int8,v=rotated4") == "int8 + rotated4");
+  CHECK(quality::label_of("v=rotated4") == "v=rotated4");
   quality::chart_panel panel{
       .title = "a < b", .error_axis = "error", .bits_axis = "bits", .shannon_bound = true};
   panel.add({"int8", "int8", 8.125, 4e-5});
