@@ -20,13 +20,15 @@ struct packed_unit {
 template <int Bits>
 KVCACHE_INLINE void load_unit(const std::byte* p, packed_unit<Bits>& unit) {
 #pragma GCC unroll 3
-  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i) unit.line[i] = load_bits(p + i * packed_line_bytes);
+  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i)
+    unit.line[i] = load_bits(p + i * packed_line_bytes);
 }
 
 template <int Bits>
 KVCACHE_INLINE void fetch_unit(const std::byte* p) {
 #pragma GCC unroll 3
-  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i) __builtin_prefetch(p + i * packed_line_bytes, 0, 2);
+  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i)
+    __builtin_prefetch(p + i * packed_line_bytes, 0, 2);
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
@@ -42,8 +44,8 @@ struct packed_keys {
 
 /// Four dims of `Groups` groups after the other, line by line of a unit.
 template <int Bits, int Line, int Rows, int Groups>
-KVCACHE_INLINE void add_key_lines(const packed_unit<Bits> (&units)[Groups], bits codebook, const std::int8_t* query,
-                                  index_t row_bytes, words (&sum)[Rows][Groups]) {
+KVCACHE_INLINE void add_key_lines(const packed_unit<Bits> (&units)[Groups], bits codebook,
+                                  const std::int8_t* query, index_t row_bytes, words (&sum)[Rows][Groups]) {
   __m512i k[Groups];
 #pragma GCC unroll 4
   for (int i = 0; i < Groups; ++i) k[i] = look_up(codebook, codes_of<Bits, Line>(units[i].line)).x;
@@ -96,8 +98,9 @@ KVCACHE_TARGET inline void score_packed_tile(const packed_keys& keys, const bloc
 
 /// As many times `Rows` rows as there are, then fewer; of each, four groups of keys at a time where the registers allow.
 template <int Bits, int Rows>
-KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geometry& g, const bfloat16* scales,
-                                             index_t count, const float* prepared, index_t num_rows, float* out) {
+KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geometry& g,
+                                             const bfloat16* scales, index_t count, const float* prepared,
+                                             index_t num_rows, float* out) {
   constexpr int groups = Bits == 3 ? 2 : 4;
   for (; num_rows >= Rows; num_rows -= Rows, out += Rows * g.block_size) {
     packed_keys here = keys;
@@ -112,8 +115,7 @@ KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geome
       score_packed_tile<Bits, Rows, 1>(here, g, scales + t, prepared, out + t);
     prepared += Rows * prepared_query_floats(g.head_dim);
   }
-  if constexpr (Rows > 1)
-    score_packed_rows<Bits, Rows / 2>(keys, g, scales, count, prepared, num_rows, out);
+  if constexpr (Rows > 1) score_packed_rows<Bits, Rows / 2>(keys, g, scales, count, prepared, num_rows, out);
 }
 
 template <int Bits>
@@ -133,7 +135,9 @@ KVCACHE_TARGET inline bool score_packed(const packed_section& section, const blo
 KVCACHE_TARGET inline bool packed_scores(const packed_section& section, const block_geometry& g,
                                          const bfloat16* scales, index_t count, const float* prepared,
                                          index_t num_rows, float* out, const std::byte* next) {
-  const auto run = section.bits == 4 ? score_packed<4> : section.bits == 3 ? score_packed<3> : score_packed<2>;
+  const auto run = section.bits == 4   ? score_packed<4>
+                   : section.bits == 3 ? score_packed<3>
+                                       : score_packed<2>;
   return run(section, g, scales, count, prepared, num_rows, out, next);
 }
 
@@ -153,10 +157,11 @@ inline constexpr int sum_lines = 4;
 
 /// Lines First .. First + 3 of consecutive units times the weights of four tokens.
 template <int Bits, int First, int Line, int Rows>
-KVCACHE_INLINE void add_value_lines(const packed_unit<Bits>* units, bits codebook, const __m512i (&weight)[Rows],
-                                    words (&sum)[Rows][sum_lines]) {
+KVCACHE_INLINE void add_value_lines(const packed_unit<Bits>* units, bits codebook,
+                                    const __m512i (&weight)[Rows], words (&sum)[Rows][sum_lines]) {
   constexpr int lines = packed_order<Bits>::lines_per_unit;
-  const __m512i x = look_up(codebook, codes_of<Bits, (First + Line) % lines>(units[(First + Line) / lines].line)).x;
+  const __m512i x =
+      look_up(codebook, codes_of<Bits, (First + Line) % lines>(units[(First + Line) / lines].line)).x;
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) add_products(sum[r][Line], weight[r], x);
   if constexpr (Line + 1 < sum_lines) add_value_lines<Bits, First, Line + 1>(units, codebook, weight, sum);
@@ -195,8 +200,9 @@ KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>
 }
 
 template <int Bits, int Rows>
-KVCACHE_TARGET inline void sum_packed_rows(const packed_values& v, const block_geometry& g, const bfloat16* scales,
-                                           index_t count, const float* weights, index_t num_rows, float* sums) {
+KVCACHE_TARGET inline void sum_packed_rows(const packed_values& v, const block_geometry& g,
+                                           const bfloat16* scales, index_t count, const float* weights,
+                                           index_t num_rows, float* sums) {
   constexpr index_t dims = (Bits == 3 ? 8 : sum_lines) * key_lanes;  // of a tile, or of two
   constexpr index_t tile_bytes = (Bits == 4 ? 2 : 1) * packed_order<Bits>::unit_bytes;
   for (; num_rows >= Rows; num_rows -= Rows, weights += Rows * g.block_size, sums += Rows * g.head_dim) {
@@ -237,4 +243,5 @@ KVCACHE_TARGET inline bool packed_accumulate(const packed_section& section, cons
   return run(section, g, scales, count, weights, num_rows, sums, next);
 }
 
-inline constexpr low_bit_kernels kernels_for_packed = {unpack, hadamard, nearest, packed_scores, packed_accumulate};
+inline constexpr low_bit_kernels kernels_for_packed = {unpack, hadamard, nearest, packed_scores,
+                                                       packed_accumulate};

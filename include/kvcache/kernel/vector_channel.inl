@@ -14,7 +14,8 @@ KVCACHE_TARGET inline void multiply(const float* row, const float* factors, floa
 
 KVCACHE_TARGET inline void shift(float* scores, index_t count, float constant) {
   index_t t = 0;
-  for (; t + key_lanes <= count; t += key_lanes) store(scores + t, add(load(scores + t), broadcast(constant)));
+  for (; t + key_lanes <= count; t += key_lanes)
+    store(scores + t, add(load(scores + t), broadcast(constant)));
   portable::shift(scores + t, count - t, constant);
 }
 
@@ -45,8 +46,8 @@ KVCACHE_TARGET inline void fold_rows(const float* queries, index_t head_dim, con
   }
 }
 
-KVCACHE_TARGET inline void fold(const float* queries, index_t num_rows, index_t head_dim, const bfloat16* scales,
-                                const bfloat16* offsets, float* folded, float* dots) {
+KVCACHE_TARGET inline void fold(const float* queries, index_t num_rows, index_t head_dim,
+                                const bfloat16* scales, const bfloat16* offsets, float* folded, float* dots) {
   index_t r = 0;
   for (; r + 4 <= num_rows; r += 4)
     fold_rows<4>(queries + r * head_dim, head_dim, scales, offsets, folded + r * head_dim, dots + r);
