@@ -64,7 +64,8 @@ run(2 "--threads" --threads 0)
 run(2 "--seed" --seed x)
 run(2 "--seed" --seed -1)
 run(2 "--seed" --seed 18446744073709551616)
-run(2 "--cache.*paged" --cache paged/bf61)
+run(2 "--cache.*bf61.*rotated4" --cache paged/bf61)
+run(2 "--cache.*pagd.*paged" --cache pagd/bf16)
 run(0 "--prompt" --help)
 
 # Bad files.

@@ -15,6 +15,7 @@
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/low_rank_rows.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/sealing.hpp>
@@ -31,6 +32,5 @@
 
 #if __has_include(<Eigen/Core>)
 #include <kvcache/attention/multi_head_attention.hpp>
-#include <kvcache/codec/low_rank.hpp>
 #include <kvcache/interop/eigen.hpp>
 #endif

@@ -101,7 +101,9 @@ TEMPLATE_TEST_CASE("numbers that are not ordinary are stored as the element type
   TestType source(shape);
   auto cache = source.make();
   auto model = model_of<TestType>(shape);
-  if (std::is_same_v<typename TestType::codec, codec::int8>) {
+  if (!(std::is_same_v<typename TestType::codec, codec::f32> ||
+        std::is_same_v<typename TestType::codec, codec::f16> ||
+        std::is_same_v<typename TestType::codec, codec::bf16>)) {
     REQUIRE(cache[0].try_append(k, v) == status::not_finite);
     REQUIRE_THROWS(cache[0].append(k, v));
   } else {
