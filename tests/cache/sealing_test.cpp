@@ -2,6 +2,7 @@
 // Caches whose newest tokens are exact: against a plain model, over random scripts, in every container.
 
 #include <kvcache/attention/attend.hpp>
+#include <kvcache/attention/dense_kv.hpp>
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
@@ -351,6 +352,54 @@ TEST_CASE("bytes count sealed blocks, ring and sinks", "[cache]") {
         heads * (sealed * stored{}.block_bytes(g) + 5 * exact_block) + 2 * 16 * small.head_dim * 4);
   CHECK(use.total == use.payload + use.slack);
   CHECK(use.shared == 0);
+}
+
+TEST_CASE("payload is never more than what the blocks have", "[cache]") {
+  test::random random;
+  for (const char* name : {"rotated3", "rotated2", "trellis3", "channel3", "balanced2,tail=5", "rotated4"}) {
+    for (const index_t head_dim : {1, 63, 66, 100}) {
+      for (const index_t block_size : {128, 256}) {
+        CAPTURE(name, head_dim, block_size);
+        const cache_shape shape{
+            .num_layers = 1, .num_kv_heads = 2, .head_dim = head_dim, .block_size = block_size};
+        kvcache::chunked_cache<kvcache::any_codec> cache(shape, kvcache::make_codec(name),
+                                                         {.blocks_per_chunk = 1});
+        const std::vector<float> rows = random.floats(block_size * 2 * head_dim);
+        for (int i = 0; i < 3; ++i) {
+          cache[0].append(rows, rows);
+          REQUIRE_NOTHROW(cache.check());
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("what a pool refuses leaves no tail behind", "[cache]") {
+  test::random random;
+  using stored = codec::exact_tail<codec::int8, 16>;
+  kvcache::page_pool<stored> pool(small, {.budget_bytes = 2 * small.num_layers * small.num_kv_heads *
+                                                          stored{}.block_bytes(kvcache::geometry_of(small))});
+  auto cache = pool.sequence();
+  const std::vector<float> rows = random.floats(100 * small.num_kv_heads * small.head_dim);
+  REQUIRE(cache[0].try_append(rows, rows) == status::out_of_pages);
+  CHECK(cache.bytes().total == 0);
+  CHECK(cache.reserve(100) == status::out_of_pages);
+  CHECK(cache.bytes().total == 0);
+  cache.check();
+}
+
+TEST_CASE("dense rows of a codec that seals are attended block by block", "[cache]") {
+  test::random random;
+  const index_t token = small.num_kv_heads * small.head_dim;
+  const std::vector<float> rows = random.floats(40 * token);
+  const std::vector<float> q = random.floats(2 * token);
+  std::vector<float> out(q.size());
+  std::vector<float> expected(q.size());
+  const kvcache::dense_kv<codec::channel<4>> dense(small, rows, rows);
+  const kvcache::dense_kv<codec::f32> exact(small, rows, rows);
+  attend(q, dense.layer(), out);
+  attend(q, exact.layer(), expected);
+  for (std::size_t i = 0; i < out.size(); ++i) CHECK(std::fabs(out[i] - expected[i]) < 0.3);
 }
 
 TEST_CASE("forks share sealed pages and own their tail", "[cache]") {

@@ -201,6 +201,11 @@ TEST_CASE("keys without their mean keep more of what differs between them", "[co
   };
   CHECK(error(centred) < error(codec::int8{}) / 30);
 
+  CHECK(kvcache::chunked_cache<codec::int8>(shape, centred).bytes().total == 2 * token * 4);
+  REQUIRE_THROWS_AS(
+      kvcache::chunked_cache<codec::int8>({.num_layers = 2, .num_kv_heads = 1, .head_dim = 40}, centred),
+      kvcache::shape_error);
+
   std::vector<float> means(static_cast<std::size_t>(2 * token), 1.0F);
   REQUIRE_NOTHROW(codec::key_means(shape, means));
   means[3] = std::numeric_limits<float>::infinity();

@@ -280,6 +280,10 @@ TEST_CASE("rotations by matrices: rows come back, what is not orthogonal is refu
     CHECK(relative_error(back.k, rows.k) < 0.03);
     CHECK(relative_error(back.v, rows.v) < 0.03);
   }
+  REQUIRE_NOTHROW(kvcache::validate(rotated, shape));
+  REQUIRE_THROWS_AS(kvcache::validate(rotated, {.num_layers = 1, .num_kv_heads = 2, .head_dim = dim}),
+                    kvcache::shape_error);
+  CHECK(kvcache::settings_bytes(rotated) == 2 * 2 * dim * dim * 4);
   matrices[7] += 0.1F;
   REQUIRE_THROWS_AS(codec::rotation_matrices(shape, matrices), kvcache::shape_error);
   matrices.pop_back();

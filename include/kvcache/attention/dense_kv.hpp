@@ -27,11 +27,13 @@ namespace kvcache::inline v0 {
 template <block_codec Codec = codec::f32>
 class dense_kv {
  public:
-  /// \param k,v  [tokens, num_kv_heads, head_dim]; what the codec has for each layer is that of layer 0
+  /// \param k,v  [tokens, num_kv_heads, head_dim]; what the codec has for each layer is that of layer 0,
+  ///             and exact tails and sinks are left out: every block is the codec's
   /// Throws shape_error, std::bad_alloc, and capacity_error if a lossy codec meets NaN or infinity.
   dense_kv(const cache_shape& shape, std::span<const float> k, std::span<const float> v, Codec codec = {})
       : shape_(shape), codec_(codec) {
     validate(shape_);
+    validate(codec_, shape_);
     const block_geometry g{shape.block_size, shape.head_dim};
     const index_t stride = shape.num_kv_heads * shape.head_dim;
     KVCACHE_ASSERT(k.size() == v.size() && static_cast<index_t>(k.size()) % stride == 0,

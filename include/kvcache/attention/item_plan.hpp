@@ -184,7 +184,8 @@ class item_plan {
                                options_->alibi_slopes,
                                options_->rope};
     span_blocks in{{blocks.data(), static_cast<std::size_t>(num_blocks + 1)}};
-    constexpr bool seals = sealing_codec<std::remove_cvref_t<decltype(item_->layer.codec())>>;
+    constexpr bool seals = requires { item_->layer.num_sealed(); }
+    &&sealing_codec<std::remove_cvref_t<decltype(item_->layer.codec())>>;
     if constexpr (seals) {
       in.first_exact = item_->layer.num_sealed() * shape_.block_size;
       in.sinks = item_->layer.sinks(head);

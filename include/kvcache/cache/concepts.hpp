@@ -20,7 +20,7 @@ namespace kvcache::inline v0 {
 /// Memory of the blocks of a sequence and of what its codec refers to, in bytes. `total == payload + slack`.
 struct memory_use {
   index_t total = 0;    ///< granted for blocks, whether used or not
-  index_t payload = 0;  ///< taken by tokens: tokens * heads * codec.token_bytes
+  index_t payload = 0;  ///< taken by tokens: tokens * heads * codec.token_bytes, exact ones in bf16
   index_t slack = 0;    ///< the rest: unused slots, reserved blocks, padding, the bases of low_rank
   index_t shared = 0;   ///< part of `total` that other sequences refer to as well, or may: bases
 
@@ -48,7 +48,7 @@ concept cache_layer = requires(const L& layer, index_t n) {
   { layer.size() } -> std::same_as<index_t>;
   { layer.block(n, n) } -> std::convertible_to<const std::byte*>;  // (head, block index)
   { layer.positions() } -> std::convertible_to<const position_map&>;
-};
+};  // and, where some blocks are exact whatever the codec: num_sealed(), sinks(head) as layer_ref has them
 
 /// One layer of one sequence that takes tokens: what `cache[layer]` gives, typed or any_cache.
 template <class L>

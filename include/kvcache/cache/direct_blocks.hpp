@@ -54,6 +54,16 @@ status for_each_piece(index_t block_size, index_t first, index_t count, Body bod
   return status::ok;
 }
 
+/// What `tokens` tokens of one head take in whole blocks and a part of one. No more than the blocks have: rows that
+/// are rounded up to bytes share them in a block.
+template <class Codec>
+index_t payload_bytes(const Codec& codec, const block_geometry& g, index_t tokens) noexcept {
+  const index_t block_bytes = codec.block_bytes(g);
+  const index_t token_bytes = codec.token_bytes(g);
+  return tokens / g.block_size * std::min(g.block_size * token_bytes, block_bytes) +
+         std::min(tokens % g.block_size * token_bytes, block_bytes);
+}
+
 template <block_codec Codec, block_storage Storage>
 class direct_blocks {
  public:
@@ -92,10 +102,11 @@ class direct_blocks {
     const block_geometry g = geometry();
     for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
       const auto& codec = codec_at(codec_, layer, head);
+      const bool is_padded = codec.block_bytes(g) != g.block_size * codec.token_bytes(g);
       const status s = for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
         std::byte* to = block(layer, head, piece.index);
-        // A block that starts out partly filled starts out zero: no bytes of its last owner stay behind.
-        if (piece.slot == 0 && piece.count < g.block_size)
+        // A block that starts out partly filled, or has padding, starts out zero: no bytes of its last owner stay behind.
+        if (piece.slot == 0 && (piece.count < g.block_size || is_padded))
           std::memset(to, 0, static_cast<std::size_t>(codec.block_bytes(g)));
         return codec.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
                             v.at(piece.done, head));
@@ -133,11 +144,11 @@ class direct_blocks {
                 std::span<const index_t> /*sizes*/) noexcept {}
 
   [[nodiscard]] memory_use bytes(std::span<const index_t> sizes) const noexcept {
-    index_t tokens = 0;
-    for (const index_t size : sizes) tokens += size;
+    index_t payload = 0;
+    for (const index_t size : sizes) payload += payload_bytes(codec_, geometry(), size);
+    payload *= shape_.num_kv_heads;
     const index_t settings = settings_bytes(codec_);
     const index_t total = storage_.total_bytes() + settings;
-    const index_t payload = tokens * shape_.num_kv_heads * codec_.token_bytes(geometry());
     return {total, payload, total - payload, storage_.shared_bytes() + settings};
   }
 

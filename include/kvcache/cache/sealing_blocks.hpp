@@ -6,9 +6,10 @@
 //            [sinks]  sealed          sealed |        exact (bf16)     |      s = blocks older than the newest tail_tokens
 //             codec, in the storage          |  ring of tail_blocks + 2, block i in place i % ring_blocks
 //
-// Sealed blocks may be shared between forks; ring and sinks belong to the sequence. A block that was just sealed is still in
-// the ring, so that giving up a step of up to block_size tokens, or truncating as far, brings back the exact tokens; further
-// back a block that is cut is decoded into the ring. A longer step keeps a copy of the ring.
+// Sealed blocks may be shared between forks. Ring and sinks belong to the sequence, which copies them to fork, keeps them for
+// its lifetime, and takes them from the storage's memory resource: they are no pages and no part of a pool's budget. A
+// block that was just sealed is still in the ring, so that giving up a step of up to block_size tokens, or truncating as far,
+// brings back the exact tokens; further back a block that is cut is decoded into the ring. A longer step keeps a copy.
 #pragma once
 
 #include <kvcache/block/order.hpp>
@@ -84,13 +85,14 @@ class sealing_blocks {
 
   [[nodiscard]] status prepare(index_t first, index_t last) {
     if (!seals_) return direct_.prepare(first, last);
-    if (const status s = allocate_tail(); s != status::ok) return s;
-    return storage().prepare_write(first_unsealed(), blocks_to_seal(last));
+    return with_tail([&] { return storage().prepare_write(first_unsealed(), blocks_to_seal(last)); });
   }
   [[nodiscard]] status reserve(index_t first, index_t last) {
     if (!seals_) return direct_.reserve(first, last);
-    if (const status s = allocate_tail(); s != status::ok) return s;
-    return storage().prepare_write(first_unsealed(), std::max(blocks_to_seal(last), storage().num_blocks()));
+    return with_tail([&] {
+      return storage().prepare_write(first_unsealed(),
+                                     std::max(blocks_to_seal(last), storage().num_blocks()));
+    });
   }
 
   /// As direct_blocks::write; refuses rows that are not finite, or not in bf16.
@@ -175,7 +177,7 @@ class sealing_blocks {
     for (index_t layer = 0; layer < shape().num_layers; ++layer) {
       const index_t sealed = state(layer).sealed * shape().block_size;
       const index_t exact = sizes[static_cast<std::size_t>(layer)] - sealed + (sealed > 0 ? num_sinks() : 0);
-      payload += sealed * codec().token_bytes(geometry()) + exact * exact_.token_bytes(geometry());
+      payload += payload_bytes(codec(), geometry(), sealed) + exact * exact_.token_bytes(geometry());
     }
     payload *= shape().num_kv_heads;
     const index_t settings = settings_bytes(codec());
@@ -298,6 +300,16 @@ class sealing_blocks {
       return status::out_of_memory;
     }
     return status::ok;
+  }
+
+  /// Allocates the tail, if there is none, and prepares the storage; neither where one of them fails.
+  template <class Prepare>
+  [[nodiscard]] status with_tail(Prepare prepare_storage) {
+    const bool is_new = tail_.data() == nullptr;
+    if (const status s = allocate_tail(); s != status::ok) return s;
+    const status s = prepare_storage();
+    if (s != status::ok && is_new) tail_ = {};
+    return s;
   }
 
   /// Finite, also once it is rounded to bf16.

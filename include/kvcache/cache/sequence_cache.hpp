@@ -171,7 +171,8 @@ class sequence_cache {
 
   // -- steps ----------------------------------------------------------------------------------------------------
 
-  /// Begins a step in which each layer may append up to `num_tokens` tokens; see cache_step.
+  /// Begins a step in which each layer may append up to `num_tokens` tokens; see cache_step. Where a codec keeps a tail, more
+  /// than that may come back from a rollback as the codec stored it.
   /// Room is set aside first, so that those appends cannot run out, unless the sequence is forked meanwhile. Throws capacity_error, then nothing changed.
   step begin(index_t num_tokens) {
     if (const status s = begin_step(num_tokens); s != status::ok) throw capacity_error("begin", s);

@@ -24,7 +24,7 @@ namespace kvcache::inline v0 {
 /// `encode` writes slots [first, first + count) from float rows and touches no other slot; on any status but
 /// `ok` nothing was written. A codec that `needs_whole_blocks` is asked once for each block, for its last slots.
 ///
-/// Attention calls `prepare` once for many blocks: it makes query rows ready, in `prepared_floats(geometry)` floats each,
+/// Attention calls `prepare` once for many blocks: it makes query rows ready, in `prepared_floats(geometry)` floats each, a multiple of 16,
 /// or returns the rows themselves where nothing has to be done. `scores` and `accumulate` are those of
 /// kernel::element_kernels, for this encoding; the last argument is the block that will be read next, or null. Where
 /// `turns_sums` holds, sums are in coordinates of the codec's own until `finish` turns them back, once for many blocks.

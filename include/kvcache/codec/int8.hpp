@@ -64,6 +64,11 @@ struct int8_keys : plain_side {
   [[nodiscard]] int8_keys at(index_t layer, index_t head) const {
     return {{}, means, means ? means->at(layer, head) : nullptr};
   }
+  void validate(const cache_shape& shape) const {
+    if (means) means->validate(shape);
+  }
+  [[nodiscard]] index_t settings_bytes() const noexcept { return means ? means->bytes() : 0; }
+
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return scales_offset(g) + scales_bytes(g);
   }

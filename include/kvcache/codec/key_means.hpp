@@ -48,6 +48,16 @@ class key_means {
     return {shape, std::move(means)};
   }
 
+  /// Throws shape_error where a cache has other layers, heads or dims.
+  void validate(const cache_shape& shape) const {
+    if (shape.num_layers != shape_.num_layers || shape.num_kv_heads != shape_.num_kv_heads ||
+        shape.head_dim != shape_.head_dim)
+      throw shape_error("kvcache: the key means are for another number of layers, heads or dims");
+  }
+  [[nodiscard]] index_t bytes() const noexcept {
+    return static_cast<index_t>(means_.size()) * index_t{sizeof(float)};
+  }
+
   /// [head_dim]
   [[nodiscard]] const float* at(index_t layer, index_t head) const noexcept {
     return means_.data() + (layer * shape_.num_kv_heads + head) * shape_.head_dim;

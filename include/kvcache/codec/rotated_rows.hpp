@@ -38,6 +38,14 @@ struct rotated_rows : plain_side {
 
   codec::rotation rotation = {};
 
+  void validate(const cache_shape& shape) const {
+    if (rotation.matrices) rotation.matrices->validate(shape);
+  }
+  /// Bytes of the matrices; those that keys and values share count for both.
+  [[nodiscard]] index_t settings_bytes() const noexcept {
+    return rotation.matrices ? rotation.matrices->bytes() : 0;
+  }
+
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return codes::section_bytes(g) + scales_bytes(g);
   }

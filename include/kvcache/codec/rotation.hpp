@@ -44,6 +44,16 @@ class rotation_matrices {
     }
   }
 
+  /// Throws shape_error where a cache has other layers, heads or dims.
+  void validate(const cache_shape& shape) const {
+    if (shape.num_layers != shape_.num_layers || shape.num_kv_heads != shape_.num_kv_heads ||
+        shape.head_dim != shape_.head_dim)
+      throw shape_error("kvcache: the rotations are for another number of layers, heads or dims");
+  }
+  [[nodiscard]] index_t bytes() const noexcept {
+    return static_cast<index_t>(matrices_.size()) * index_t{sizeof(float)};
+  }
+
   [[nodiscard]] const float* at(index_t layer, index_t head) const noexcept {
     const index_t dim = shape_.head_dim;
     return matrices_.data() + (layer * shape_.num_kv_heads + head) * dim * dim;
