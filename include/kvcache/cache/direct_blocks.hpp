@@ -130,10 +130,9 @@ class direct_blocks {
     }
   }
 
-  /// The layers have `sizes` tokens now; blocks past the longest, and past `keep_blocks`, are given back.
-  void truncate(const kernel::table& /*kernels*/, std::span<const index_t> sizes,
-                index_t keep_blocks = 0) noexcept {
-    storage_.shrink(std::max(blocks_for(longest(sizes)), keep_blocks));
+  /// The layers have `sizes` tokens now; blocks past the longest are given back.
+  void truncate(const kernel::table& /*kernels*/, std::span<const index_t> sizes) noexcept {
+    storage_.shrink(blocks_needed(sizes));
   }
   [[nodiscard]] index_t blocks_needed(std::span<const index_t> sizes) const noexcept {
     return blocks_for(longest(sizes));

@@ -48,14 +48,12 @@ void append_tokens(const From& from, To& to, index_t first, index_t last) {
 /// Throws capacity_error if `to` has no room, or refuses a row that is not finite; std::bad_alloc.
 template <class From, class To>
 [[nodiscard]] To recoded(const From& from, To to) {
-  cache_shape expected = from.shape();
-  expected.block_size = to.shape().block_size;
-  if (to.shape() != expected)
+  if (!same_heads(from.shape(), to.shape()))
     throw shape_error("kvcache: recoded needs a cache of the same layers, heads and dims");
   KVCACHE_ASSERT(to.size() == 0, "recoded: the cache to fill must be empty");
   const std::span<const position_segment> segments = from.positions().segments();
   index_t longest = 0;
-  for (index_t layer = 0; layer < expected.num_layers; ++layer)
+  for (index_t layer = 0; layer < to.shape().num_layers; ++layer)
     longest = std::max(longest, from[layer].size());
   for (std::size_t i = 0; i < segments.size(); ++i) {
     const position_segment& s = segments[i];

@@ -70,7 +70,7 @@ class sealing_blocks {
   }
   /// Tokens of a sealed first block that are exact all the same, in a block of their own.
   [[nodiscard]] index_t num_sinks() const noexcept { return seals_ ? codec().sink_tokens : 0; }
-  [[nodiscard]] const std::byte* sinks(index_t layer, index_t head) const noexcept {
+  [[nodiscard]] std::byte* sinks(index_t layer, index_t head) const noexcept {
     return region(layer, head) + ring_blocks_ * exact_bytes_;
   }
   [[nodiscard]] block_geometry sink_geometry() const noexcept {
@@ -131,12 +131,11 @@ class sealing_blocks {
     }
   }
 
-  void truncate(const kernel::table& kernels, std::span<const index_t> sizes,
-                index_t keep_blocks = 0) noexcept {
-    if (!seals_) return direct_.truncate(kernels, sizes, keep_blocks);
+  void truncate(const kernel::table& kernels, std::span<const index_t> sizes) noexcept {
+    if (!seals_) return direct_.truncate(kernels, sizes);
     for (index_t layer = 0; layer < shape().num_layers; ++layer)
       unseal(kernels, layer, sizes[static_cast<std::size_t>(layer)]);
-    storage().shrink(std::max(blocks_needed(sizes), keep_blocks));
+    storage().shrink(blocks_needed(sizes));
   }
   [[nodiscard]] index_t blocks_needed(std::span<const index_t> sizes) const noexcept {
     if (!seals_) return direct_.blocks_needed(sizes);
@@ -327,7 +326,7 @@ class sealing_blocks {
         exact_.decode(kernels, g, exact_block(layer, head, index), 0, g.block_size, k, v);
         const index_t skipped = index == 0 ? num_sinks() : 0;
         if (skipped > 0)
-          (void)exact_.encode(kernels, sink_geometry(), sink_block(layer, head), 0, skipped, constant(k),
+          (void)exact_.encode(kernels, sink_geometry(), sinks(layer, head), 0, skipped, constant(k),
                               constant(v));
         if (skipped == g.block_size) continue;
         std::byte* to = direct_.block(layer, head, index);
@@ -357,10 +356,6 @@ class sealing_blocks {
     }
     s.sealed = cut_block;
     s.first_in_ring = cut_block;
-  }
-
-  [[nodiscard]] std::byte* sink_block(index_t layer, index_t head) noexcept {
-    return region(layer, head) + ring_blocks_ * exact_bytes_;
   }
 
   void read_piece(const kernel::table& kernels, index_t layer, index_t head, const block_piece& piece,

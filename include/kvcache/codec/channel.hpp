@@ -47,12 +47,6 @@ struct channel_traits {
   static constexpr const std::int8_t* levels() noexcept { return all_levels.data(); }
 };
 
-/// The smallest bfloat16 that is not below x. \pre x >= 0, finite
-inline bfloat16 bfloat16_not_below(float x) noexcept {
-  return to_finite_bfloat16(
-      to_float(bfloat16{static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(x) + 0xffffU) >> 16U)}));
-}
-
 }  // namespace detail
 
 template <int Bits>
@@ -102,7 +96,7 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
     middle = to_float(offset);
     const float above = (largest - middle) / static_cast<float>(traits::below - 1);
     const float below = (middle - least) / static_cast<float>(traits::below);
-    const bfloat16 step = detail::bfloat16_not_below(std::max({above, below, 0.0F}));
+    const bfloat16 step = bfloat16_not_below(std::max({above, below, 0.0F}));
     inverse_step = step.bits == 0 ? 0.0F : 1.0F / to_float(step);
     if (!std::isfinite(inverse_step)) inverse_step = 0.0F;  // steps below 2^-127 are nothing
     base::rows::set_channel(g, section, dim, step, offset);

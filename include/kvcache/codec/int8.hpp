@@ -12,6 +12,7 @@
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/key_means.hpp>
+#include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/codec/sides.hpp>
 #include <kvcache/core/checked.hpp>
@@ -23,7 +24,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -35,26 +35,51 @@ namespace kvcache::inline v0::codec {
 
 namespace detail {
 
-/// largest / 127, rounded up.
-inline bfloat16 byte_scale(float largest) noexcept {
-  return {static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(largest / 127.0F) + 0xffffU) >> 16)};
-}
-
 /// A row as bytes, zeros up to the next multiple of four, and its scale.
 struct byte_row {
   std::array<std::int8_t, max_head_dim + 4> bytes;
   bfloat16 scale;
 
   byte_row(const kernel::table& kernels, const float* row, index_t head_dim)
-      : scale(byte_scale(kernels.int8.largest(row, head_dim))) {
+      : scale(bfloat16_not_below(kernels.int8.largest(row, head_dim) / 127.0F)) {
     std::memset(&bytes[static_cast<std::size_t>(head_dim)], 0, 4);
     kernels.int8.quantize(row, head_dim, to_float(scale), bytes.data());
   }
 };
 
+/// What keys and values have in common. \tparam Order  keys_in_order or values_in_order
+template <class Order>
+struct int8_rows : plain_side {
+  [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
+    return scales_offset(g) + scales_bytes(g);
+  }
+  [[nodiscard]] static constexpr index_t row_bytes(const block_geometry& g) noexcept {
+    return g.head_dim + index_t{sizeof(bfloat16)};
+  }
+  static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
+                        const_rows rows) {
+    return finite_rows(kernels, g, count, rows);
+  }
+  static void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
+                     index_t first, index_t count, mutable_rows rows) {
+    const auto* bytes = reinterpret_cast<const std::int8_t*>(section);
+    for (index_t t = first; t < first + count; ++t) {
+      const float scale = to_float(scales(section + scales_offset(g))[t]);
+      float* row = rows.row(t - first);
+      for (index_t d = 0; d < g.head_dim; ++d)
+        row[d] = scale * static_cast<float>(bytes[Order::index(g, t, d)]);
+    }
+  }
+
+ protected:
+  static constexpr index_t scales_offset(const block_geometry& g) noexcept {
+    return round_up(Order::size(g), block_alignment);
+  }
+};
+
 }  // namespace detail
 
-struct int8_keys : plain_side {
+struct int8_keys : detail::int8_rows<detail::keys_in_order> {
   using order = block_order<std::int8_t>;
 
   std::shared_ptr<const key_means> means =
@@ -69,16 +94,6 @@ struct int8_keys : plain_side {
   }
   [[nodiscard]] index_t settings_bytes() const noexcept { return means ? means->bytes() : 0; }
 
-  [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
-    return scales_offset(g) + scales_bytes(g);
-  }
-  [[nodiscard]] static constexpr index_t row_bytes(const block_geometry& g) noexcept {
-    return g.head_dim + index_t{sizeof(bfloat16)};
-  }
-  static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
-                        const_rows rows) {
-    return finite_rows(kernels, g, count, rows);
-  }
   void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
               index_t count, const_rows rows) const {
     auto* keys = reinterpret_cast<std::int8_t*>(section);
@@ -95,15 +110,11 @@ struct int8_keys : plain_side {
         std::memcpy(keys + order::key_index(g, t, d), &row.bytes[static_cast<std::size_t>(d)], order::pack);
     }
   }
-  void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
-              index_t first, index_t count, mutable_rows rows) const {
-    const auto* keys = reinterpret_cast<const std::int8_t*>(section);
-    for (index_t t = first; t < first + count; ++t) {
-      const float scale = to_float(scales(section + scales_offset(g))[t]);
-      float* row = rows.row(t - first);
-      for (index_t d = 0; d < g.head_dim; ++d)
-        row[d] =
-            scale * static_cast<float>(keys[order::key_index(g, t, d)]) + (mean == nullptr ? 0.0F : mean[d]);
+  void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t first,
+              index_t count, mutable_rows rows) const {
+    int8_rows::decode(kernels, g, section, first, count, rows);
+    for (index_t t = 0; mean != nullptr && t < count; ++t) {
+      for (index_t d = 0; d < g.head_dim; ++d) rows.row(t)[d] += mean[d];
     }
   }
 
@@ -133,24 +144,11 @@ struct int8_keys : plain_side {
   static Float* constants(const block_geometry& g, Float* prepared, index_t num_rows) noexcept {
     return prepared + num_rows * kernel::prepared_query_floats(g.head_dim);
   }
-  static constexpr index_t scales_offset(const block_geometry& g) noexcept {
-    return round_up(order::key_size(g), block_alignment);
-  }
 };
 
-struct int8_values : plain_side {
+struct int8_values : detail::int8_rows<detail::values_in_order> {
   using order = block_order<std::int8_t>;
 
-  [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
-    return scales_offset(g) + scales_bytes(g);
-  }
-  [[nodiscard]] static constexpr index_t row_bytes(const block_geometry& g) noexcept {
-    return g.head_dim + index_t{sizeof(bfloat16)};
-  }
-  static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
-                        const_rows rows) {
-    return finite_rows(kernels, g, count, rows);
-  }
   static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
                      index_t count, const_rows rows) {
     auto* values = reinterpret_cast<std::int8_t*>(section);
@@ -161,26 +159,11 @@ struct int8_values : plain_side {
       for (index_t d = 0; d < g.head_dim; ++d) to[d * order::pack] = row.bytes[static_cast<std::size_t>(d)];
     }
   }
-  static void decode(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
-                     index_t first, index_t count, mutable_rows rows) {
-    const auto* values = reinterpret_cast<const std::int8_t*>(section);
-    for (index_t t = first; t < first + count; ++t) {
-      const float scale = to_float(scales(section + scales_offset(g))[t]);
-      float* row = rows.row(t - first);
-      for (index_t d = 0; d < g.head_dim; ++d)
-        row[d] = scale * static_cast<float>(values[order::value_index(g, t, d)]);
-    }
-  }
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                          index_t count, const float* weights, index_t num_rows, float* sums,
                          const std::byte* next) {
     kernels.int8.accumulate(g, section, scales(section + scales_offset(g)), count, weights, num_rows, sums,
                             next);
-  }
-
- private:
-  static constexpr index_t scales_offset(const block_geometry& g) noexcept {
-    return round_up(order::value_size(g), block_alignment);
   }
 };
 

@@ -50,8 +50,7 @@ class key_means {
 
   /// Throws shape_error where a cache has other layers, heads or dims.
   void validate(const cache_shape& shape) const {
-    if (shape.num_layers != shape_.num_layers || shape.num_kv_heads != shape_.num_kv_heads ||
-        shape.head_dim != shape_.head_dim)
+    if (!same_heads(shape, shape_))
       throw shape_error("kvcache: the key means are for another number of layers, heads or dims");
   }
   [[nodiscard]] index_t bytes() const noexcept {

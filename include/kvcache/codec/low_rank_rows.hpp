@@ -128,9 +128,7 @@ struct low_rank_rows : plain_side {
   /// Throws shape_error where there are no bases, or those of another model.
   void validate(const cache_shape& shape) const {
     if (bases == nullptr) throw shape_error("kvcache: low_rank needs bases; see low_rank_bases::fit");
-    cache_shape fitted = bases->shape();
-    fitted.block_size = shape.block_size;
-    if (fitted != shape)
+    if (!same_heads(bases->shape(), shape))
       throw shape_error("kvcache: the bases of low_rank are for another number of layers, heads or dims");
   }
 

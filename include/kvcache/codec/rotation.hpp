@@ -46,8 +46,7 @@ class rotation_matrices {
 
   /// Throws shape_error where a cache has other layers, heads or dims.
   void validate(const cache_shape& shape) const {
-    if (shape.num_layers != shape_.num_layers || shape.num_kv_heads != shape_.num_kv_heads ||
-        shape.head_dim != shape_.head_dim)
+    if (!same_heads(shape, shape_))
       throw shape_error("kvcache: the rotations are for another number of layers, heads or dims");
   }
   [[nodiscard]] index_t bytes() const noexcept {

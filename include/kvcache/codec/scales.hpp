@@ -47,6 +47,12 @@ inline bfloat16 to_finite_bfloat16(float x) noexcept {
   return from_float<bfloat16>(std::clamp(x, -largest, largest));
 }
 
+/// The smallest bfloat16 that is not below x, the largest finite one instead of infinity. \pre x >= 0, finite
+inline bfloat16 bfloat16_not_below(float x) noexcept {
+  return to_finite_bfloat16(
+      to_float(bfloat16{static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(x) + 0xffffU) >> 16U)}));
+}
+
 /// A power of two that brings a row's largest magnitude into [1, 4), or leaves it below 1 if it is denormal: then
 /// what follows can neither overflow nor lose precision. `inverse` is 1 / unit.
 struct unit_range {

@@ -19,6 +19,11 @@ struct cache_shape {
   friend bool operator==(const cache_shape&, const cache_shape&) = default;
 };
 
+/// Whether what one layer and head has fits the other shape: all but the block size.
+constexpr bool same_heads(const cache_shape& a, const cache_shape& b) noexcept {
+  return a.num_layers == b.num_layers && a.num_kv_heads == b.num_kv_heads && a.head_dim == b.head_dim;
+}
+
 inline constexpr index_t max_head_dim = 512;
 inline constexpr index_t max_block_size = 256;
 
