@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT
-// Which instruction sets there are, and which one to use. A new one is one header and one line in `tables`.
+// Which instruction sets there are, and which one to use.
+//
+// The kernels take a compiler about ten seconds in every source file that attends. A program of many files may define
+// KVCACHE_SEPARATE_KERNELS for all of them and include kernel/tables.hpp in one: only that one compiles the kernels. Nothing
+// else depends on the macro.
 #pragma once
 
-#include <kvcache/kernel/amx.hpp>
-#include <kvcache/kernel/avx2.hpp>
-#include <kvcache/kernel/avx512.hpp>
-#include <kvcache/kernel/neon.hpp>
-#include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/table.hpp>
+#ifndef KVCACHE_SEPARATE_KERNELS
+#include <kvcache/kernel/tables.hpp>
+#endif
 
 #include <array>
 #include <cstdlib>
@@ -36,34 +38,17 @@ constexpr std::string_view to_string(isa level) noexcept {
 
 namespace detail {
 
-struct entry {
-  const table* kernels;
-  bool (*runs_here)();
-};
-
-/// Best last.
-// clang-format off
-inline constexpr std::array tables = {
-    entry{&portable::kernels, [] { return true; }},
-#if defined(__x86_64__)
-    entry{&avx2::kernels, avx2::runs_here},
-    entry{&avx512::kernels, avx512::runs_here},
-#if defined(__linux__)
-    entry{&amx::kernels, amx::runs_here},
+#ifdef KVCACHE_SEPARATE_KERNELS
+/// All tables compiled into the program, best last; defined by kernel/tables.hpp.
+std::span<const entry> tables() noexcept;
 #endif
-#endif
-#if defined(__aarch64__)
-    entry{&neon::kernels, neon::runs_here},
-#endif
-};
-// clang-format on
 
 struct available_tables {
-  std::array<isa, tables.size()> levels{};
+  std::array<isa, max_tables> levels{};
   std::size_t count = 0;
 
   available_tables() noexcept {
-    for (const entry& e : tables) {
+    for (const entry& e : tables()) {
       if (e.runs_here()) levels[count++] = e.kernels->level;
     }
   }
@@ -79,7 +64,7 @@ inline std::span<const isa> available() noexcept {
 
 /// The table of one instruction set. Throws std::invalid_argument if this processor does not run it.
 inline const table& select(isa level) {
-  for (const detail::entry& e : detail::tables) {
+  for (const detail::entry& e : detail::tables()) {
     if (e.kernels->level == level && e.runs_here()) return *e.kernels;
   }
   throw std::invalid_argument("kvcache: this processor does not run the kernels for " +

@@ -215,4 +215,16 @@ constexpr const element_kernels& for_element(const table& t) noexcept {
   }
 }
 
+namespace detail {
+
+/// A table that was compiled, and whether this processor can run it.
+struct entry {
+  const table* kernels;
+  bool (*runs_here)();
+};
+
+inline constexpr std::size_t max_tables = 8;
+
+}  // namespace detail
+
 }  // namespace kvcache::inline v0::kernel
