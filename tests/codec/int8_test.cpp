@@ -4,6 +4,7 @@
 
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/core/memory.hpp>
+#include <kvcache/kernel/portable.hpp>
 
 #include <algorithm>
 #include <cmath>

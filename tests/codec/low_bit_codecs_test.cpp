@@ -6,6 +6,7 @@
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/trellis.hpp>
+#include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/select.hpp>
 
 #include "support/catch.hpp"

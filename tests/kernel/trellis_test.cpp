@@ -6,6 +6,8 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/codec/trellis_tables.hpp>
 #include <kvcache/core/half.hpp>
+#include <kvcache/kernel/avx512.hpp>
+#include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/select.hpp>
 
 #include <algorithm>
