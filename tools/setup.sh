@@ -4,7 +4,8 @@
 #
 #   kvcache_install PACKAGE...        installs what is missing of these Debian packages
 #   kvcache_toolchain                 checks the compiler and CMake, or says what is needed and stops
-#   kvcache_build NAME OPTION...      configures build/NAME with these CMake options when needed, and builds it
+#   kvcache_build NAME OPTION...      configures build/NAME with these CMake options when needed, and builds it, or of it
+#                                     the targets in the variable kvcache_targets
 #
 # Environment: CXX, CXXFLAGS and CMAKE_PREFIX_PATH as CMake understands them; KVCACHE_JOBS (default: processors);
 # KVCACHE_CMAKE_ARGS (further CMake options); KVCACHE_SETUP=0 (install nothing); CI=true (warnings are errors).
@@ -150,5 +151,6 @@ kvcache_build() {
     printf '%s' "$wanted" >"$stamp"
   fi
   kvcache_say "building build/$name"
-  cmake --build "$build" --parallel "$(kvcache_jobs)"
+  # shellcheck disable=SC2086 # a list of targets
+  cmake --build "$build" --parallel "$(kvcache_jobs)" ${kvcache_targets:+--target $kvcache_targets}
 }
