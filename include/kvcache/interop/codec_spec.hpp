@@ -31,7 +31,6 @@
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -82,9 +81,8 @@ class codec_spec_reader {
 
   codec::by_layer<any_codec> read_by_layer() {
     read_all();
-    if (codecs_.size() == 1) return codec::by_layer<any_codec>(codecs_.front());
-    codec::by_layer<any_codec> made(std::move(codecs_), std::move(of_layer_));
-    return made;
+    if (codecs_.size() == 1) of_layer_.clear();  // one for all
+    return {std::move(codecs_), std::move(of_layer_)};
   }
 
  private:
@@ -131,22 +129,28 @@ class codec_spec_reader {
     const std::string option = std::string(key) + "=" + std::string(value);
     const std::size_t colon = value.find(':');
     if (colon == std::string_view::npos)
-      refuse("'" + option + "' lacks a codec; there is first=2:int8, last=2:int8, layers=3-5:k+v");
+      refuse("'" + option +
+             "' lacks a codec; there is first=2:int8, last=2:int8, layers=3-5:channel4+rotated4");
     const any_codec codec = codec_or_pair(value.substr(colon + 1));
-    const std::string_view which = value.substr(0, colon);
-    const auto num_layers = static_cast<index_t>(of_layer_.size());
-    if (num_layers == 0) refuse("'" + option + "' is for caches, which have layers");
-    const std::size_t dash = key == "layers" ? which.find('-') : std::string_view::npos;
-    const index_t n = number_in(which.substr(0, dash), "a number of layers");
-    index_t begin = key == "layers" ? n : 0;
-    index_t end = key == "layers" ? n + 1 : n;
-    if (dash != std::string_view::npos) end = number_in(which.substr(dash + 1), "a number of layers") + 1;
-    if (end > num_layers || begin >= end)
-      throw shape_error("kvcache: '" + option + "' names layers that do not exist; there are " +
-                        std::to_string(num_layers) + ", from 0 on");
-    if (key == "last") std::tie(begin, end) = std::pair(num_layers - n, num_layers);
+    if (of_layer_.empty()) refuse("'" + option + "' is for caches, which have layers");
+    const auto [begin, end] = layers_in(key, value.substr(0, colon), option);
     std::fill(of_layer_.begin() + begin, of_layer_.begin() + end, static_cast<index_t>(codecs_.size()));
     codecs_.push_back(codec);
+  }
+
+  /// The layers [begin, end) that "first=2", "last=2", "layers=3" or "layers=3-5" is about.
+  [[nodiscard]] std::pair<index_t, index_t> layers_in(std::string_view key, std::string_view which,
+                                                      const std::string& option) const {
+    const auto num_layers = static_cast<index_t>(of_layer_.size());
+    const std::size_t dash = key == "layers" ? which.find('-') : std::string_view::npos;
+    const index_t n = number_in(which.substr(0, dash), "a number of layers");
+    const index_t to =
+        dash == std::string_view::npos ? n : number_in(which.substr(dash + 1), "a number of layers");
+    if (key == "layers" ? to >= num_layers || n > to : n > num_layers)
+      throw shape_error("kvcache: '" + option + "' names layers that do not exist; there are " +
+                        std::to_string(num_layers) + ", from 0 on");
+    if (key == "layers") return {n, to + 1};
+    return key == "first" ? std::pair(index_t{0}, n) : std::pair(num_layers - n, num_layers);
   }
 
   /// "int8", or keys and values, "channel4+rotated4".
