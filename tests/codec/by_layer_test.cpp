@@ -40,7 +40,8 @@ constexpr cache_shape small{.num_layers = 4, .num_kv_heads = 2, .head_dim = 20, 
 constexpr index_t row_size = 2 * 20;
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 /// Keys of all tokens of a layer, then values.
