@@ -7,14 +7,17 @@
 #include <kvcache/attention/reference.hpp>
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/attention/softmax_state.hpp>
+#include <kvcache/cache/block_layout.hpp>
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/recoded.hpp>
 #include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/low_rank_chooser.hpp>
 #include <kvcache/codec/low_rank_rows.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/rotated.hpp>

@@ -12,9 +12,11 @@
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
+#include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/rotated.hpp>
+#include <kvcache/interop/any_codec.hpp>
 
 #include "conformance/memory.hpp"
 #include "oracle/cache_oracle.hpp"
@@ -26,6 +28,8 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -35,6 +39,42 @@ using kvcache::cache_shape;
 using kvcache::index_t;
 using kvcache::kv_layout;
 using kvcache::status;
+
+/// Layers in turn of three codecs, whose blocks differ in size.
+struct three_codecs : kvcache::codec::by_layer<kvcache::any_codec> {
+  static constexpr std::string_view name = "by_layer";
+  static constexpr std::string_view names[] = {"int8", "bf16", "f32"};
+
+  three_codecs() = default;  // one codec everywhere; see codec_for
+  explicit three_codecs(const cache_shape& shape) : by_layer(codecs(), turns(shape.num_layers)) {}
+
+ private:
+  static std::vector<kvcache::any_codec> codecs() {
+    const auto codec_of = []<class Codec>(const Codec& codec) {
+      kvcache::any_codec any;
+      any.keys = kvcache::codec::any_keys::of(codec.keys);
+      any.values = kvcache::codec::any_values::of(codec.values);
+      return any;
+    };
+    return {codec_of(kvcache::codec::int8{}), codec_of(kvcache::codec::bf16{}),
+            codec_of(kvcache::codec::f32{})};
+  }
+  static std::vector<index_t> turns(index_t num_layers) {
+    std::vector<index_t> of_layer;
+    for (index_t layer = 0; layer < num_layers; ++layer) of_layer.push_back(layer % 3);
+    return of_layer;
+  }
+};
+
+/// What a source gives its caches: the codec as it is by default, unless that depends on the shape.
+template <class Codec>
+Codec codec_for(const cache_shape& shape) {
+  if constexpr (std::is_constructible_v<Codec, const cache_shape&>) {
+    return Codec(shape);
+  } else {
+    return {};
+  }
+}
 
 /// contiguous_cache as it is by default: addresses reserved from the system, growth in place.
 template <class Codec>
@@ -121,7 +161,7 @@ struct paged {
 
   explicit paged(const cache_shape& s, std::pmr::memory_resource* m = kvcache::huge_page_resource(),
                  index_t budget = 0)
-      : pool(s, {.budget_bytes = budget, .memory = m}) {}
+      : pool(s, {.budget_bytes = budget, .memory = m}, codec_for<Codec>(s)) {}
   [[nodiscard]] cache make() { return pool.sequence(); }
 
   kvcache::page_pool<Codec> pool;
@@ -135,7 +175,7 @@ namespace codec = kvcache::codec;
       contiguous_in_memory<codec::f32>, chunked<codec::f32>, chunked<codec::f16>, chunked<codec::bf16>,   \
       chunked_by_3<codec::bf16>, paged<codec::f32>, paged<codec::f16>, paged<codec::bf16>,                \
       contiguous<codec::int8>, chunked_by_3<codec::int8>, paged<codec::int8>,                             \
-      chunked_by_3<codec::rotated<3>>, paged<codec::rotated<4>>
+      chunked_by_3<codec::rotated<3>>, paged<codec::rotated<4>>, paged<three_codecs>
 // ... each container once, where the codec cannot matter ...
 #define ALL_CONTAINERS                                                                      \
   contiguous<codec::bf16>, contiguous_small<codec::f16>, contiguous_in_memory<codec::bf16>, \
@@ -169,13 +209,32 @@ oracle::cache model_with(const cache_shape& shape, const Codec& codec, std::stri
   if (name == "f32" || name == "f16" || name == "bf16" || name == "int8")
     return {shape.num_layers, shape.num_kv_heads, shape.head_dim, name};
   return {shape.num_layers, shape.num_kv_heads, shape.head_dim,
-          [codec, dim = shape.head_dim](std::vector<float> rows, bool keys) {
+          [codec, dim = shape.head_dim](std::vector<float> rows, bool keys, index_t) {
             return stored_through(codec, std::move(rows), dim, keys);
           }};
 }
 template <class Source>
 oracle::cache model_of(const cache_shape& shape) {
-  return model_with(shape, typename Source::codec{}, Source::codec::name);
+  if constexpr (std::is_same_v<typename Source::codec, three_codecs>) {
+    return {shape.num_layers, shape.num_kv_heads, shape.head_dim,
+            [dim = shape.head_dim](std::vector<float> rows, bool, index_t layer) {
+              return oracle::stored_rows(std::move(rows), dim, three_codecs::names[layer % 3]);
+            }};
+  } else {
+    return model_with(shape, typename Source::codec{}, Source::codec::name);
+  }
+}
+
+/// Bytes that a token takes in all layers, keys and values, by the model.
+template <class Source>
+index_t token_bytes_of(const cache_shape& shape) {
+  index_t bytes = 0;
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    const bool in_turn = std::is_same_v<typename Source::codec, three_codecs>;
+    const auto name = in_turn ? three_codecs::names[layer % 3] : Source::codec::name;
+    bytes += 2 * shape.num_kv_heads * oracle::row_bytes(shape.head_dim, name);
+  }
+  return bytes;
 }
 
 inline std::vector<float> random_rows(test::random& random, const cache_shape& shape, index_t tokens) {

@@ -153,8 +153,9 @@ TEMPLATE_TEST_CASE("a block decodes to its tokens through the codec alone", "[co
       for (const auto view : cache[layer].blocks(head)) {
         std::vector<float> k(static_cast<std::size_t>(view.count * small.head_dim));
         std::vector<float> v(k.size());
-        cache.codec().decode(kvcache::kernel::best(), geometry, view.data, 0, view.count,
-                             {k.data(), small.head_dim}, {v.data(), small.head_dim});
+        kvcache::codec_at(cache.codec(), layer, head)
+            .decode(kvcache::kernel::best(), geometry, view.data, 0, view.count, {k.data(), small.head_dim},
+                    {v.data(), small.head_dim});
         const auto all_k = model.keys(layer, view.first_token, view.count, true);
         const auto all_v = model.values(layer, view.first_token, view.count, true);
         const auto from = head * view.count * small.head_dim;
@@ -232,8 +233,7 @@ TEMPLATE_TEST_CASE("bytes are payload and slack, and payload is the formula", "[
     TestType source(shape);
     auto cache = source.make();
     auto model = model_of<TestType>(shape);
-    const index_t formula =
-        2 * shape.num_layers * shape.num_kv_heads * oracle::row_bytes(head_dim, TestType::codec::name);
+    const index_t formula = token_bytes_of<TestType>(shape);
     REQUIRE(kvcache::bytes_per_token(shape, cache.codec()) == formula);
     for (const index_t tokens : {1, 14, 1, 1, 40}) {
       append(cache, model, tokens, random);

@@ -68,8 +68,8 @@ inline std::vector<float> stored_rows(std::vector<float> rows, std::ptrdiff_t he
 
 class cache {
  public:
-  /// What reading rows back gives, [n, head_dim]; keys if the flag is set.
-  using narrow_rows = std::function<std::vector<float>(std::vector<float>, bool)>;
+  /// What reading rows of a layer back gives, [n, head_dim]; keys if the flag is set.
+  using narrow_rows = std::function<std::vector<float>(std::vector<float>, bool, std::ptrdiff_t)>;
 
   struct row {
     std::vector<float> k;  // [num_kv_heads, head_dim], narrowed
@@ -80,7 +80,7 @@ class cache {
   cache(std::ptrdiff_t num_layers, std::ptrdiff_t num_kv_heads, std::ptrdiff_t head_dim,
         std::string_view codec)
       : cache(num_layers, num_kv_heads, head_dim,
-              [name = std::string(codec), head_dim](std::vector<float> rows, bool) {
+              [name = std::string(codec), head_dim](std::vector<float> rows, bool, std::ptrdiff_t) {
                 return stored_rows(std::move(rows), head_dim, name);
               }) {}
 
@@ -96,7 +96,7 @@ class cache {
     for (std::size_t first = 0; first < k.size(); first += width) {
       const auto narrowed = [&](const std::vector<float>& x, bool keys) {
         const auto begin = x.begin() + static_cast<std::ptrdiff_t>(first);
-        return narrow_({begin, begin + static_cast<std::ptrdiff_t>(width)}, keys);
+        return narrow_({begin, begin + static_cast<std::ptrdiff_t>(width)}, keys, layer);
       };
       rows(layer).push_back({narrowed(k, true), narrowed(v, false)});
     }

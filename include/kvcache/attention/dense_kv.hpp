@@ -40,7 +40,7 @@ class dense_kv {
                    "dense_kv: keys and values must hold the same whole number of tokens");
     size_ = static_cast<index_t>(k.size()) / stride;
     num_blocks_ = ceil_div(size_, g.block_size);
-    block_bytes_ = codec_.block_bytes(g);
+    block_bytes_ = block_bytes_at(codec_, 0, g);
     const index_t bytes = checked_mul(num_blocks_, shape.num_kv_heads, block_bytes_);
     if (bytes == 0) return;
     memory_ = memory_block(bytes, huge_page_resource());

@@ -7,6 +7,7 @@
 //   | ...                             |  | ...                              |
 #pragma once
 
+#include <kvcache/cache/block_layout.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/sequence_cache.hpp>
 #include <kvcache/codec/exact.hpp>
@@ -35,10 +36,10 @@ class chunked_storage {
   using options = chunked_options;
 
   /// No memory yet. Throws shape_error if blocks_per_chunk is not positive or a chunk's size overflows.
-  chunked_storage(const cache_shape& shape, index_t block_bytes, const chunked_options& settings)
-      : shape_(shape), block_bytes_(block_bytes), options_(settings) {
+  chunked_storage(const block_layout& layout, const chunked_options& settings)
+      : layout_(layout), options_(settings) {
     if (settings.blocks_per_chunk < 1) throw shape_error("kvcache: blocks_per_chunk must be at least 1");
-    chunk_bytes_ = checked_mul(shape.num_layers, shape.num_kv_heads, settings.blocks_per_chunk, block_bytes);
+    chunk_bytes_ = checked_mul(settings.blocks_per_chunk, layout.page_bytes());
   }
 
   /// Adds chunks until there are `last` blocks.
@@ -64,8 +65,7 @@ class chunked_storage {
 
   [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
     const index_t n = options_.blocks_per_chunk;
-    const index_t within = (layer * shape_.num_kv_heads + head) * n + index % n;
-    return chunks_[static_cast<std::size_t>(index / n)].data() + within * block_bytes_;
+    return chunks_[static_cast<std::size_t>(index / n)].data() + layout_.offset(n, layer, head, index % n);
   }
   [[nodiscard]] index_t num_blocks() const noexcept {
     return static_cast<index_t>(chunks_.size()) * options_.blocks_per_chunk;
@@ -75,7 +75,7 @@ class chunked_storage {
   }
   [[nodiscard]] index_t shared_bytes() const noexcept { return 0; }
   [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return options_.memory; }
-  [[nodiscard]] chunked_storage empty_like() const { return {shape_, block_bytes_, options_}; }
+  [[nodiscard]] chunked_storage empty_like() const { return {layout_, options_}; }
 
   void check() const {
     for (const memory_block& chunk : chunks_) {
@@ -85,8 +85,7 @@ class chunked_storage {
   }
 
  private:
-  cache_shape shape_;
-  index_t block_bytes_;
+  block_layout layout_;
   chunked_options options_;
   index_t chunk_bytes_ = 0;
   std::vector<memory_block> chunks_;

@@ -31,7 +31,10 @@ struct memory_use {
 /// For exact codecs 2 * num_layers * num_kv_heads * head_dim * bytes per element.
 template <block_codec Codec>
 index_t bytes_per_token(const cache_shape& shape, const Codec& codec = {}) {
-  return checked_mul(shape.num_layers, shape.num_kv_heads, codec.token_bytes(geometry_of(shape)));
+  index_t bytes = 0;
+  for (index_t layer = 0; layer < shape.num_layers; ++layer)
+    bytes = checked_add(bytes, token_bytes_at(codec, layer, geometry_of(shape)));
+  return checked_mul(shape.num_kv_heads, bytes);
 }
 
 /// Order of the axes where rows are handed out.

@@ -5,11 +5,14 @@
 //            | layer 0, head 1: block 0 | block 1 | ... | room to grow |     block = base + region * stride
 //            | ...                                                     |                       + index * block_bytes
 //
+// Every region is as many blocks long, and as many bytes as those take in its layer.
+//
 // Addresses for `max_tokens` are reserved at the start and memory is granted as tokens come, so growing copies
 // nothing. Beyond max_tokens, or where the system cannot reserve or grant, or a memory resource is given, or there
 // are more than 4096 regions, growth doubles and copies (amortised O(1) per token).
 #pragma once
 
+#include <kvcache/cache/block_layout.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/sequence_cache.hpp>
 #include <kvcache/codec/exact.hpp>
@@ -25,6 +28,7 @@
 #include <cstring>
 #include <memory_resource>
 #include <new>
+#include <numeric>
 #include <utility>
 
 namespace kvcache::inline v0 {
@@ -42,10 +46,10 @@ class contiguous_storage {
   using options = contiguous_options;
 
   /// No memory yet. Throws shape_error if the sizes overflow or max_tokens is negative.
-  contiguous_storage(const cache_shape& shape, index_t block_bytes, const contiguous_options& settings)
-      : shape_(shape), block_bytes_(block_bytes), options_(settings) {
-    reserved_blocks_ = ceil_div(checked_add(settings.max_tokens, 0), shape.block_size);
-    (void)checked_mul(num_regions(), block_bytes_, std::max(reserved_blocks_, index_t{1}));
+  contiguous_storage(const block_layout& layout, const contiguous_options& settings)
+      : layout_(layout), options_(settings) {
+    reserved_blocks_ = ceil_div(checked_add(settings.max_tokens, 0), layout.shape().block_size);
+    (void)checked_mul(layout.page_bytes(), std::max(reserved_blocks_, index_t{1}));
   }
 
   contiguous_storage(contiguous_storage&&) noexcept = default;
@@ -70,45 +74,76 @@ class contiguous_storage {
   void shrink_to_fit(index_t num_blocks) noexcept {
     if (num_blocks >= num_blocks_) return;
     if (space_) {
-      const index_t kept = granted_bytes(num_blocks);
-      for (index_t region = 0; region < num_regions(); ++region)
-        space_.revoke(region * stride_bytes_ + kept, region * stride_bytes_ + granted_bytes(num_blocks_));
+      (void)for_each_region([&](index_t layer, index_t start) {
+        space_.revoke(start + granted_bytes(layer, num_blocks), start + granted_bytes(layer, num_blocks_));
+        return true;
+      });
       num_blocks_ = num_blocks;
     } else {
       try {
         num_blocks_ = num_blocks;
         (void)reallocate(num_blocks);
       } catch (const std::bad_alloc&) {
-        num_blocks_ = memory_.size() / (block_bytes_ * num_regions());  // as it was
+        num_blocks_ = memory_.size() / layout_.page_bytes();  // as it was
       }
     }
   }
 
   [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
-    return base_ + (layer * shape_.num_kv_heads + head) * stride_bytes_ + index * block_bytes_;
+    return base_ + layout_.offset(region_blocks_, layer, head, index);
   }
   /// Blocks there is memory for, per layer and head.
   [[nodiscard]] index_t num_blocks() const noexcept { return num_blocks_; }
-  [[nodiscard]] index_t total_bytes() const noexcept { return num_regions() * granted_bytes(num_blocks_); }
+  [[nodiscard]] index_t total_bytes() const noexcept {
+    index_t bytes = 0;
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) bytes += granted_bytes(layer, num_blocks_);
+    return shape().num_kv_heads * bytes;
+  }
   [[nodiscard]] index_t shared_bytes() const noexcept { return 0; }
   [[nodiscard]] std::pmr::memory_resource* memory() const noexcept {
     return options_.memory != nullptr ? options_.memory : huge_page_resource();
   }
-  [[nodiscard]] contiguous_storage empty_like() const { return {shape_, block_bytes_, options_}; }
+  [[nodiscard]] contiguous_storage empty_like() const { return {layout_, options_}; }
 
   /// Whether growth still happens in place.
   [[nodiscard]] bool grows_in_place() const noexcept { return static_cast<bool>(space_); }
 
   void check() const {
-    if (num_blocks_ > 0 && (base_ == nullptr || granted_bytes(num_blocks_) > stride_bytes_))
-      throw invariant_error("kvcache: every region has memory for its blocks");
+    for (index_t layer = 0; num_blocks_ > 0 && layer < shape().num_layers; ++layer) {
+      if (base_ == nullptr || granted_bytes(layer, num_blocks_) > region_blocks_ * layout_.block_bytes(layer))
+        throw invariant_error("kvcache: every region has memory for its blocks");
+    }
   }
 
  private:
-  [[nodiscard]] index_t num_regions() const noexcept { return shape_.num_layers * shape_.num_kv_heads; }
-  [[nodiscard]] index_t granted_bytes(index_t blocks) const noexcept {
-    const index_t bytes = blocks * block_bytes_;
+  [[nodiscard]] const cache_shape& shape() const noexcept { return layout_.shape(); }
+  /// Bytes that `blocks` blocks of one region take.
+  [[nodiscard]] index_t granted_bytes(index_t layer, index_t blocks) const noexcept {
+    const index_t bytes = blocks * layout_.block_bytes(layer);
     return space_ ? ceil_div(bytes, address_space::granularity()) * address_space::granularity() : bytes;
+  }
+
+  /// Calls body(layer, offset of the region from base) for each region until it returns false.
+  /// \return how many regions it returned true for
+  template <class Body>
+  index_t for_each_region(Body body) const {
+    index_t done = 0;
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) {
+      for (index_t head = 0; head < shape().num_kv_heads; ++head, ++done) {
+        if (!body(layer, layout_.offset(region_blocks_, layer, head, 0))) return done;
+      }
+    }
+    return done;
+  }
+
+  /// Regions of so many blocks, or a multiple, end where pages of the system do, in every layer.
+  [[nodiscard]] index_t granular_blocks() const noexcept {
+    index_t blocks = 1;  // page sizes are powers of two: the largest that a layer needs is a multiple of all
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) {
+      const index_t granularity = address_space::granularity();
+      blocks = std::max(blocks, granularity / std::gcd(granularity, layout_.block_bytes(layer)));
+    }
+    return blocks;
   }
 
   // A region costs the system two mappings, of which a process has about 65,000: so many regions are copied.
@@ -118,7 +153,8 @@ class contiguous_storage {
     // A little more than needed where memory is only granted (untouched pages cost none), double where it is copied.
     const bool in_place = space_ && needed <= reserved_blocks_;
     if (in_place && grant(std::min(reserved_blocks_, needed + needed / 8)) == status::ok) return status::ok;
-    const bool may_reserve = options_.memory == nullptr && num_regions() <= max_reserved_regions && !in_place;
+    const bool may_reserve =
+        options_.memory == nullptr && layout_.num_regions() <= max_reserved_regions && !in_place;
     if (may_reserve && reserve(std::max(needed, num_blocks_ == 0 ? reserved_blocks_ : 2 * num_blocks_)) &&
         grant_or_forget(needed) == status::ok)
       return status::ok;
@@ -127,11 +163,16 @@ class contiguous_storage {
 
   /// Grants memory for blocks [num_blocks_, blocks) of every region.
   status grant(index_t blocks) {
-    const index_t from = granted_bytes(num_blocks_);
-    const index_t to = granted_bytes(blocks);
-    for (index_t region = 0; region < num_regions(); ++region) {
-      if (space_.grant(region * stride_bytes_ + from, region * stride_bytes_ + to)) continue;
-      for (index_t r = 0; r < region; ++r) space_.revoke(r * stride_bytes_ + from, r * stride_bytes_ + to);
+    const index_t granted = for_each_region([&](index_t layer, index_t start) {
+      return space_.grant(start + granted_bytes(layer, num_blocks_), start + granted_bytes(layer, blocks));
+    });
+    if (granted < layout_.num_regions()) {
+      index_t left = granted;
+      (void)for_each_region([&](index_t layer, index_t start) {
+        if (left-- == 0) return false;
+        space_.revoke(start + granted_bytes(layer, num_blocks_), start + granted_bytes(layer, blocks));
+        return true;
+      });
       return status::out_of_memory;
     }
     num_blocks_ = blocks;
@@ -140,20 +181,20 @@ class contiguous_storage {
 
   /// Reserves addresses for `blocks` blocks in `next_`. \return false where the system refuses.
   bool reserve(index_t blocks) {
-    const index_t stride = round_up(checked_mul(blocks, block_bytes_), address_space::granularity());
-    next_ = address_space::reserve(checked_mul(stride, num_regions()));
+    const index_t region_blocks = round_up(blocks, granular_blocks());
+    next_ = address_space::reserve(checked_mul(region_blocks, layout_.page_bytes()));
     if (!next_) return false;
-    next_stride_ = stride;
+    next_region_blocks_ = region_blocks;
     next_blocks_ = blocks;
     return true;
   }
 
   /// Moves into the addresses just reserved; on failure stays where it is.
   status grant_or_forget(index_t needed) {
-    contiguous_storage moved(shape_, block_bytes_, options_);
+    contiguous_storage moved(layout_, options_);
     moved.space_ = std::move(next_);
     moved.base_ = moved.space_.data();
-    moved.stride_bytes_ = next_stride_;
+    moved.region_blocks_ = next_region_blocks_;
     moved.reserved_blocks_ = next_blocks_;
     if (const status s = moved.grant(needed); s != status::ok) return s;
     moved.take_blocks_from(*this);
@@ -164,9 +205,9 @@ class contiguous_storage {
   /// Copying growth. Throws std::bad_alloc or shape_error, then nothing changed.
   status reallocate(index_t blocks) {
     std::pmr::memory_resource* memory = options_.memory != nullptr ? options_.memory : huge_page_resource();
-    contiguous_storage moved(shape_, block_bytes_, options_);
-    moved.stride_bytes_ = checked_mul(blocks, block_bytes_);
-    if (blocks > 0) moved.memory_ = memory_block(checked_mul(moved.stride_bytes_, num_regions()), memory);
+    contiguous_storage moved(layout_, options_);
+    moved.region_blocks_ = blocks;
+    if (blocks > 0) moved.memory_ = memory_block(checked_mul(blocks, layout_.page_bytes()), memory);
     moved.base_ = moved.memory_.data();
     moved.num_blocks_ = blocks;
     moved.take_blocks_from(*this);
@@ -175,22 +216,24 @@ class contiguous_storage {
   }
 
   void take_blocks_from(const contiguous_storage& other) {
-    const auto bytes = static_cast<std::size_t>(other.num_blocks_ * block_bytes_);
-    for (index_t region = 0; bytes > 0 && region < num_regions(); ++region)
-      std::memcpy(base_ + region * stride_bytes_, other.base_ + region * other.stride_bytes_, bytes);
+    if (other.num_blocks_ == 0) return;
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) {
+      const auto bytes = static_cast<std::size_t>(other.num_blocks_ * layout_.block_bytes(layer));
+      for (index_t head = 0; head < shape().num_kv_heads; ++head)
+        std::memcpy(block(layer, head, 0), other.block(layer, head, 0), bytes);
+    }
   }
 
-  cache_shape shape_;
-  index_t block_bytes_;
+  block_layout layout_;
   contiguous_options options_;
   index_t reserved_blocks_ = 0;  // per region, that addresses are (to be) reserved for
   index_t num_blocks_ = 0;       // per region, that there is memory for
-  index_t stride_bytes_ = 0;     // from one region to the next
+  index_t region_blocks_ = 0;    // per region, that there are addresses for
   std::byte* base_ = nullptr;
   address_space space_;  // one of the two holds the memory
   memory_block memory_;
   address_space next_;  // between reserve and grant_or_forget only
-  index_t next_stride_ = 0;
+  index_t next_region_blocks_ = 0;
   index_t next_blocks_ = 0;
 };
 

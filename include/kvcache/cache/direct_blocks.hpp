@@ -144,7 +144,9 @@ class direct_blocks {
 
   [[nodiscard]] memory_use bytes(std::span<const index_t> sizes) const noexcept {
     index_t payload = 0;
-    for (const index_t size : sizes) payload += payload_bytes(codec_, geometry(), size);
+    for (index_t layer = 0; layer < shape_.num_layers; ++layer)
+      payload +=
+          payload_bytes(codec_at(codec_, layer, 0), geometry(), sizes[static_cast<std::size_t>(layer)]);
     payload *= shape_.num_kv_heads;
     const index_t settings = settings_bytes(codec_);
     const index_t total = storage_.total_bytes() + settings;
@@ -165,8 +167,8 @@ class direct_blocks {
     direct_blocks copy(shape_, codec_, storage_.empty_like());
     if (const status s = copy.storage_.prepare_write(0, num_blocks); s != status::ok)
       throw capacity_error("clone", s);
-    const auto block_bytes = static_cast<std::size_t>(codec_.block_bytes(geometry()));
     for (index_t layer = 0; layer < shape_.num_layers; ++layer) {
+      const auto block_bytes = static_cast<std::size_t>(block_bytes_at(codec_, layer, geometry()));
       for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
         for (index_t b = 0; b < blocks_of(layer); ++b)
           std::memcpy(copy.block(layer, head, b), block(layer, head, b), block_bytes);

@@ -8,6 +8,7 @@
 // Source: Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention", sections 4.1-4.4.
 #pragma once
 
+#include <kvcache/cache/block_layout.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/page_store.hpp>
 #include <kvcache/cache/sequence_cache.hpp>
@@ -28,19 +29,15 @@ namespace kvcache::inline v0 {
 class paged_storage {
  public:
   /// An empty table. Throws std::bad_alloc.
-  paged_storage(const std::shared_ptr<page_store>& store, const cache_shape& shape, index_t block_bytes)
-      : paged_storage(store, shape, block_bytes, store->open_table()) {}
+  paged_storage(const std::shared_ptr<page_store>& store, const block_layout& layout)
+      : paged_storage(store, layout, store->open_table()) {}
 
   paged_storage(paged_storage&& other) noexcept
-      : store_(std::move(other.store_)),
-        shape_(other.shape_),
-        block_bytes_(other.block_bytes_),
-        table_(other.table_) {}
+      : store_(std::move(other.store_)), layout_(std::move(other.layout_)), table_(other.table_) {}
   paged_storage& operator=(paged_storage&& other) noexcept {
     paged_storage before(std::move(*this));  // gives its pages back
     store_ = std::move(other.store_);
-    shape_ = other.shape_;
-    block_bytes_ = other.block_bytes_;
+    layout_ = std::move(other.layout_);
     table_ = other.table_;
     return *this;
   }
@@ -58,12 +55,12 @@ class paged_storage {
 
   /// The first `num_blocks` pages, shared. Throws std::bad_alloc.
   [[nodiscard]] paged_storage share(index_t num_blocks) const {
-    return {store_, shape_, block_bytes_, store_->share(table_, num_blocks)};
+    return {store_, layout_, store_->share(table_, num_blocks)};
   }
 
   [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
     const page_id page = page_table()[static_cast<std::size_t>(index)];
-    return store_->page(page) + (layer * shape_.num_kv_heads + head) * block_bytes_;
+    return store_->page(page) + layout_.offset(1, layer, head, 0);
   }
 
   /// Logical block -> page. Invalidated by whatever changes the sequence.
@@ -76,17 +73,16 @@ class paged_storage {
     return pages * store_->page_bytes();
   }
   [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return store_->memory(); }
-  [[nodiscard]] paged_storage empty_like() const { return {store_, shape_, block_bytes_}; }
+  [[nodiscard]] paged_storage empty_like() const { return {store_, layout_}; }
   void check() const { store_->check(); }
 
  private:
-  paged_storage(std::shared_ptr<page_store> store, const cache_shape& shape, index_t block_bytes,
+  paged_storage(std::shared_ptr<page_store> store, const block_layout& layout,
                 page_store::table_id table) noexcept
-      : store_(std::move(store)), shape_(shape), block_bytes_(block_bytes), table_(table) {}
+      : store_(std::move(store)), layout_(layout), table_(table) {}
 
   std::shared_ptr<page_store> store_;  // null once moved from
-  cache_shape shape_;
-  index_t block_bytes_;
+  block_layout layout_;
   page_store::table_id table_;
 };
 
@@ -102,16 +98,19 @@ template <block_codec Codec = codec::bf16>
 class page_pool {
  public:
   /// Allocates nothing yet. Throws shape_error naming what cannot be.
-  explicit page_pool(const cache_shape& shape, const pool_options& options = {}, const Codec& codec = {})
-      : shape_(shape), codec_(codec), store_(make_store(shape, codec_, options)) {}
+  // Not inlined: g++ 12 would take an empty codec_ for uninitialised where it is handed on by reference.
+  [[gnu::noinline]] explicit page_pool(const cache_shape& shape, const pool_options& options = {},
+                                       const Codec& codec = {})
+      : codec_(codec),
+        layout_(make_layout(shape, codec_)),
+        store_(std::make_shared<page_store>(layout_.page_bytes(), options)) {}
 
   /// A new, empty sequence. It may outlive the pool object. Throws std::bad_alloc.
   [[nodiscard]] paged_cache<Codec> sequence() {
-    return paged_cache<Codec>(shape_, codec_,
-                              paged_storage(store_, shape_, codec_.block_bytes(geometry_of(shape_))));
+    return paged_cache<Codec>(shape(), codec_, paged_storage(store_, layout_));
   }
 
-  [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
+  [[nodiscard]] const cache_shape& shape() const noexcept { return layout_.shape(); }
 
   /// Bytes of one page: the blocks of all layers and heads for block_size tokens.
   [[nodiscard]] index_t page_bytes() const noexcept { return store_->page_bytes(); }
@@ -130,17 +129,14 @@ class page_pool {
   void check() const { store_->check(); }
 
  private:
-  static std::shared_ptr<page_store> make_store(const cache_shape& shape, const Codec& codec,
-                                                const pool_options& options) {
+  static block_layout make_layout(const cache_shape& shape, const Codec& codec) {
     validate(shape);
     validate(codec, shape);
-    const index_t block_bytes = codec.block_bytes(geometry_of(shape));
-    return std::make_shared<page_store>(checked_mul(shape.num_layers, shape.num_kv_heads, block_bytes),
-                                        options);
+    return layout_of(shape, codec);
   }
 
-  cache_shape shape_;
   [[no_unique_address]] Codec codec_;
+  block_layout layout_;
   std::shared_ptr<page_store> store_;
 };
 

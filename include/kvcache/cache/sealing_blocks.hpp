@@ -176,7 +176,8 @@ class sealing_blocks {
     for (index_t layer = 0; layer < shape().num_layers; ++layer) {
       const index_t sealed = state(layer).sealed * shape().block_size;
       const index_t exact = sizes[static_cast<std::size_t>(layer)] - sealed + (sealed > 0 ? num_sinks() : 0);
-      payload += payload_bytes(codec(), geometry(), sealed) + exact * exact_.token_bytes(geometry());
+      payload += payload_bytes(codec_at(codec(), layer, 0), geometry(), sealed) +
+                 exact * exact_.token_bytes(geometry());
     }
     payload *= shape().num_kv_heads;
     const index_t settings = settings_bytes(codec());
@@ -330,9 +331,9 @@ class sealing_blocks {
                               constant(v));
         if (skipped == g.block_size) continue;
         std::byte* to = direct_.block(layer, head, index);
-        std::memset(to, 0, static_cast<std::size_t>(codec().block_bytes(g)));  // padding too: no stale bytes
-        const status s = codec_at(codec(), layer, head)
-                             .encode(kernels, g, to, skipped, g.block_size - skipped,
+        const auto& here = codec_at(codec(), layer, head);
+        std::memset(to, 0, static_cast<std::size_t>(here.block_bytes(g)));  // padding too: no stale bytes
+        const status s = here.encode(kernels, g, to, skipped, g.block_size - skipped,
                                      {k.row(skipped), k.stride}, {v.row(skipped), v.stride});
         if (s != status::ok) return s;
       }

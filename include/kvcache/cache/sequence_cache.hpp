@@ -9,6 +9,7 @@
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
+#include <kvcache/cache/block_layout.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/direct_blocks.hpp>
 #include <kvcache/cache/layer.hpp>
@@ -207,7 +208,7 @@ class sequence_cache {
   static Storage make_storage(const cache_shape& shape, const Codec& codec, const Options& options) {
     validate(shape);
     validate(codec, shape);
-    return Storage(shape, codec.block_bytes(geometry_of(shape)), options);
+    return Storage(layout_of(shape, codec), options);
   }
 
   template <class Make>

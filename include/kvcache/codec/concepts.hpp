@@ -29,7 +29,9 @@ namespace kvcache::inline v0 {
 /// kernel::element_kernels, for this encoding; the last argument is the block that will be read next, or null. Where
 /// `turns_sums` holds, sums are in coordinates of the codec's own until `finish` turns them back, once for many blocks.
 ///
-/// What differs between heads: `at(layer, head)`, where there is such a member, is the codec for that head.
+/// What differs between heads: `at(layer, head)`, where there is such a member, is the codec for that head. Its blocks are
+/// as large as those of the other heads of the layer; layers may differ, and what the codec itself says of sizes is then the most
+/// of any layer.
 template <class C>
 concept block_codec = std::copyable<C> && std::default_initializable<C> &&
     requires(const C& codec, const kernel::table& kernels, const block_geometry& g, std::byte* block,
@@ -58,6 +60,17 @@ constexpr decltype(auto) codec_at(const Codec& codec, [[maybe_unused]] index_t l
   } else {
     return (codec);
   }
+}
+
+/// Bytes of one block of a layer.
+template <class Codec>
+index_t block_bytes_at(const Codec& codec, index_t layer, const block_geometry& g) {
+  return codec_at(codec, layer, 0).block_bytes(g);
+}
+/// Bytes that one more token of a head takes in a layer, without padding.
+template <class Codec>
+index_t token_bytes_at(const Codec& codec, index_t layer, const block_geometry& g) {
+  return codec_at(codec, layer, 0).token_bytes(g);
 }
 
 /// What containers ask before all else: `codec.validate(shape)`, where there is such a member, throws shape_error if the

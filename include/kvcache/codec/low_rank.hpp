@@ -21,6 +21,7 @@
 
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
+#include <kvcache/codec/low_rank_chooser.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/codec/low_rank_rows.hpp>
 #include <kvcache/codec/sides.hpp>
@@ -220,22 +221,27 @@ inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
   std::vector<std::vector<double>> value_energies;
   for (const head_moments& head : moments_) {
     weighted = weighted || head.queries.trace() > 0;
-    key_components.push_back(detail::query_components(head.keys, head.queries, keys.ridge));
-    value_components.push_back(detail::principal_components(head.values));
+    key_components.push_back(keys.left_out ? detail::components{}
+                                           : detail::query_components(head.keys, head.queries, keys.ridge));
+    value_components.push_back(values.left_out ? detail::components{}
+                                               : detail::principal_components(head.values));
     key_energies.push_back(key_components.back().energies);
     value_energies.push_back(value_components.back().energies);
   }
   low_rank_matrices made;
-  made.key_layout = detail::layout_chooser<detail::key_groups>(shape_, keys, key_energies).choose();
-  made.value_layout = detail::layout_chooser<detail::value_groups>(shape_, values, value_energies).choose();
+  made.key_layouts = detail::layout_chooser<detail::key_groups>(shape_, keys, key_energies).choose();
+  made.value_layouts = detail::layout_chooser<detail::value_groups>(shape_, values, value_energies).choose();
   for (std::size_t i = 0; i < moments_.size(); ++i) {
     const detail::components& k = key_components[i];
     const detail::components& v = value_components[i];
-    detail::append_rows(k.in, made.key_layout.rank(), made.keys_in);
-    if (weighted) detail::append_rows(k.out, made.key_layout.rank(), made.keys_out);
-    detail::append_rows(v.in, made.value_layout.rank(), made.values);
-    detail::append_spreads(made.key_layout, k.energies, made.key_spreads);
-    detail::append_spreads(made.value_layout, v.energies, made.value_spreads);
+    const std::size_t layer = i / static_cast<std::size_t>(shape_.num_kv_heads);
+    const low_rank_layout& key_layout = made.key_layouts[layer];
+    const low_rank_layout& value_layout = made.value_layouts[layer];
+    detail::append_rows(k.in, key_layout.rank(), made.keys_in);
+    if (weighted) detail::append_rows(k.out, key_layout.rank(), made.keys_out);
+    detail::append_rows(v.in, value_layout.rank(), made.values);
+    detail::append_spreads(key_layout, k.energies, made.key_spreads);
+    detail::append_spreads(value_layout, v.energies, made.value_spreads);
   }
   return std::make_shared<const low_rank_bases>(shape_, made);
 }

@@ -24,15 +24,18 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace kvcache::inline v0::codec {
 
 /// What low_rank_bases are made from, for instance from a file. Matrices are row-major.
 struct low_rank_matrices {
-  low_rank_layout key_layout = {};
-  low_rank_layout value_layout = {};
-  std::vector<float> keys_in = {};        ///< [num_layers, num_kv_heads, key rank, head_dim]
+  low_rank_layout key_layout = {};                  ///< of every layer; of rank 0: no bases for keys
+  low_rank_layout value_layout = {};                ///< the same for values
+  std::vector<low_rank_layout> key_layouts = {};    ///< [num_layers], or empty: key_layout
+  std::vector<low_rank_layout> value_layouts = {};  ///< [num_layers], or empty: value_layout
+  std::vector<float> keys_in = {};        ///< [num_layers, num_kv_heads, key rank of the layer, head_dim]
   std::vector<float> keys_out = {};       ///< the same size, or empty: keys_in
   std::vector<float> values = {};         ///< [num_layers, num_kv_heads, value rank, head_dim]
   std::vector<float> key_spreads = {};    ///< [num_layers, num_kv_heads, key rank], above zero
@@ -43,7 +46,8 @@ struct low_rank_matrices {
 struct low_rank_basis {
   const float* in = nullptr;   ///< keys: [rank/16][head_dim][16], the block order; values: [rank][head_dim]
   const float* out = nullptr;  ///< the same order; may be `in`
-  const float* spreads = nullptr;  ///< [rank]
+  const float* spreads = nullptr;           ///< [rank]
+  const low_rank_layout* layout = nullptr;  ///< of the layer
 };
 
 /// What is calibrated: rows as they are appended, and what the queries looked like.
@@ -80,43 +84,66 @@ class low_rank_bases {
                                                         std::span<const float> query_moments = {});
 
   [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
-  [[nodiscard]] const low_rank_layout& key_layout() const noexcept { return key_layout_; }
-  [[nodiscard]] const low_rank_layout& value_layout() const noexcept { return value_layout_; }
+  [[nodiscard]] const low_rank_layout& key_layout(index_t layer = 0) const noexcept {
+    return keys_.layouts[static_cast<std::size_t>(layer)];
+  }
+  [[nodiscard]] const low_rank_layout& value_layout(index_t layer = 0) const noexcept {
+    return values_.layouts[static_cast<std::size_t>(layer)];
+  }
 
   [[nodiscard]] low_rank_basis keys(index_t layer, index_t head) const noexcept {
-    const float* at = floats() + head_index(layer, head) * key_floats();
-    const float* out = weighted_ ? at + matrix_floats(key_layout_) : at;
-    return {at, out, out + matrix_floats(key_layout_)};
+    const low_rank_layout& layout = key_layout(layer);
+    const float* at = floats() + keys_.at(layer, head);
+    const float* out = weighted_ ? at + matrix_floats(layout) : at;
+    return {at, out, out + matrix_floats(layout), &layout};
   }
   [[nodiscard]] low_rank_basis values(index_t layer, index_t head) const noexcept {
-    const float* at = floats() + num_heads() * key_floats() + head_index(layer, head) * value_floats();
-    return {at, at, at + matrix_floats(value_layout_)};
+    const low_rank_layout& layout = value_layout(layer);
+    const float* at = floats() + values_.at(layer, head);
+    return {at, at, at + matrix_floats(layout), &layout};
   }
 
   /// Memory of the bases of the keys and of the values; part of what each cache with them reports as shared.
-  [[nodiscard]] index_t key_bytes() const noexcept {
-    return num_heads() * key_floats() * index_t{sizeof(float)};
-  }
-  [[nodiscard]] index_t value_bytes() const noexcept {
-    return num_heads() * value_floats() * index_t{sizeof(float)};
-  }
+  [[nodiscard]] index_t key_bytes() const noexcept { return keys_.num_floats * index_t{sizeof(float)}; }
+  [[nodiscard]] index_t value_bytes() const noexcept { return values_.num_floats * index_t{sizeof(float)}; }
 
  private:
+  /// Layouts of the layers, and where in the memory each has its bases.
+  struct one_side {
+    std::vector<low_rank_layout> layouts;  // [num_layers]
+    std::vector<index_t> first;            // [num_layers] float of the first head
+    std::vector<index_t> head_floats;      // [num_layers] from one head to the next
+    index_t num_floats = 0;
+
+    [[nodiscard]] index_t at(index_t layer, index_t head) const noexcept {
+      const auto i = static_cast<std::size_t>(layer);
+      return first[i] + head * head_floats[i];
+    }
+  };
+
   [[nodiscard]] const float* floats() const noexcept {
     return reinterpret_cast<const float*>(memory_.data());
-  }
-  [[nodiscard]] index_t num_heads() const noexcept { return shape_.num_layers * shape_.num_kv_heads; }
-  [[nodiscard]] index_t head_index(index_t layer, index_t head) const noexcept {
-    return layer * shape_.num_kv_heads + head;
   }
   [[nodiscard]] index_t matrix_floats(const low_rank_layout& layout) const noexcept {
     return round_up(layout.rank(), key_lanes) * shape_.head_dim;
   }
-  [[nodiscard]] index_t key_floats() const noexcept {
-    return (weighted_ ? 2 : 1) * matrix_floats(key_layout_) + round_up(key_layout_.rank(), key_lanes);
-  }
-  [[nodiscard]] index_t value_floats() const noexcept {
-    return matrix_floats(value_layout_) + round_up(value_layout_.rank(), key_lanes);
+
+  /// \param num_matrices  of a head, 1 or 2
+  [[nodiscard]] one_side side_of(std::vector<low_rank_layout> layouts, const low_rank_layout& layout,
+                                 index_t num_matrices, index_t first) const {
+    const auto num_layers = static_cast<std::size_t>(shape_.num_layers);
+    if (layouts.empty()) layouts.assign(num_layers, layout);
+    if (layouts.size() != num_layers)
+      throw shape_error("kvcache: low_rank: layouts must be [num_layers], or one for all");
+    one_side side;
+    for (const low_rank_layout& each : layouts) {
+      check_layout(each);
+      side.first.push_back(first + side.num_floats);
+      side.head_floats.push_back(num_matrices * matrix_floats(each) + round_up(each.rank(), key_lanes));
+      side.num_floats += shape_.num_kv_heads * side.head_floats.back();
+    }
+    side.layouts = std::move(layouts);
+    return side;
   }
 
   void check_layout(const low_rank_layout& layout) const {
@@ -124,9 +151,15 @@ class low_rank_bases {
       if (count < 0 || count > shape_.head_dim)
         throw shape_error("kvcache: low_rank: a group has 0 to head_dim components");
     }
-    if (layout.rank() < 1 || layout.rank() > shape_.head_dim)
-      throw shape_error("kvcache: low_rank: rank must be 1 to head_dim, got " +
+    if (layout.rank() > shape_.head_dim)
+      throw shape_error("kvcache: low_rank: rank must be at most head_dim, got " +
                         std::to_string(layout.rank()));
+  }
+  /// Components of all heads of all layers.
+  [[nodiscard]] index_t num_components(const one_side& side) const noexcept {
+    index_t ranks = 0;
+    for (const low_rank_layout& layout : side.layouts) ranks += layout.rank();
+    return shape_.num_kv_heads * ranks;
   }
   static void check_floats(const std::vector<float>& floats, index_t count, bool above_zero) {
     if (static_cast<index_t>(floats.size()) != count)
@@ -146,48 +179,54 @@ class low_rank_bases {
     }
   }
 
+  /// Calls body(rank, components of the heads before, basis of the head) for each head of each layer.
+  template <class Body>
+  void for_each_basis(const one_side& side, Body body) const {
+    index_t components = 0;
+    for (index_t layer = 0; layer < shape_.num_layers; ++layer) {
+      const index_t rank = side.layouts[static_cast<std::size_t>(layer)].rank();
+      for (index_t head = 0; head < shape_.num_kv_heads; ++head, components += rank)
+        body(rank, components, const_cast<float*>(floats()) + side.at(layer, head));
+    }
+  }
+
   cache_shape shape_;
-  low_rank_layout key_layout_;
-  low_rank_layout value_layout_;
   bool weighted_;  // keys have two matrices
+  one_side keys_;
+  one_side values_;
   memory_block memory_;
 };
 
 inline low_rank_bases::low_rank_bases(const cache_shape& shape, const low_rank_matrices& matrices)
-    : shape_(shape),
-      key_layout_(matrices.key_layout),
-      value_layout_(matrices.value_layout),
-      weighted_(!matrices.keys_out.empty()) {
+    : shape_(shape), weighted_(!matrices.keys_out.empty()) {
   validate(shape);
-  check_layout(key_layout_);
-  check_layout(value_layout_);
-  const index_t key_rank = key_layout_.rank();
-  const index_t value_rank = value_layout_.rank();
+  keys_ = side_of(matrices.key_layouts, matrices.key_layout, weighted_ ? 2 : 1, 0);
+  values_ = side_of(matrices.value_layouts, matrices.value_layout, 1, keys_.num_floats);
   const index_t dim = shape.head_dim;
-  check_floats(matrices.keys_in, num_heads() * key_rank * dim, false);
-  if (weighted_) check_floats(matrices.keys_out, num_heads() * key_rank * dim, false);
-  check_floats(matrices.values, num_heads() * value_rank * dim, false);
-  check_floats(matrices.key_spreads, num_heads() * key_rank, true);
-  check_floats(matrices.value_spreads, num_heads() * value_rank, true);
+  check_floats(matrices.keys_in, num_components(keys_) * dim, false);
+  if (weighted_) check_floats(matrices.keys_out, num_components(keys_) * dim, false);
+  check_floats(matrices.values, num_components(values_) * dim, false);
+  check_floats(matrices.key_spreads, num_components(keys_), true);
+  check_floats(matrices.value_spreads, num_components(values_), true);
 
-  const index_t num_floats = num_heads() * (key_floats() + value_floats());
+  const index_t num_floats = keys_.num_floats + values_.num_floats;
+  if (num_floats == 0) throw shape_error("kvcache: low_rank: rank must be 1 to head_dim, got 0");
   memory_ = memory_block(num_floats * index_t{sizeof(float)}, huge_page_resource());
-  auto* to = reinterpret_cast<float*>(memory_.data());
-  std::fill_n(to, num_floats, 0.0F);
-  const auto put_spreads = [](const std::vector<float>& spreads, index_t head, index_t rank, float* at) {
-    std::fill_n(at, round_up(rank, key_lanes), 1.0F);
-    std::copy_n(spreads.begin() + head * rank, rank, at);
+  std::fill_n(reinterpret_cast<float*>(memory_.data()), num_floats, 0.0F);
+  const auto put_spreads = [](const std::vector<float>& spreads, index_t first, index_t rank, float* to) {
+    std::fill_n(to, round_up(rank, key_lanes), 1.0F);
+    std::copy_n(spreads.begin() + first, rank, to);
   };
-  for (index_t head = 0; head < num_heads(); ++head, to += key_floats()) {
-    put_lanes(matrices.keys_in.data() + head * key_rank * dim, key_rank, to);
-    float* out = weighted_ ? to + matrix_floats(key_layout_) : to;
-    if (weighted_) put_lanes(matrices.keys_out.data() + head * key_rank * dim, key_rank, out);
-    put_spreads(matrices.key_spreads, head, key_rank, out + matrix_floats(key_layout_));
-  }
-  for (index_t head = 0; head < num_heads(); ++head, to += value_floats()) {
-    std::copy_n(matrices.values.begin() + head * value_rank * dim, value_rank * dim, to);
-    put_spreads(matrices.value_spreads, head, value_rank, to + matrix_floats(value_layout_));
-  }
+  for_each_basis(keys_, [&](index_t rank, index_t first, float* to) {
+    const index_t matrix = round_up(rank, key_lanes) * dim;
+    put_lanes(matrices.keys_in.data() + first * dim, rank, to);
+    if (weighted_) put_lanes(matrices.keys_out.data() + first * dim, rank, to + matrix);
+    put_spreads(matrices.key_spreads, first, rank, to + (weighted_ ? 2 : 1) * matrix);
+  });
+  for_each_basis(values_, [&](index_t rank, index_t first, float* to) {
+    std::copy_n(matrices.values.begin() + first * dim, rank * dim, to);
+    put_spreads(matrices.value_spreads, first, rank, to + round_up(rank, key_lanes) * dim);
+  });
 }
 
 }  // namespace kvcache::inline v0::codec

@@ -11,8 +11,7 @@
 //
 //   bytes of a row = 4 f32 + 2 bf16 + (int8 + 2) + (ceil(bits4 / 2) + 2) + (ceil(bits2 / 4) + 2)    groups there are
 //
-// Bits that are given out to fit a budget go where they save the most error (reverse water-filling).
-// Source: Cover and Thomas, "Elements of Information Theory", 10.3.3 (parallel Gaussian sources).
+// How a layout is chosen from options: codec/low_rank_chooser.hpp.
 #pragma once
 
 #include <kvcache/block/order.hpp>
@@ -23,13 +22,6 @@
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
-
-#include <algorithm>
-#include <limits>
-#include <numeric>
-#include <span>
-#include <string>
-#include <vector>
 
 namespace kvcache::inline v0::codec {
 
@@ -65,6 +57,10 @@ struct low_rank_options {
   component_store store = component_store::bytes;
   low_rank_layout layout = {};  ///< all of it as it is; `store` is not looked at
   double ridge = 1e-6;          ///< what query moments have on their diagonal at least, relative to its mean
+  /// With `energy` or `bits_per_value`: each layer has a layout of its own. Of all layers together as many bits as
+  /// bits_per_value says, given to those where they save the most; each head's energy counts as 1.
+  bool by_layer = false;
+  bool left_out = false;  ///< no bases: keys, or values, have another codec. Nothing else is looked at
 
   friend bool operator==(const low_rank_options&, const low_rank_options&) = default;
 };
@@ -135,142 +131,11 @@ index_t row_bytes(const low_rank_layout& layout, index_t block_size) {
   return bytes;
 }
 
-/// From options and the energies of components to a layout.
-template <class Groups>
-class layout_chooser {
- public:
-  /// \param energies  for each head of each layer [head_dim], falling
-  layout_chooser(const cache_shape& shape, const low_rank_options& options,
-                 std::span<const std::vector<double>> energies)
-      : shape_(shape), options_(options), energies_(energies) {}
-
-  /// Throws shape_error naming the option that cannot be.
-  [[nodiscard]] low_rank_layout choose() const {
-    const low_rank_layout& given = options_.layout;
-    const bool has_layout = given != low_rank_layout{};
-    const int num_given = (options_.rank != 0 ? 1 : 0) + (options_.energy != 0 ? 1 : 0) +
-                          (options_.bits_per_value != 0 ? 1 : 0) + (has_layout ? 1 : 0);
-    if (num_given != 1) refuse("exactly one of rank, energy, bits_per_value and layout must be given");
-    if (has_layout) return checked(given);
-    if (options_.store == component_store::allocated) {
-      if (options_.bits_per_value == 0) refuse("allocated bits need bits_per_value");
-      return allocated();
-    }
-    if (options_.energy != 0) return stored(rank_for_energy());
-    if (options_.bits_per_value != 0) return largest_that_fits();
-    return checked(stored(options_.rank));
-  }
-
- private:
-  [[noreturn]] static void refuse(const std::string& rule) {
-    throw shape_error("kvcache: low_rank: " + rule);
-  }
-
-  [[nodiscard]] low_rank_layout checked(const low_rank_layout& layout) const {
-    for (const index_t count : {layout.f32, layout.bf16, layout.int8, layout.bits4, layout.bits2}) {
-      if (count < 0 || count > shape_.head_dim) refuse("a group has 0 to head_dim components");
-    }
-    if (layout.rank() < 1 || layout.rank() > shape_.head_dim)
-      refuse("rank must be 1 to head_dim, got " + std::to_string(layout.rank()));
-    return layout;
-  }
-
-  [[nodiscard]] low_rank_layout stored(index_t rank) const noexcept {
-    if (options_.store == component_store::exact32) return {.f32 = rank};
-    if (options_.store == component_store::exact16) return {.bf16 = rank};
-    return {.int8 = rank};
-  }
-
-  [[nodiscard]] bool fits(const low_rank_layout& layout) const {
-    const auto values = static_cast<double>(shape_.block_size * shape_.head_dim);
-    const auto bits = static_cast<double>(8 * section_bytes<Groups>(layout, shape_.block_size));
-    return bits <= values * options_.bits_per_value;
-  }
-
-  [[nodiscard]] low_rank_layout largest_that_fits() const {
-    index_t rank = shape_.head_dim;
-    while (rank > 0 && !fits(stored(rank))) --rank;
-    if (rank == 0) refuse("bits_per_value is too little for one component");
-    return stored(rank);
-  }
-
-  [[nodiscard]] index_t rank_for_energy() const {
-    if (!(options_.energy > 0 && options_.energy <= 1)) refuse("energy must be above 0 and at most 1");
-    index_t rank = 1;
-    for (const std::vector<double>& of_head : energies_) {
-      // From the far end, so that the many small ones are not lost beside the large.
-      const double lost = (1 - options_.energy) * std::accumulate(of_head.begin(), of_head.end(), 0.0);
-      double behind = 0;
-      auto n = static_cast<index_t>(of_head.size());
-      for (; n > 0; --n) {
-        behind += of_head[static_cast<std::size_t>(n - 1)];
-        if (behind > lost) break;
-      }
-      rank = std::max(rank, n);
-    }
-    return rank;
-  }
-
-  /// The least expected error of all layouts that fit, their groups ending after whole quads (what a word of a section
-  /// holds): what reverse water-filling comes to where bits are 8, 4, 2 or 0 and groups cost a scale.
-  [[nodiscard]] low_rank_layout allocated() const {
-    const std::vector<double> behind = energies_behind();
-    low_rank_layout best;
-    double least = std::numeric_limits<double>::infinity();
-    for_each_end(0, [&](index_t end8) {
-      return for_each_end(end8, [&, end8](index_t end4) {
-        return for_each_end(end4, [&, end8, end4](index_t end2) {
-          const low_rank_layout layout{.int8 = end8, .bits4 = end4 - end8, .bits2 = end2 - end4};
-          if (!fits(layout)) return false;
-          const double error = expected_error(behind, end8, end4, end2);
-          if (error < least && end2 > 0) {
-            least = error;
-            best = layout;
-          }
-          return true;
-        });
-      });
-    });
-    if (best.rank() == 0) refuse("bits_per_value is too little for four components");
-    return best;
-  }
-
-  /// body(end) for `first`, and whole quads behind it as far as there are components, until it returns false.
-  /// \return whether it was true for `first`
-  template <class Body>
-  bool for_each_end(index_t first, Body body) const {
-    constexpr index_t quad = 4;
-    if (!body(first)) return false;
-    for (index_t end = first; end < shape_.head_dim;) {
-      end = std::min(end + quad, shape_.head_dim);
-      if (!body(end)) break;
-    }
-    return true;
-  }
-
-  /// By the relative errors of bytes and of the codebooks of 16 and 4 levels on normally distributed numbers.
-  static double expected_error(const std::vector<double>& behind, index_t end8, index_t end4,
-                               index_t end2) noexcept {
-    const auto at = [&behind](index_t end) { return behind[static_cast<std::size_t>(end)]; };
-    return 4.5e-5 * (at(0) - at(end8)) + 0.0095 * (at(end8) - at(end4)) + 0.1175 * (at(end4) - at(end2)) +
-           at(end2);
-  }
-
-  /// [head_dim + 1]: share of the energy from each component on, summed over heads, so that each head counts alike.
-  [[nodiscard]] std::vector<double> energies_behind() const {
-    const auto dim = static_cast<std::size_t>(shape_.head_dim);
-    std::vector<double> behind(dim + 1);
-    for (const std::vector<double>& of_head : energies_) {
-      const double total = std::accumulate(of_head.begin(), of_head.end(), 0.0);
-      for (std::size_t i = 0; total > 0 && i < dim; ++i) behind[i] += of_head[i] / total;
-    }
-    for (std::size_t i = dim; i-- > 0;) behind[i] += behind[i + 1];
-    return behind;
-  }
-
-  cache_shape shape_;
-  low_rank_options options_;
-  std::span<const std::vector<double>> energies_;
+/// A layout that a layer may have, what its section takes, and what error it is expected to leave, a share for each head.
+struct layout_choice {
+  low_rank_layout layout;
+  index_t bytes = 0;
+  double error = 0;
 };
 
 }  // namespace detail

@@ -27,6 +27,7 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <type_traits>
 
 namespace kvcache::inline v0::codec {
@@ -130,6 +131,10 @@ struct low_rank_rows : plain_side {
     if (bases == nullptr) throw shape_error("kvcache: low_rank needs bases; see low_rank_bases::fit");
     if (!same_heads(bases->shape(), shape))
       throw shape_error("kvcache: the bases of low_rank are for another number of layers, heads or dims");
+    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+      if (layout_of(layer).rank() < 1)
+        throw shape_error(std::string("kvcache: low_rank has no bases for ") + (is_keys ? "keys" : "values"));
+    }
   }
 
   /// Bytes of the bases of this side, of all heads.
@@ -138,10 +143,11 @@ struct low_rank_rows : plain_side {
     return is_keys ? bases->key_bytes() : bases->value_bytes();
   }
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
-    return detail::section_bytes<Groups>(layout(), g.block_size);
+    return here_or_most(
+        [&](const low_rank_layout& l) { return detail::section_bytes<Groups>(l, g.block_size); });
   }
   [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept {
-    return detail::row_bytes<Groups>(layout(), g.block_size);
+    return here_or_most([&](const low_rank_layout& l) { return detail::row_bytes<Groups>(l, g.block_size); });
   }
   static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
                         const_rows rows) {
@@ -189,8 +195,19 @@ struct low_rank_rows : plain_side {
 
  protected:
   [[nodiscard]] low_rank_layout layout() const noexcept {
-    if (bases == nullptr) return {};
-    return is_keys ? bases->key_layout() : bases->value_layout();
+    return basis.layout != nullptr ? *basis.layout : low_rank_layout{};
+  }
+  [[nodiscard]] const low_rank_layout& layout_of(index_t layer) const noexcept {
+    return is_keys ? bases->key_layout(layer) : bases->value_layout(layer);
+  }
+  /// count(layout) of the layer that this is for; the largest of any layer where it is for none.
+  template <class Count>
+  [[nodiscard]] index_t here_or_most(Count count) const {
+    if (basis.layout != nullptr || bases == nullptr) return count(layout());
+    index_t most = 0;
+    for (index_t layer = 0; layer < bases->shape().num_layers; ++layer)
+      most = std::max(most, count(layout_of(layer)));
+    return most;
   }
   [[nodiscard]] index_t rank() const noexcept { return layout().rank(); }
   /// Components and the padding behind them.
@@ -217,11 +234,12 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
   }
 
   [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
-    index_t floats = 0;
-    detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
-      floats += part_floats(side, part);
+    return this->here_or_most([&](const low_rank_layout& l) {
+      index_t floats = 0;
+      detail::for_each_group<groups>(
+          l, g.block_size, [&](const auto& side, const group& part) { floats += part_floats(side, part); });
+      return floats;
     });
-    return floats;
   }
 
   /// prepared = | rows of the first group | rows of the next | ...

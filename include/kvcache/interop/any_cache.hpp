@@ -14,6 +14,7 @@
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/step.hpp>
+#include <kvcache/codec/by_layer.hpp>
 #include <kvcache/core/executor.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -201,11 +202,14 @@ namespace detail {
 
 inline constexpr std::string_view known_containers[] = {"contiguous", "chunked", "paged"};
 
-inline any_cache make_container(const std::string& spec, std::string_view container, const any_codec& codec,
-                                const cache_shape& shape) {
-  if (container == "contiguous") return {spec, contiguous_cache<any_codec>(shape, codec)};
-  if (container == "chunked") return {spec, chunked_cache<any_codec>(shape, codec)};
-  return {spec, page_pool<any_codec>(shape, {}, codec).sequence()};  // a pool of its own, without a limit
+inline any_cache make_container(const std::string& spec, std::string_view container,
+                                std::string_view codec_spec, const cache_shape& shape) {
+  using codecs = codec::by_layer<any_codec>;
+  validate(shape);
+  const codecs codec = make_codec_by_layer(codec_spec, shape.num_layers);
+  if (container == "contiguous") return {spec, contiguous_cache<codecs>(shape, codec)};
+  if (container == "chunked") return {spec, chunked_cache<codecs>(shape, codec)};
+  return {spec, page_pool<codecs>(shape, {}, codec).sequence()};  // a pool of its own, without a limit
 }
 
 }  // namespace detail
@@ -220,7 +224,8 @@ inline std::vector<std::string> cache_specs() {
 }
 
 /// \param spec  "container/codec", as cache_specs() lists them or with options:
-///              "chunked/k=channel4,v=rotated4,sinks=4,tail=128"
+///              "chunked/k=channel4,v=rotated4,sinks=4,tail=128"; for some layers only:
+///              "chunked/k=channel3,v=rotated3,first=2:int8,last=2:int8,tail=128"; see codec_spec.hpp
 /// Throws std::invalid_argument that lists what there is, and shape_error.
 inline any_cache make_cache(const std::string& spec, const cache_shape& shape) {
   const std::size_t slash = std::min(spec.find('/'), spec.size());
@@ -228,8 +233,7 @@ inline any_cache make_cache(const std::string& spec, const cache_shape& shape) {
   std::string known;
   for (const std::string_view name : detail::known_containers) {
     if (name == container && slash < spec.size())
-      return detail::make_container(spec, container, make_codec(std::string_view(spec).substr(slash + 1)),
-                                    shape);
+      return detail::make_container(spec, container, std::string_view(spec).substr(slash + 1), shape);
     known.append(known.empty() ? "" : ", ").append(name).append("/<codec>");
   }
   throw std::invalid_argument("kvcache: there is no cache '" + spec + "'; there is " + known);

@@ -1,26 +1,37 @@
 // SPDX-License-Identifier: MIT
-// make_codec: from a string to an any_codec.
+// make_codec: from a string to an any_codec; make_codec_by_layer: to one for each layer.
 //
 //   spec    = codec *( "," option )  |  option *( "," option )
-//   option  = "k=" codec | "v=" codec | "sinks=" tokens | "tail=" tokens
+//   codec   = name | name "+" name                                  keys + values
+//   option  = "k=" name | "v=" name | "sinks=" tokens | "tail=" tokens
+//           | "first=" n ":" codec | "last=" n ":" codec | "layers=" n [ "-" n ] ":" codec
+//
+//   "k=channel3,v=rotated3,first=2:int8,last=2:channel4+rotated4,tail=128,sinks=4"
+//
+// Layers count from 0, "3-5" with both ends; of two options that name a layer the later counts. Tail and sinks are the
+// sequence's: where one layer's codec needs whole blocks, all layers have the tail (codec/by_layer.hpp).
 #pragma once
 
 #include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/trellis.hpp>
+#include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
 
-#include <array>
+#include <algorithm>
 #include <charconv>
+#include <cstddef>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 namespace kvcache::inline v0 {
@@ -58,46 +69,102 @@ std::optional<any_codec> find_codec(codec_list<Codecs...>, std::string_view name
 /// Reads a codec's spec, piece by piece.
 class codec_spec_reader {
  public:
-  explicit codec_spec_reader(std::string_view spec) : spec_(spec) {}
+  /// \param num_layers  0: options for some layers are refused
+  explicit codec_spec_reader(std::string_view spec, index_t num_layers = 0)
+      : spec_(spec), of_layer_(static_cast<std::size_t>(num_layers), 0) {}
 
-  /// Throws std::invalid_argument naming what was wrong and what there is.
+  /// Throws std::invalid_argument naming what was wrong and what there is, and shape_error where layers do not exist.
   any_codec read() {
-    any_codec made;
+    read_all();
+    return codecs_.front();
+  }
+
+  codec::by_layer<any_codec> read_by_layer() {
+    read_all();
+    if (codecs_.size() == 1) of_layer_.clear();  // one for all
+    return {std::move(codecs_), std::move(of_layer_)};
+  }
+
+ private:
+  void read_all() {
     bool first = true;
     for (std::string_view rest = spec_; first || !rest.empty(); first = false) {
       const std::string_view piece = rest.substr(0, rest.find(','));
       rest.remove_prefix(std::min(piece.size() + 1, rest.size()));
       const std::size_t equals = piece.find('=');
       if (equals == std::string_view::npos && first) {
-        made = codec_named(piece);
+        codecs_.front() = codec_or_pair(piece);
         continue;
       }
       const std::string_view value = equals == std::string_view::npos ? "" : piece.substr(equals + 1);
-      set_option(made, piece.substr(0, equals), value);
+      set_option(piece.substr(0, equals), value);
     }
     if (spec_.empty() || spec_.back() == ',') refuse("it ends where a codec or an option is expected");
-    return made;
   }
 
- private:
   [[noreturn]] void refuse(const std::string& reason) const {
     throw std::invalid_argument("kvcache: '" + std::string(spec_) + "' is not a codec: " + reason);
   }
 
-  void set_option(any_codec& made, std::string_view key, std::string_view value) const {
+  void set_option(std::string_view key, std::string_view value) {
+    any_codec& made = codecs_.front();
     if (key == "k") {
       made.keys = codec_named(value).keys;
     } else if (key == "v") {
-      if (value.substr(0, 7) == "channel")
-        refuse("'" + std::string(value) + "' is for keys; its values are those of rotated");
-      made.values = codec_named(value).values;
+      made.values = values_named(value);
     } else if (key == "tail") {
-      made.tail_tokens = tokens_in(value);
+      made.tail_tokens = number_in(value, "a number of tokens");
     } else if (key == "sinks") {
-      made.sink_tokens = tokens_in(value);
+      made.sink_tokens = number_in(value, "a number of tokens");
+    } else if (key == "first" || key == "last" || key == "layers") {
+      set_layers(key, value);
     } else {
-      refuse("there is no option '" + std::string(key) + "'; there is k=, v=, sinks=, tail=");
+      refuse("there is no option '" + std::string(key) +
+             "'; there is k=, v=, sinks=, tail=, first=, last=, layers=");
     }
+  }
+
+  /// "2:int8" for first and last; "3:int8", "3-5:channel4+rotated4" for layers. What is said later counts.
+  void set_layers(std::string_view key, std::string_view value) {
+    const std::string option = std::string(key) + "=" + std::string(value);
+    const std::size_t colon = value.find(':');
+    if (colon == std::string_view::npos)
+      refuse("'" + option +
+             "' lacks a codec; there is first=2:int8, last=2:int8, layers=3-5:channel4+rotated4");
+    const any_codec codec = codec_or_pair(value.substr(colon + 1));
+    if (of_layer_.empty()) refuse("'" + option + "' is for caches, which have layers");
+    const auto [begin, end] = layers_in(key, value.substr(0, colon), option);
+    std::fill(of_layer_.begin() + begin, of_layer_.begin() + end, static_cast<index_t>(codecs_.size()));
+    codecs_.push_back(codec);
+  }
+
+  /// The layers [begin, end) that "first=2", "last=2", "layers=3" or "layers=3-5" is about.
+  [[nodiscard]] std::pair<index_t, index_t> layers_in(std::string_view key, std::string_view which,
+                                                      const std::string& option) const {
+    const auto num_layers = static_cast<index_t>(of_layer_.size());
+    const std::size_t dash = key == "layers" ? which.find('-') : std::string_view::npos;
+    const index_t n = number_in(which.substr(0, dash), "a number of layers");
+    const index_t to =
+        dash == std::string_view::npos ? n : number_in(which.substr(dash + 1), "a number of layers");
+    if (key == "layers" ? to >= num_layers || n > to : n > num_layers)
+      throw shape_error("kvcache: '" + option + "' names layers that do not exist; there are " +
+                        std::to_string(num_layers) + ", from 0 on");
+    if (key == "layers") return {n, to + 1};
+    return key == "first" ? std::pair(index_t{0}, n) : std::pair(num_layers - n, num_layers);
+  }
+
+  /// "int8", or keys and values, "channel4+rotated4".
+  [[nodiscard]] any_codec codec_or_pair(std::string_view text) const {
+    const std::size_t plus = text.find('+');
+    any_codec made = codec_named(text.substr(0, plus));
+    if (plus != std::string_view::npos) made.values = values_named(text.substr(plus + 1));
+    return made;
+  }
+
+  [[nodiscard]] codec::any_values values_named(std::string_view name) const {
+    if (name.substr(0, 7) == "channel")
+      refuse("'" + std::string(name) + "' is for keys; its values are those of rotated");
+    return codec_named(name).values;
   }
 
   [[nodiscard]] any_codec codec_named(std::string_view name) const {
@@ -108,16 +175,18 @@ class codec_spec_reader {
     refuse("there is no codec '" + std::string(name) + "'; there is " + known);
   }
 
-  [[nodiscard]] index_t tokens_in(std::string_view text) const {
+  [[nodiscard]] index_t number_in(std::string_view text, const char* what) const {
     constexpr index_t most = index_t{1} << 30;
-    index_t tokens = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), tokens);
-    if (error != std::errc{} || end != text.data() + text.size() || tokens < 0 || tokens > most)
-      refuse("'" + std::string(text) + "' is not a number of tokens");
-    return tokens;
+    index_t number = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    if (error != std::errc{} || end != text.data() + text.size() || number < 0 || number > most)
+      refuse("'" + std::string(text) + "' is not " + what);
+    return number;
   }
 
   std::string_view spec_;
+  std::vector<any_codec> codecs_{any_codec{}};  // the first is that of layers that are not named
+  std::vector<index_t> of_layer_;               // [num_layers] which of them a layer has
 };
 
 }  // namespace detail
@@ -129,7 +198,14 @@ inline std::vector<std::string> codec_names() {
 }
 
 /// \param spec  "rotated4", or "k=channel4,v=rotated4,sinks=4,tail=128"; what is not said is bf16, or 0
-/// Throws std::invalid_argument that says what was wrong and lists what there is.
+/// Throws std::invalid_argument that says what was wrong and lists what there is; so do options for some layers only.
 inline any_codec make_codec(std::string_view spec) { return detail::codec_spec_reader(spec).read(); }
+
+/// The same for `num_layers` layers, and options for some of them. What is not said of them is the spec's first codec.
+/// Throws std::invalid_argument as make_codec, and shape_error that names the option whose layers do not exist.
+inline codec::by_layer<any_codec> make_codec_by_layer(std::string_view spec, index_t num_layers) {
+  if (num_layers < 1) throw shape_error("kvcache: num_layers must be at least 1");
+  return detail::codec_spec_reader(spec, num_layers).read_by_layer();
+}
 
 }  // namespace kvcache::inline v0

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: MIT
+// by_layer: a codec for each layer, as where the first and the last layers, which cost the most when they are coarse, get more bits.
+//
+//   const auto codec = codec::by_layer<any_codec>::ends(32, 2, 2, make_codec("int8"), make_codec("k=channel4,v=rotated4"));
+//
+//   layer     0    1    2         3                     29        30   31
+//   codec   int8 int8 channel4+rotated4   ...   channel4+rotated4 int8 int8      each layer's blocks have a size of their own
+//
+// Codec is one type with settings that differ, or any_codec. Tail and sinks are settings of the sequence, not of a layer: where
+// one layer's codec needs whole blocks, every layer keeps its newest tokens exact (bf16) until a block is full, and where one
+// asks for a tail or sinks all have it, f32 layers too.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/block/view.hpp>
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/sealing.hpp>
+#include <kvcache/core/assert.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/kernel/table.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace kvcache::inline v0::codec {
+
+namespace detail {
+
+struct no_sealing_options {};
+
+template <class Codec>
+using by_layer_options = std::conditional_t<sealing_codec<Codec>, sealing_options, no_sealing_options>;
+
+}  // namespace detail
+
+/// Copies share the codecs. What it says of itself (`block_bytes`, `prepared_floats`, ...) is the most of any layer.
+template <block_codec Codec>
+class by_layer : public detail::by_layer_options<Codec> {
+ public:
+  static constexpr std::string_view name = "by_layer";
+
+  /// One codec for every layer, however many there are.
+  by_layer() : by_layer(Codec{}) {}
+  explicit by_layer(const Codec& everywhere) : by_layer(std::vector<Codec>{everywhere}, {}) {}
+
+  /// \param layers  [num_layers]. Throws shape_error if there are none.
+  explicit by_layer(const std::vector<Codec>& layers) : by_layer(layers, identity(layers.size())) {}
+
+  /// \param codecs    those that occur, each once
+  /// \param of_layer  [num_layers] which of them a layer has; empty: every layer has the first
+  /// Tail and sinks, where there are such settings, are the longest of any codec. Throws shape_error if an index is wrong.
+  by_layer(std::vector<Codec> codecs, std::vector<index_t> of_layer) {
+    if (codecs.empty()) throw shape_error("kvcache: by_layer needs a codec");
+    for (const index_t i : of_layer) {
+      if (i < 0 || i >= static_cast<index_t>(codecs.size()))
+        throw shape_error("kvcache: by_layer: a layer names codec " + std::to_string(i) + " of " +
+                          std::to_string(codecs.size()));
+    }
+    if constexpr (sealing_codec<Codec>) {
+      for (const Codec& codec : codecs) {
+        this->tail_tokens = std::max(this->tail_tokens, codec.tail_tokens);
+        this->sink_tokens = std::max(this->sink_tokens, codec.sink_tokens);
+      }
+    }
+    settings_ = std::make_shared<const settings>(settings{std::move(codecs), std::move(of_layer)});
+  }
+
+  /// The first `first` and the last `last` of `num_layers` layers with one codec, those between them with another.
+  /// Throws shape_error if there are not so many.
+  static by_layer ends(index_t num_layers, index_t first, index_t last, const Codec& at_ends,
+                       const Codec& between) {
+    if (first < 0 || last < 0 || first > num_layers || last > num_layers)
+      throw shape_error("kvcache: by_layer: first and last must be 0 to num_layers, which is " +
+                        std::to_string(num_layers));
+    std::vector<index_t> of_layer;
+    for (index_t layer = 0; layer < num_layers; ++layer)
+      of_layer.push_back(layer < first || layer >= num_layers - last ? 0 : 1);
+    return by_layer({at_ends, between}, std::move(of_layer));
+  }
+
+  /// The codec of a layer. \pre the layer exists
+  [[nodiscard]] const Codec& of(index_t layer) const noexcept {
+    const settings& s = *settings_;
+    return s
+        .codecs[s.of_layer.empty() ? 0
+                                   : static_cast<std::size_t>(s.of_layer[static_cast<std::size_t>(layer)])];
+  }
+  [[nodiscard]] decltype(auto) at(index_t layer, index_t head) const {
+    return codec_at(of(layer), layer, head);
+  }
+
+  /// Throws shape_error if there are codecs for another number of layers, or the settings of one do not fit.
+  void validate(const cache_shape& shape) const {
+    const auto num_layers = static_cast<index_t>(settings_->of_layer.size());
+    if (num_layers != 0 && num_layers != shape.num_layers)
+      throw shape_error("kvcache: by_layer has codecs for " + std::to_string(num_layers) +
+                        " layers, the shape has " + std::to_string(shape.num_layers));
+    for (const Codec& codec : settings_->codecs) kvcache::validate(codec, shape);
+  }
+
+  /// Bytes of what the codecs refer to, each codec counted once for all of its layers.
+  [[nodiscard]] index_t settings_bytes() const noexcept {
+    index_t bytes = 0;
+    for (const Codec& codec : settings_->codecs) bytes += kvcache::settings_bytes(codec);
+    return bytes;
+  }
+
+  [[nodiscard]] bool needs_whole_blocks() const noexcept {
+    return any([](const Codec& codec) { return codec.needs_whole_blocks(); });
+  }
+  [[nodiscard]] bool turns_sums() const noexcept {
+    return any([](const Codec& codec) { return codec.turns_sums(); });
+  }
+  [[nodiscard]] index_t block_bytes(const block_geometry& g) const noexcept {
+    return most([&](const Codec& codec) { return codec.block_bytes(g); });
+  }
+  [[nodiscard]] index_t token_bytes(const block_geometry& g) const noexcept {
+    return most([&](const Codec& codec) { return codec.token_bytes(g); });
+  }
+  [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
+    return most([&](const Codec& codec) { return codec.prepared_floats(g); });
+  }
+
+  // What is done to blocks is done through at(); these are for where all layers have the same codec.
+
+  status encode(const kernel::table& kernels, const block_geometry& g, std::byte* block, index_t first,
+                index_t count, const_rows k, const_rows v) const {
+    return only().encode(kernels, g, block, first, count, k, v);
+  }
+  void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t first,
+              index_t count, mutable_rows k, mutable_rows v) const {
+    only().decode(kernels, g, block, first, count, k, v);
+  }
+  const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                       index_t num_rows, float* prepared) const {
+    return only().prepare(kernels, g, queries, num_rows, prepared);
+  }
+  void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
+              const float* prepared, index_t num_rows, float* scores) const {
+    only().scores(kernels, g, block, count, prepared, num_rows, scores);
+  }
+  void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
+                  index_t count, const float* weights, index_t num_rows, float* sums,
+                  const std::byte* next_block) const {
+    only().accumulate(kernels, g, block, count, weights, num_rows, sums, next_block);
+  }
+  void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
+    only().finish(kernels, g, num_rows, sums);
+  }
+
+ private:
+  struct settings {
+    std::vector<Codec> codecs;
+    std::vector<index_t> of_layer;  // [num_layers], or empty: all have the first codec
+  };
+
+  static std::vector<index_t> identity(std::size_t num_layers) {
+    std::vector<index_t> of_layer;
+    for (std::size_t i = 0; i < num_layers; ++i) of_layer.push_back(static_cast<index_t>(i));
+    return of_layer;
+  }
+
+  [[nodiscard]] const Codec& only() const noexcept {
+    KVCACHE_ASSERT(settings_->codecs.size() == 1,
+                   "by_layer: where layers differ, blocks are read and written through at(layer, head)");
+    return settings_->codecs.front();
+  }
+
+  template <class Holds>
+  [[nodiscard]] bool any(Holds holds) const noexcept {
+    return std::any_of(settings_->codecs.begin(), settings_->codecs.end(), holds);
+  }
+  template <class Count>
+  [[nodiscard]] index_t most(Count count) const noexcept {
+    index_t largest = 0;
+    for (const Codec& codec : settings_->codecs) largest = std::max(largest, count(codec));
+    return largest;
+  }
+
+  std::shared_ptr<const settings> settings_;
+};
+
+}  // namespace kvcache::inline v0::codec
