@@ -362,9 +362,9 @@ inline void page_store::check() const {
     if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
   };
   std::vector<std::uint32_t> counted(pages_.size(), 0);
-  index_t entries = 0;
-  for (const auto& open_or_closed : tables_) {
-    const page_table& table = *open_or_closed;
+  index_t slab_bytes = 0, entries = 0;
+  for (const auto& known : tables_) {
+    const page_table& table = *known;
     require(table.open || table.pages.empty(), "a closed page table is empty");
     require(table.pages.size() == table.addresses.size(), "a page table has the address of every page");
     entries += static_cast<index_t>(table.pages.capacity());
@@ -387,7 +387,6 @@ inline void page_store::check() const {
     require(page(id) == nullptr && ref_counts_[index(id)] == 0, "a page without memory is not referred to");
   const auto unused = std::count(counted.begin(), counted.end(), 0U) - static_cast<index_t>(vacant_.size());
   require(unused == static_cast<index_t>(free_.size()), "a page that none refers to is on the free list");
-  index_t slab_bytes = 0;
   for (const slab& s : slabs_) slab_bytes += s.memory.size();
   std::vector<index_t> in_use(slabs_.size(), 0);
   for (std::size_t id = 0; id < pages_.size(); ++id)
