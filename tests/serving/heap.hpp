@@ -11,7 +11,8 @@
 namespace heap {
 
 inline std::atomic<std::ptrdiff_t> bytes_out{0};
-inline std::atomic<std::ptrdiff_t> until_failure{-1};  // allocations that still succeed; negative: all of them
+inline std::atomic<std::ptrdiff_t> until_failure{
+    -1};  // allocations that still succeed; negative: all of them
 
 /// Fails the allocation with this number from now on (0: the next), and all after it, while it lives.
 struct failing {
@@ -47,7 +48,9 @@ inline void release(void* p) noexcept {
 
 void* operator new(std::size_t n) { return heap::allocate(n, 16); }
 void* operator new[](std::size_t n) { return heap::allocate(n, 16); }
-void* operator new(std::size_t n, std::align_val_t a) { return heap::allocate(n, static_cast<std::size_t>(a)); }
+void* operator new(std::size_t n, std::align_val_t a) {
+  return heap::allocate(n, static_cast<std::size_t>(a));
+}
 void* operator new[](std::size_t n, std::align_val_t a) {
   return heap::allocate(n, static_cast<std::size_t>(a));
 }

@@ -27,8 +27,8 @@ inline constexpr cache_shape shape{.num_layers = 2, .num_kv_heads = 1, .head_dim
 inline constexpr index_t row_size = 8;
 
 /// Spaces that differ in one string each, and where strings end.
-inline constexpr prefix_space spaces[] = {
-    {"m", "", ""}, {"m", "a", ""}, {"m", "", "a"}, {"ma", "", ""}, {"", "ma", ""}, {"m", "a", "t"}};
+inline constexpr prefix_space spaces[] = {{"m", "", ""},  {"m", "a", ""}, {"m", "", "a"},
+                                          {"ma", "", ""}, {"", "ma", ""}, {"m", "a", "t"}};
 
 /// Rows [first, tokens.size()) of a layer, each from all the tokens up to it; exact in bf16.
 inline std::vector<float> rows(const prefix_space& space, std::span<const token_id> path, index_t layer,
@@ -62,7 +62,8 @@ void compute(Cache& cache, const prefix_space& space, std::span<const token_id> 
 
 /// Whether a cache holds the rows of these tokens, with errors up to `tolerance`.
 template <class Cache>
-bool holds(const Cache& cache, const prefix_space& space, std::span<const token_id> path, float tolerance = 0) {
+bool holds(const Cache& cache, const prefix_space& space, std::span<const token_id> path,
+           float tolerance = 0) {
   if (cache.size() != static_cast<index_t>(path.size())) return false;
   std::vector<float> k(path.size() * row_size), v(k.size());
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
@@ -82,7 +83,8 @@ inline index_t common(std::span<const token_id> a, std::span<const token_id> b) 
 inline tokens some_prompt(test::random& random, const std::vector<tokens>& earlier, index_t longest) {
   tokens path;
   if (!earlier.empty() && random.chance(0.8)) {
-    const tokens& like = earlier[static_cast<std::size_t>(random.below(static_cast<std::ptrdiff_t>(earlier.size())))];
+    const tokens& like =
+        earlier[static_cast<std::size_t>(random.below(static_cast<std::ptrdiff_t>(earlier.size())))];
     path.assign(like.begin(), like.begin() + random.between(0, static_cast<std::ptrdiff_t>(like.size())));
     if (random.chance(0.3)) path.resize(path.size() / 16 * 16);
   }
