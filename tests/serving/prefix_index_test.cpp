@@ -80,10 +80,12 @@ void run_script(MakeCache make, float tolerance, int num_steps) {
   };
   std::vector<leased> held;
   std::vector<tokens> earlier;
+  std::vector<std::size_t> earlier_spaces;
   model want;
   index_t hits = 0, evictions = 0, erased = 0;
   for (int step = 0; step < num_steps; ++step) {
     CAPTURE(step);
+    index->tick();
     const auto s = static_cast<std::size_t>(random.below(std::size(spaces)));
     const tokens path = some_prompt(random, earlier, 200);
     const double what = random.unit();
@@ -106,6 +108,7 @@ void run_script(MakeCache make, float tolerance, int num_steps) {
           want.insert(s, path);
         REQUIRE(index->longest(spaces[s], path) == static_cast<index_t>(path.size()));
         earlier.push_back(path);
+        earlier_spaces.push_back(s);
       }
     } else if (what < 0.7) {
       const index_t before = index->num_blocks();
@@ -145,11 +148,12 @@ void run_script(MakeCache make, float tolerance, int num_steps) {
       held.pop_back();
     } else if (what < 0.9) {
       if (earlier.empty()) continue;
-      const tokens& known = earlier[static_cast<std::size_t>(random.below(std::ssize(earlier)))];
-      const index_t went = index->erase(spaces[s], known, random.below(40));
-      const index_t left = index->longest(spaces[s], known);
-      if (went > 0) want.cut(s, known, left);
-      if (went > 0) REQUIRE(left == std::ssize(known) - went);
+      const auto i = static_cast<std::size_t>(random.below(std::ssize(earlier)));
+      const prefix_space& space = spaces[earlier_spaces[i]];
+      const index_t went = index->erase(space, earlier[i], random.below(40));
+      const index_t left = index->longest(space, earlier[i]);
+      if (went > 0) want.cut(earlier_spaces[i], earlier[i], left);
+      if (went > 0) REQUIRE(left == std::ssize(earlier[i]) - went);
       erased += went;
     } else {
       const auto [least, most] = want.longest(s, path);

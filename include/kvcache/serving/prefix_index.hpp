@@ -103,14 +103,20 @@ class prefix_index {
 
   // -- finding --------------------------------------------------------------------------------------------------
 
-  /// How many of the tokens are stored from the beginning; no use, no tick. O(tokens).
+  /// Counts a request, for ages and distances; they are measured in such ticks. \return their number so far
+  index_t tick() noexcept { return ++now_; }
+
+  /// How many of the tokens are stored from the beginning; not a use. O(tokens).
   [[nodiscard]] index_t longest(const prefix_space& space, std::span<const token_id> tokens) const {
     return tree_.walk(space, tokens, [](auto) {}).size;
   }
 
-  /// The longest stored prefix of the tokens, as a sequence of its own. A use of its blocks; one tick.
+  /// The longest stored prefix of the tokens, as a sequence of its own. A use of its blocks.
   /// O(tokens), whatever is stored, and one fork. Throws what fork does, std::bad_alloc as a rule.
   [[nodiscard]] hit match(const prefix_space& space, std::span<const token_id> tokens);
+
+  /// A hold on what match would find, not a use. O(tokens).
+  [[nodiscard]] lease hold(const prefix_space& space, std::span<const token_id> tokens);
 
   // -- storing --------------------------------------------------------------------------------------------------
 
@@ -164,6 +170,11 @@ class prefix_index {
     if constexpr (requires { policy_.bytes(); }) return static_cast<index_t>(policy_.bytes());
     return 0;
   }
+  lease pin(block held) noexcept {
+    policy_.pin(held->first);
+    if (held->second.pins++ == 0) ++num_pinned_;
+    return lease(*this, held);
+  }
   void unpin(block held) noexcept {
     policy_.unpin(held->first);
     if (--held->second.pins == 0) --num_pinned_;
@@ -174,6 +185,7 @@ class prefix_index {
   }
   void use_path(typename tree_type::place to) noexcept;
   void make_room(index_t new_blocks);
+  void keep(block spared) noexcept;
   index_t drop(node* n, block first, index_t keep) noexcept;
 
   counted_memory memory_;
@@ -217,6 +229,9 @@ class prefix_victim {
     return path;
   }
 
+  /// Nothing goes after all; the policy takes the block for one that was just used.
+  void keep() && noexcept { std::exchange(index_, nullptr)->keep(block_); }
+
   /// Lets all blocks of the sequence go that erase() would, not only this one. \return tokens that went
   index_t take() && noexcept { return std::exchange(index_, nullptr)->drop(owner(), block_, 0); }
 
@@ -233,20 +248,20 @@ class prefix_victim {
 template <kv_cache Cache, eviction::block_policy Policy>
 auto prefix_index<Cache, Policy>::match(const prefix_space& space, std::span<const token_id> tokens) -> hit {
   const auto found = tree_.walk(space, tokens, [](auto) {});
-  if (found.size == 0) {
-    ++now_;
-    return {};
-  }
+  if (found.size == 0) return {};
   const auto [provider, deepest] = tree_.holder(found);
   hit result{provider->sequence->fork(found.size), found.size, 0, {}};
-  ++now_;
   result.distance = now_ - deepest->second.last_use;
   use_path(found);
   use(deepest);
-  policy_.pin(deepest->first);
-  if (deepest->second.pins++ == 0) ++num_pinned_;
-  result.held = lease(*this, deepest);
+  result.held = pin(deepest);
   return result;
+}
+
+template <kv_cache Cache, eviction::block_policy Policy>
+auto prefix_index<Cache, Policy>::hold(const prefix_space& space, std::span<const token_id> tokens) -> lease {
+  const auto found = tree_.walk(space, tokens, [](auto) {});
+  return found.size == 0 ? lease{} : pin(tree_.holder(found).second);
 }
 
 template <kv_cache Cache, eviction::block_policy Policy>
@@ -324,6 +339,17 @@ void prefix_index<Cache, Policy>::use_path(typename tree_type::place to) noexcep
     const index_t past = std::min(to.size, n->last) / block_size;
     for (index_t i = past - 1; i >= n->first / block_size; --i) use(n->block(i, block_size));
   }
+}
+
+/// Tells the policy again of a block that it no longer has.
+template <kv_cache Cache, eviction::block_policy Policy>
+void prefix_index<Cache, Policy>::keep(block spared) noexcept {
+  eviction::block_info info;
+  const index_t before = spared->second.index - 1;
+  node* n = spared->second.owner;
+  while (!n->is_root() && before < n->first / tree_.block_size()) n = n->parent;
+  if (!n->is_root()) info.parent = n->block(before, tree_.block_size())->first;
+  (void)policy_.insert(spared->first, info);
 }
 
 template <kv_cache Cache, eviction::block_policy Policy>
