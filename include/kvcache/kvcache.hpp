@@ -31,6 +31,7 @@
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>
 #include <kvcache/kernel/select.hpp>
+#include <kvcache/serving/observer.hpp>
 #include <kvcache/version.hpp>
 
 #if __has_include(<Eigen/Core>)
