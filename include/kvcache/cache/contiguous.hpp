@@ -25,6 +25,7 @@
 #include <cstring>
 #include <memory_resource>
 #include <new>
+#include <span>
 #include <utility>
 
 namespace kvcache::inline v0 {
@@ -61,6 +62,22 @@ class contiguous_storage {
     } catch (const shape_error&) {  // more bytes than an index can count
       return status::out_of_memory;
     }
+  }
+
+  /// Moves blocks down. O(bytes behind the first that goes).
+  [[nodiscard]] status keep_blocks(std::span<const index_t> kept, index_t /*own_first*/,
+                                   index_t /*own_last*/) noexcept {
+    for (index_t layer = 0; layer < shape_.num_layers; ++layer) {
+      for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
+        for (std::size_t i = 0; i < kept.size(); ++i) {
+          const auto to = static_cast<index_t>(i);
+          if (kept[i] == to) continue;
+          std::memcpy(block(layer, head, to), block(layer, head, kept[i]),
+                      static_cast<std::size_t>(block_bytes_));
+        }
+      }
+    }
+    return status::ok;
   }
 
   /// Keeps its memory, as a vector does.

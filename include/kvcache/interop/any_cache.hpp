@@ -12,6 +12,7 @@
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/contiguous.hpp>
+#include <kvcache/cache/keep_tokens.hpp>
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/step.hpp>
 #include <kvcache/core/executor.hpp>
@@ -55,6 +56,9 @@ class erased_cache {
   [[nodiscard]] virtual memory_use bytes() const noexcept = 0;
   [[nodiscard]] virtual const position_map& positions() const noexcept = 0;
   virtual void shift(index_t first, index_t last, index_t delta) = 0;
+  virtual void set_positions(const position_map& positions) = 0;
+  [[nodiscard]] virtual keep_result keep_tokens(std::span<const index_t> tokens, keep_positions mode) = 0;
+  [[nodiscard]] virtual kvcache::keep_limits keep_limits() const noexcept = 0;
   virtual status reserve(index_t num_tokens) = 0;
   virtual void truncate(index_t num_tokens) noexcept = 0;
   [[nodiscard]] virtual std::unique_ptr<erased_cache> clone() const = 0;
@@ -90,6 +94,11 @@ class erased_cache_of final : public erased_cache {
   [[nodiscard]] memory_use bytes() const noexcept override { return cache_.bytes(); }
   [[nodiscard]] const position_map& positions() const noexcept override { return cache_.positions(); }
   void shift(index_t first, index_t last, index_t delta) override { cache_.shift(first, last, delta); }
+  void set_positions(const position_map& positions) override { cache_.set_positions(positions); }
+  [[nodiscard]] keep_result keep_tokens(std::span<const index_t> tokens, keep_positions mode) override {
+    return cache_.keep_tokens(tokens, mode);
+  }
+  [[nodiscard]] kvcache::keep_limits keep_limits() const noexcept override { return cache_.keep_limits(); }
   status reserve(index_t num_tokens) override { return cache_.reserve(num_tokens); }
   void truncate(index_t num_tokens) noexcept override { cache_.truncate(num_tokens); }
   [[nodiscard]] std::unique_ptr<erased_cache> clone() const override {
@@ -169,6 +178,12 @@ class any_cache {
   [[nodiscard]] memory_use bytes() const noexcept { return cache_->bytes(); }
   [[nodiscard]] const position_map& positions() const noexcept { return cache_->positions(); }
   void shift(index_t first, index_t last, index_t delta) { cache_->shift(first, last, delta); }
+  void set_positions(const position_map& positions) { cache_->set_positions(positions); }
+  [[nodiscard]] keep_result keep_tokens(std::span<const index_t> tokens,
+                                        keep_positions mode = keep_positions::original) {
+    return cache_->keep_tokens(tokens, mode);
+  }
+  [[nodiscard]] kvcache::keep_limits keep_limits() const noexcept { return cache_->keep_limits(); }
   [[nodiscard]] status reserve(index_t num_tokens) { return cache_->reserve(num_tokens); }
   void truncate(index_t num_tokens) noexcept { cache_->truncate(num_tokens); }
   void clear() noexcept { truncate(0); }
