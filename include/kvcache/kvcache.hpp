@@ -7,6 +7,7 @@
 #include <kvcache/attention/reference.hpp>
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/attention/softmax_state.hpp>
+#include <kvcache/attention/weights.hpp>
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <kvcache/attention/attend.hpp>
+#include <kvcache/attention/weights.hpp>
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/contiguous.hpp>
@@ -47,6 +48,9 @@ class erased_cache {
   virtual status try_append(index_t layer, std::span<const float> k, std::span<const float> v) = 0;
   virtual void attend(index_t layer, std::span<const float> q, std::span<float> out,
                       const attend_options& options, executor_ref executor) const = 0;
+  virtual void attention_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
+                                 std::span<float> sums, const attend_options& options,
+                                 executor_ref executor) const = 0;
   virtual void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
                         kv_layout layout) const = 0;
   [[nodiscard]] virtual const cache_shape& shape() const noexcept = 0;
@@ -80,6 +84,11 @@ class erased_cache_of final : public erased_cache {
   void attend(index_t layer, std::span<const float> q, std::span<float> out, const attend_options& options,
               executor_ref executor) const override {
     kvcache::attend(q, cache_[layer], out, options, executor);
+  }
+  void attention_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
+                         std::span<float> sums, const attend_options& options,
+                         executor_ref executor) const override {
+    kvcache::attention_weights(q, cache_[layer], lse, sums, options, executor);
   }
   void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
                 kv_layout layout) const override {
@@ -145,6 +154,10 @@ class any_layer {
               executor_ref executor) const {
     cache_->attend(layer_, q, out, options, executor);
   }
+  void attention_weights(std::span<const float> q, std::span<const float> lse, std::span<float> sums,
+                         const attend_options& options, executor_ref executor) const {
+    cache_->attention_weights(layer_, q, lse, sums, options, executor);
+  }
 
  private:
   detail::erased_cache* cache_;
@@ -156,6 +169,13 @@ template <executor Executor = serial_executor>
 void attend(std::span<const float> q, const any_layer& layer, std::span<float> out,
             const attend_options& options = {}, Executor&& executor = {}) {
   layer.attend(q, out, options, executor_ref(executor));
+}
+
+/// As for the typed containers; see attention/weights.hpp.
+template <executor Executor = serial_executor>
+void attention_weights(std::span<const float> q, const any_layer& layer, std::span<const float> lse,
+                       std::span<float> sums, const attend_options& options = {}, Executor&& executor = {}) {
+  layer.attention_weights(q, lse, sums, options, executor_ref(executor));
 }
 
 /// The verbs of the containers, see sequence_cache. Moved from, it may only be destroyed or assigned to.
