@@ -43,7 +43,7 @@ std::vector<float> computed_sums(const problem& p, const Layer& layer, bool by_h
   const answer a = computed(p, layer);
   attend_options options = options_of(p, {});
   std::vector<float> sums(static_cast<std::size_t>((by_head ? p.n.num_kv_heads : 1) * p.n.kv_len), 0.0F);
-  kvcache::attention_weights(p.q, layer, a.lse, sums, options, executor);
+  kvcache::add_token_weights(p.q, layer, a.lse, sums, options, executor);
   return sums;
 }
 
@@ -126,7 +126,7 @@ TEST_CASE("weights are the same in every container, for every executor, and are 
   kvcache::attend_workspace workspace;
   attend_options options = options_of(p, {});
   options.workspace = &workspace;
-  kvcache::attention_weights(p.q, contiguous[0], a.lse, sums, options);
+  kvcache::add_token_weights(p.q, contiguous[0], a.lse, sums, options);
   double all = 0;
   for (const float x : sums) all += static_cast<double>(x) - 1;
   REQUIRE(std::fabs(all - 20 * 8) < 1e-3);  // every row adds up to 1

@@ -87,7 +87,7 @@ class multi_head_attention {
     return attended(std::move(p), layer, executor);
   }
 
-  /// The same, and tells what attention_weights (attention/weights.hpp) takes.
+  /// The same, and tells what add_token_weights (attention/weights.hpp) takes.
   /// \param watch  called as watch(q, lse, attend_options) once the tokens are attended over: std::span<const float> q,
   ///               [tokens, num_q_heads, head_dim], rotated, and lse, [tokens, num_q_heads]; valid during the call
   template <growing_layer Layer, executor Executor, class Watch>

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// attention_weights: how much attention each token of a sequence gets, for policies that evict by it. A second pass over the
+// add_token_weights: how much attention each token of a sequence gets, for policies that evict by it. A second pass over the
 // keys, asked for where it is needed: attend itself computes nothing for it.
 //
 //   std::vector<float> lse(q_len * num_q_heads);
 //   attend(q, cache[layer], out, {.q_len = q_len, .lse = lse});
-//   attention_weights(q, cache[layer], lse, weights, {.q_len = q_len});      weights[t] += sum over rows of exp(s[t] - lse)
+//   add_token_weights(q, cache[layer], lse, weights, {.q_len = q_len});      weights[t] += sum over rows of exp(s[t] - lse)
 #pragma once
 
 #include <kvcache/attention/item_plan.hpp>
@@ -33,7 +33,7 @@ namespace kvcache::inline v0 {
 /// Complexity: O(q_len * num_q_heads * kv_len * head_dim), values are not read. Allocates only from options.workspace, or where
 /// that is missing, what all workers need at once. Threads: reads the cache only. Throws: what allocation and the executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>
-void attention_weights(std::span<const float> q, const Layer& layer, std::span<const float> lse,
+void add_token_weights(std::span<const float> q, const Layer& layer, std::span<const float> lse,
                        std::span<float> sums, const attend_options& options = {}, Executor&& executor = {}) {
   const attend_item<Layer> item{
       q, layer, {}, options.q_len, options.mask, options.q_positions, options.k_positions, {}};
@@ -44,9 +44,9 @@ void attention_weights(std::span<const float> q, const Layer& layer, std::span<c
   [[maybe_unused]] const index_t num_rows = static_cast<index_t>(q.size()) / layer.shape().head_dim;
   const auto num_sums = static_cast<index_t>(sums.size());
   KVCACHE_ASSERT(static_cast<index_t>(lse.size()) == num_rows,
-                 "attention_weights: lse must be [q_len, num_q_heads]");
+                 "add_token_weights: lse must be [q_len, num_q_heads]");
   KVCACHE_ASSERT(num_sums == kv_len || num_sums == num_heads * kv_len,
-                 "attention_weights: sums must be [num_kv_heads, kv_len] or [kv_len]");
+                 "add_token_weights: sums must be [num_kv_heads, kv_len] or [kv_len]");
   if (plan.num_tiles() == 0 || kv_len == 0) return;
 
   attend_workspace local;

@@ -48,7 +48,7 @@ class erased_cache {
   virtual status try_append(index_t layer, std::span<const float> k, std::span<const float> v) = 0;
   virtual void attend(index_t layer, std::span<const float> q, std::span<float> out,
                       const attend_options& options, executor_ref executor) const = 0;
-  virtual void attention_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
+  virtual void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
                                  std::span<float> sums, const attend_options& options,
                                  executor_ref executor) const = 0;
   virtual void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
@@ -85,10 +85,10 @@ class erased_cache_of final : public erased_cache {
               executor_ref executor) const override {
     kvcache::attend(q, cache_[layer], out, options, executor);
   }
-  void attention_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
+  void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
                          std::span<float> sums, const attend_options& options,
                          executor_ref executor) const override {
-    kvcache::attention_weights(q, cache_[layer], lse, sums, options, executor);
+    kvcache::add_token_weights(q, cache_[layer], lse, sums, options, executor);
   }
   void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
                 kv_layout layout) const override {
@@ -154,9 +154,9 @@ class any_layer {
               executor_ref executor) const {
     cache_->attend(layer_, q, out, options, executor);
   }
-  void attention_weights(std::span<const float> q, std::span<const float> lse, std::span<float> sums,
+  void add_token_weights(std::span<const float> q, std::span<const float> lse, std::span<float> sums,
                          const attend_options& options, executor_ref executor) const {
-    cache_->attention_weights(layer_, q, lse, sums, options, executor);
+    cache_->add_token_weights(layer_, q, lse, sums, options, executor);
   }
 
  private:
@@ -173,9 +173,9 @@ void attend(std::span<const float> q, const any_layer& layer, std::span<float> o
 
 /// As for the typed containers; see attention/weights.hpp.
 template <executor Executor = serial_executor>
-void attention_weights(std::span<const float> q, const any_layer& layer, std::span<const float> lse,
+void add_token_weights(std::span<const float> q, const any_layer& layer, std::span<const float> lse,
                        std::span<float> sums, const attend_options& options = {}, Executor&& executor = {}) {
-  layer.attention_weights(q, lse, sums, options, executor_ref(executor));
+  layer.add_token_weights(q, lse, sums, options, executor_ref(executor));
 }
 
 /// The verbs of the containers, see sequence_cache. Moved from, it may only be destroyed or assigned to.
