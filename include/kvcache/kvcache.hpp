@@ -22,9 +22,15 @@
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/trellis.hpp>
 #include <kvcache/eviction/arc.hpp>
+#include <kvcache/eviction/evict_tokens.hpp>
+#include <kvcache/eviction/h2o.hpp>
+#include <kvcache/eviction/keydiff.hpp>
 #include <kvcache/eviction/lru.hpp>
 #include <kvcache/eviction/priority.hpp>
 #include <kvcache/eviction/s3_fifo.hpp>
+#include <kvcache/eviction/snapkv.hpp>
+#include <kvcache/eviction/tova.hpp>
+#include <kvcache/eviction/window.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>
