@@ -7,6 +7,7 @@
 #include <kvcache/attention/reference.hpp>
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/attention/softmax_state.hpp>
+#include <kvcache/attention/weights.hpp>
 #include <kvcache/cache/block_layout.hpp>
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
@@ -24,9 +25,15 @@
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/trellis.hpp>
 #include <kvcache/eviction/arc.hpp>
+#include <kvcache/eviction/evict_tokens.hpp>
+#include <kvcache/eviction/h2o.hpp>
+#include <kvcache/eviction/keydiff.hpp>
 #include <kvcache/eviction/lru.hpp>
 #include <kvcache/eviction/priority.hpp>
 #include <kvcache/eviction/s3_fifo.hpp>
+#include <kvcache/eviction/snapkv.hpp>
+#include <kvcache/eviction/tova.hpp>
+#include <kvcache/eviction/window.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>

@@ -9,7 +9,7 @@ set(layers core block kernel codec cache attention eviction serving store intero
 
 # Layers that see caches through these headers of cache/ only, never a container.
 set(concepts_only attention eviction)
-set(cache_concepts cache/concepts.hpp cache/positions.hpp)
+set(cache_concepts cache/concepts.hpp cache/keep_tokens.hpp cache/positions.hpp)
 
 # Folders that may not be used by a layer although they lie below it.
 set(forbidden_eviction attention)

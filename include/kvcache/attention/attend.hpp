@@ -39,6 +39,7 @@ class batch_plan {
         kernels_(options.kernel != nullptr ? options.kernel : &kernel::best()) {
     for (const auto& item : batch) {
       const auto plan = plan_of(item);
+      plan.check_outputs();
       num_tiles_ += plan.num_tiles();
       num_parts_ += plan.num_tiles() * plan.num_spans();
       longest_tile_ = std::max(longest_tile_, plan.num_spans());

@@ -27,6 +27,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <limits>
 #include <span>
 
 namespace kvcache::inline v0::detail {
@@ -80,33 +81,50 @@ index_t span_scratch_floats(const Codec& codec, const block_geometry& g, index_t
   return num_rows * (dim + codec.prepared_floats(g) + (codec.turns_sums() ? dim : 0) + g.block_size);
 }
 
-/// One run of tokens of a segment, in one block of which slots [0, count) are read.
+/// Where the scores of a tile lie in its working memory.
+template <class Codec>
+float* scores_in(float* scratch, const Codec& codec, const block_geometry& g, index_t num_rows) noexcept {
+  return scratch + num_rows * (codec.prepared_floats(g) + round_up(g.head_dim, 16));
+}
+
+/// Tokens whose keys moved equally far since they were stored, in one block of which slots [0, count) are read.
 struct block_tokens {
   const std::byte* block;
   const std::byte* next_block;  ///< read after it, or null
   token_range tokens;
-  index_t base;  ///< token of slot 0
+  index_t base;                                ///< token of slot 0
+  std::span<const position_segment> segments;  ///< that the tokens lie in
+  bool exact;                                  ///< in the encoding of codec::bf16, whatever the codec
+
+  [[nodiscard]] index_t count() const noexcept { return tokens.last - base; }
+  [[nodiscard]] index_t num_scores() const noexcept { return round_up(count(), key_lanes); }
 };
+
+/// Dot products to logits: soft cap, ALiBi, mask.
+inline void finish_scores(const span_context& c, const query_tile& tile, index_t row, const block_tokens& in,
+                          float* scores) noexcept {
+  const index_t query = row / tile.group_size;
+  const index_t position = tile.positions[query];
+  const auto head = static_cast<std::size_t>(tile.first_head + row % tile.group_size);
+  const float slope = c.alibi_slopes.empty() ? 0.0F : c.alibi_slopes[head];
+  if (c.visible.soft_cap() != 0.0F) c.kernels->soft_cap(scores, in.num_scores(), c.visible.soft_cap());
+  c.visible.add_alibi(position, in.segments, slope, in.tokens, in.base, scores);
+  c.visible.hide(tile.first_query + query, position, in.segments, in.tokens, in.base, in.num_scores(),
+                 scores);
+}
 
 /// \param queries  as the codec prepared them
 /// \param sums     where the codec's weighted sum goes
 template <class Codec>
 void attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
-                  const float* queries, const block_tokens& in, const position_segment& segment,
-                  float* scores, const softmax_state& state, const span_sums& all_sums, float* sums) {
-  const index_t count = in.tokens.last - in.base;
-  const index_t num_scores = round_up(count, key_lanes);
-  codec.scores(*c.kernels, g, in.block, count, queries, tile.num_rows(), scores);
+                  const float* queries, const block_tokens& in, float* scores, const softmax_state& state,
+                  const span_sums& all_sums, float* sums) {
+  codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores);
   for (index_t r = 0; r < tile.num_rows(); ++r) {
     float* row_scores = scores + r * g.block_size;
-    const index_t query = r / tile.group_size;
-    const index_t position = tile.positions[query];
-    const auto head = static_cast<std::size_t>(tile.first_head + r % tile.group_size);
-    const float slope = c.alibi_slopes.empty() ? 0.0F : c.alibi_slopes[head];
-    if (c.visible.soft_cap() != 0.0F) c.kernels->soft_cap(row_scores, num_scores, c.visible.soft_cap());
-    c.visible.add_alibi(position, segment, slope, in.tokens, in.base, row_scores);
-    c.visible.hide(tile.first_query + query, position, segment, in.tokens, in.base, num_scores, row_scores);
-    const float rescale = c.kernels->softmax(row_scores, num_scores, state.rows[static_cast<std::size_t>(r)]);
+    finish_scores(c, tile, r, in, row_scores);
+    const float rescale =
+        c.kernels->softmax(row_scores, in.num_scores(), state.rows[static_cast<std::size_t>(r)]);
     if (rescale != 1.0F) {
       const index_t dim = c.geometry.head_dim;
       for (float* all : {all_sums.plain, all_sums.turned}) {
@@ -114,42 +132,41 @@ void attend_block(const Codec& codec, const span_context& c, const block_geometr
       }
     }
   }
-  codec.accumulate(*c.kernels, g, in.block, count, scores, tile.num_rows(), sums, in.next_block);
+  codec.accumulate(*c.kernels, g, in.block, in.count(), scores, tile.num_rows(), sums, in.next_block);
 }
 
-/// Adds tokens [span.first, span.last) to `state`. At most span_tokens of them, starting at a multiple of that.
+/// The blocks of a span that any query of the tile sees, in order: visit(codec, geometry, queries, block_tokens), where
+/// codec is codec::bf16 for exact blocks, and queries are turned and prepared for it.
 /// \tparam Seals   some of the blocks may be exact, not the codec's
-/// \param codec    as it is for this head
-/// \param scratch  [span_scratch_floats], 64-byte aligned
-template <bool Seals, class Codec>
-void attend_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
-                 token_range span, float* scratch, const softmax_state& state) {
+/// \param scratch  [num_rows, round_up(head_dim, 16) + codec.prepared_floats], 64-byte aligned
+template <bool Seals, class Codec, class Visit>
+void for_each_block(const Codec& codec, const span_context& c, const query_tile& tile,
+                    const span_blocks& blocks, token_range span, float* scratch, Visit visit) {
   const block_geometry& g = c.geometry;
   const index_t num_rows = tile.num_rows();
   const index_t num_floats = num_rows * g.head_dim;
   float* prepared = scratch;
   float* turned = prepared + num_rows * codec.prepared_floats(g);
-  float* scores = turned + num_rows * round_up(g.head_dim, 16);
-  span_sums sums{state.sums.data(), nullptr};
-  if (codec.turns_sums()) {
-    sums.turned = scores + num_rows * g.block_size;
-    std::fill_n(sums.turned, num_floats, 0.0F);
-  }
-  float* codec_sums = codec.turns_sums() ? sums.turned : sums.plain;
+  const auto& segments = c.segments;
+  const auto starts_later = [](index_t t, const position_segment& s) { return t < s.first_token; };
+  auto s = static_cast<std::size_t>(
+      std::upper_bound(segments.begin() + 1, segments.end(), span.first, starts_later) - segments.begin() -
+      1);
 
-  for (std::size_t s = 0; s < c.segments.size(); ++s) {
-    const position_segment& segment = c.segments[s];
-    const index_t segment_last = s + 1 < c.segments.size() ? c.segments[s + 1].first_token : span.last;
-    const index_t first = std::max(span.first, segment.first_token);
-    const index_t last = std::min(span.last, segment_last);
-    if (first >= last) continue;
+  while (s < segments.size()) {
+    // Segments whose keys moved equally far are one run: the same query serves them all.
+    std::size_t end = s + 1;
+    while (end < segments.size() && segments[end].rotation == segments[s].rotation) ++end;
+    const index_t first = std::max(span.first, segments[s].first_token);
+    const index_t last = end < segments.size() ? std::min(span.last, segments[end].first_token) : span.last;
+    if (first >= span.last) return;
 
     // Keys that moved by `rotation` positions since they were stored: turn the query back by as much instead.
     const float* queries = tile.queries;
-    if (segment.rotation != 0) {
+    if (segments[s].rotation != 0 && first < last) {
       KVCACHE_ASSERT(c.rope != nullptr, "attend: options.rope must be set where segments were shifted");
       std::copy_n(tile.queries, num_floats, turned);
-      c.rope->turn_by(turned, num_rows, -segment.rotation);
+      c.rope->turn_by(turned, num_rows, -segments[s].rotation);
       queries = turned;
     }
     const float* codec_queries = nullptr;  // prepared when the first of the codec's blocks is seen
@@ -160,26 +177,78 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
       const bool in_sinks = t < blocks.sinks.count;
       if (in_sinks) tokens.last = std::min(tokens.last, blocks.sinks.count);
       t = tokens.last;
-      const auto sees = [&](index_t position) { return c.visible.any(position, segment, tokens); };
+      while (s + 1 < end && segments[s + 1].first_token <= tokens.first) ++s;
+      std::size_t after = s + 1;
+      while (after < end && segments[after].first_token < tokens.last) ++after;
+      const auto in_block = segments.subspan(s, after - s);
+      const auto sees = [&](index_t position) { return c.visible.any(position, in_block, tokens); };
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
-      block_tokens in{blocks.data[b], blocks.data[b + 1], tokens, base};
+      block_tokens in{blocks.data[b], blocks.data[b + 1], tokens, base, in_block, false};
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
+          in.exact = true;
           if (in_sinks) in.block = blocks.sinks.data;
-          const block_geometry& exact = in_sinks ? blocks.sinks.geometry : g;
-          attend_block(codec::bf16{}, c, exact, tile, queries, in, segment, scores, state, sums, sums.plain);
+          visit(codec::bf16{}, in_sinks ? blocks.sinks.geometry : g, queries, in);
           continue;
         }
       }
       if (codec_queries == nullptr) codec_queries = codec.prepare(*c.kernels, g, queries, num_rows, prepared);
-      attend_block(codec, c, g, tile, codec_queries, in, segment, scores, state, sums, codec_sums);
+      visit(codec, g, codec_queries, in);
     }
+    s = end;
   }
+}
+
+/// Adds tokens [span.first, span.last) to `state`. At most span_tokens of them, starting at a multiple of that.
+/// \tparam Seals   as for_each_block
+/// \param codec    as it is for this head
+/// \param scratch  [span_scratch_floats], 64-byte aligned
+template <bool Seals, class Codec>
+void attend_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
+                 token_range span, float* scratch, const softmax_state& state) {
+  const block_geometry& g = c.geometry;
+  const index_t num_floats = tile.num_rows() * g.head_dim;
+  float* scores = scores_in(scratch, codec, g, tile.num_rows());
+  span_sums sums{state.sums.data(), nullptr};
   if (codec.turns_sums()) {
-    codec.finish(*c.kernels, g, num_rows, sums.turned);
+    sums.turned = scores + tile.num_rows() * g.block_size;
+    std::fill_n(sums.turned, num_floats, 0.0F);
+  }
+  float* codec_sums = codec.turns_sums() ? sums.turned : sums.plain;
+  for_each_block<Seals>(
+      codec, c, tile, blocks, span, scratch,
+      [&](const auto& of, const block_geometry& shape, const float* queries, const block_tokens& in) {
+        attend_block(of, c, shape, tile, queries, in, scores, state, sums,
+                     in.exact ? sums.plain : codec_sums);
+      });
+  if (codec.turns_sums()) {
+    codec.finish(*c.kernels, g, tile.num_rows(), sums.turned);
     for (index_t i = 0; i < num_floats; ++i) sums.plain[i] += sums.turned[i];
   }
+}
+
+/// Adds what the rows of a tile give to each token of a span: weights[t] += sum over rows of exp(logit - lse).
+/// \param lse      [num_rows], of all that a row sees, natural logarithm
+/// \param weights  weights[t] belongs to token t of the sequence
+/// The rest as for attend_span.
+template <bool Seals, class Codec>
+void weigh_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
+                token_range span, float* scratch, const float* lse, float* weights) {
+  float* scores = scores_in(scratch, codec, c.geometry, tile.num_rows());
+  for_each_block<Seals>(
+      codec, c, tile, blocks, span, scratch,
+      [&](const auto& of, const block_geometry& g, const float* queries, const block_tokens& in) {
+        of.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores);
+        for (index_t r = 0; r < tile.num_rows(); ++r) {
+          if (lse[r] == -std::numeric_limits<float>::infinity()) continue;  // sees nothing
+          float* row = scores + r * g.block_size;
+          finish_scores(c, tile, r, in, row);
+          kernel::softmax_row all{lse[r], 0.0F};
+          const float rescale = c.kernels->softmax(row, in.num_scores(), all);  // not 1: rounding passed lse
+          for (index_t t = in.tokens.first; t < in.tokens.last; ++t) weights[t] += row[t - in.base] / rescale;
+        }
+      });
 }
 
 }  // namespace kvcache::inline v0::detail

@@ -44,6 +44,14 @@ class item_plan {
     check_sizes();
   }
 
+  /// Of what attend writes.
+  void check_outputs() const noexcept {
+    KVCACHE_ASSERT(item_->out.size() == item_->q.size(), "attend: out must have the size of q");
+    KVCACHE_ASSERT(
+        item_->lse.empty() || static_cast<index_t>(item_->lse.size()) == item_->q_len * num_q_heads_,
+        "attend: lse must be [q_len, num_q_heads]");
+  }
+
   [[nodiscard]] index_t num_tiles() const noexcept {
     return num_q_heads_ == 0 ? 0 : shape_.num_kv_heads * ceil_div(item_->q_len, queries_per_tile_);
   }
@@ -74,6 +82,23 @@ class item_plan {
     write(tile, all);
   }
 
+  /// Adds the weights that the rows of a tile give to each token.
+  /// \param lse      [q_len, num_q_heads], as attend gave it
+  /// \param weights  [kv_len]
+  /// \param scratch  [worker_floats()]
+  void weigh_tile(index_t tile_index, std::span<const float> lse, float* weights, float* scratch) const {
+    const query_tile tile = make_tile(tile_index, scratch);
+    float* row_lse = state_in(scratch, tile.num_rows()).sums.data();  // at least a float for each row
+    for (index_t r = 0; r < tile.num_rows(); ++r) row_lse[r] = lse[static_cast<std::size_t>(row_of(tile, r))];
+    for (index_t s = 0; s < num_spans(); ++s) {
+      with_span(tile_index, s,
+                [&](auto seals, const auto& codec, const span_context& context, const span_blocks& blocks,
+                    token_range tokens) {
+                  weigh_span<seals()>(codec, context, tile, blocks, tokens, scratch, row_lse, weights);
+                });
+    }
+  }
+
   /// One span of a tile into `partial`, [state_floats()].
   void run_span(index_t tile_index, index_t span, float* scratch, float* partial) const {
     const query_tile tile = make_tile(tile_index, scratch);
@@ -98,6 +123,11 @@ class item_plan {
 
   [[nodiscard]] block_geometry geometry() const noexcept { return {shape_.block_size, shape_.head_dim}; }
 
+  /// Index of a row of a tile in [q_len, num_q_heads].
+  [[nodiscard]] index_t row_of(const query_tile& tile, index_t row) const noexcept {
+    return (tile.first_query + row / group_size_) * num_q_heads_ + tile.first_head + row % group_size_;
+  }
+
   /// Position of a query: given, or that of the token it belongs to.
   [[nodiscard]] index_t position_of(index_t query) const noexcept {
     const index_t token = kv_len_ - item_->q_len + query;
@@ -113,10 +143,6 @@ class item_plan {
         static_cast<index_t>(item_->q.size()) == item_->q_len * num_q_heads_ * shape_.head_dim &&
             num_q_heads_ % shape_.num_kv_heads == 0,
         "attend: q must be [q_len, num_q_heads, head_dim], num_q_heads a multiple of num_kv_heads");
-    KVCACHE_ASSERT(item_->out.size() == item_->q.size(), "attend: out must have the size of q");
-    KVCACHE_ASSERT(
-        item_->lse.empty() || static_cast<index_t>(item_->lse.size()) == item_->q_len * num_q_heads_,
-        "attend: lse must be [q_len, num_q_heads]");
     KVCACHE_ASSERT(
         item_->q_len <= kv_len_ || !item_->q_positions.empty() || !options_->causal || !item_->mask.empty(),
         "attend: causal queries are for tokens in the cache; append before you attend");
@@ -168,6 +194,16 @@ class item_plan {
   void run(const query_tile& tile, index_t tile_index, index_t span, float* scratch,
            const softmax_state& state) const {
     state.reset();
+    with_span(tile_index, span,
+              [&](auto seals, const auto& codec, const span_context& context, const span_blocks& blocks,
+                  token_range tokens) {
+                attend_span<seals()>(codec, context, tile, blocks, tokens, scratch, state);
+              });
+  }
+
+  /// Calls body(does it seal, codec, span_context, span_blocks, token_range) for one span of the head of a tile.
+  template <class Body>
+  void with_span(index_t tile_index, index_t span, Body body) const {
     const token_range tokens{span * span_tokens, std::min(kv_len_, (span + 1) * span_tokens)};
     const index_t head = tile_index % shape_.num_kv_heads;
     std::array<const std::byte*, max_span_blocks + 1> blocks;
@@ -191,16 +227,15 @@ class item_plan {
       in.sinks = item_->layer.sinks(head);
     }
     if constexpr (requires { item_->layer.codec(head); }) {
-      attend_span<seals>(item_->layer.codec(head), context, tile, in, tokens, scratch, state);
+      body(std::bool_constant<seals>{}, item_->layer.codec(head), context, in, tokens);
     } else {
-      attend_span<seals>(item_->layer.codec(), context, tile, in, tokens, scratch, state);
+      body(std::bool_constant<seals>{}, item_->layer.codec(), context, in, tokens);
     }
   }
 
   void write(const query_tile& tile, const softmax_state& state) const noexcept {
     for (index_t r = 0; r < tile.num_rows(); ++r) {
-      const index_t row =
-          (tile.first_query + r / group_size_) * num_q_heads_ + tile.first_head + r % group_size_;
+      const index_t row = row_of(tile, r);
       const float lse = state.finish(static_cast<std::size_t>(r),
                                      item_->out.subspan(static_cast<std::size_t>(row * shape_.head_dim),
                                                         static_cast<std::size_t>(shape_.head_dim)));

@@ -83,12 +83,27 @@ class multi_head_attention {
   /// the tokens are in; a step (cache.begin) takes them back.
   template <growing_layer Layer, executor Executor = serial_executor>
   [[nodiscard]] matrix forward(const matrix& x, Layer layer, Executor&& executor = {}) const {
-    const cache_shape& shape = layer.shape();
-    KVCACHE_ASSERT(shape.num_kv_heads == config_.num_kv_heads && shape.head_dim == config_.head_dim,
-                   "forward: the cache must have the heads of the attention");
-    projections p = project(x, layer.positions()[layer.size()]);
-    layer.append(floats(p.k), floats(p.v));
+    projections p = appended(x, layer);
     return attended(std::move(p), layer, executor);
+  }
+
+  /// The same, and tells what add_token_weights (attention/weights.hpp) takes.
+  /// \param watch  called as watch(q, lse, attend_options) once the tokens are attended over: std::span<const float> q,
+  ///               [tokens, num_q_heads, head_dim], rotated, and lse, [tokens, num_q_heads]; valid during the call
+  template <growing_layer Layer, executor Executor, class Watch>
+  [[nodiscard]] matrix forward(const matrix& x, Layer layer, Executor&& executor, Watch&& watch) const {
+    const projections p = appended(x, layer);
+    matrix out(p.q.rows(), p.q.cols());
+    matrix lse(p.q.rows(), config_.num_q_heads);
+    attend_options options = options_for(p.q.rows());
+    const std::span<const float> q(p.q.data(), static_cast<std::size_t>(p.q.size()));
+    if (p.q.rows() > 0) {
+      options.lse = floats(lse);
+      attend(q, layer, floats(out), options, executor);
+      options.lse = {};
+      watch(q, std::span<const float>(floats(lse)), std::as_const(options));
+    }
+    return linear(out, weights_.wo, weights_.bo);
   }
 
   /// The same without a cache: causal attention of the tokens of `x`, at positions 0, 1, ..., over themselves.
@@ -143,15 +158,30 @@ class multi_head_attention {
     return p;
   }
 
-  template <class Layer, class Executor>
-  matrix attended(projections p, const Layer& layer, Executor& executor) const {
+  template <class Layer>
+  projections appended(const matrix& x, Layer& layer) const {
+    const cache_shape& shape = layer.shape();
+    KVCACHE_ASSERT(shape.num_kv_heads == config_.num_kv_heads && shape.head_dim == config_.head_dim,
+                   "forward: the cache must have the heads of the attention");
+    projections p = project(x, layer.positions()[layer.size()]);
+    layer.append(floats(p.k), floats(p.v));
+    return p;
+  }
+
+  attend_options options_for(index_t q_len) const {
     attend_options options;
-    options.q_len = p.q.rows();
+    options.q_len = q_len;
     options.scale = config_.scale;
     options.window = config_.window;
     options.sinks = config_.sinks;
     options.soft_cap = config_.soft_cap;
     options.rope = rope_ ? &*rope_ : nullptr;
+    return options;
+  }
+
+  template <class Layer, class Executor>
+  matrix attended(projections p, const Layer& layer, Executor& executor) const {
+    const attend_options options = options_for(p.q.rows());
     if (p.q.rows() > 0) attend(std::span<const float>(floats(p.q)), layer, floats(p.q), options, executor);
     return linear(p.q, weights_.wo, weights_.bo);
   }

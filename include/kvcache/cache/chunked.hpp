@@ -19,8 +19,10 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <memory_resource>
 #include <new>
+#include <span>
 #include <vector>
 
 namespace kvcache::inline v0 {
@@ -57,6 +59,25 @@ class chunked_storage {
     return status::ok;
   }
 
+  /// Takes chunks out that hold none of the blocks, O(1) each; the other blocks move down, O(bytes behind the first gap).
+  [[nodiscard]] status keep_blocks(std::span<const index_t> kept, index_t /*own_first*/,
+                                   index_t /*own_last*/) noexcept {
+    const index_t n = options_.blocks_per_chunk;
+    index_t num_chunks = 0;  // that hold some
+    index_t last_chunk = -1;
+    for (std::size_t i = 0; i < kept.size(); ++i) {
+      if (const index_t chunk = kept[i] / n; chunk != last_chunk) {
+        if (chunk != num_chunks)
+          chunks_[static_cast<std::size_t>(num_chunks)].swap(chunks_[static_cast<std::size_t>(chunk)]);
+        ++num_chunks;
+        last_chunk = chunk;
+      }
+      move_block((num_chunks - 1) * n + kept[i] % n, static_cast<index_t>(i));
+    }
+    shrink(static_cast<index_t>(kept.size()));
+    return status::ok;
+  }
+
   /// Frees the chunks that hold none of the first `num_blocks` blocks.
   void shrink(index_t num_blocks) noexcept {
     const auto needed = static_cast<std::size_t>(ceil_div(num_blocks, options_.blocks_per_chunk));
@@ -85,6 +106,16 @@ class chunked_storage {
   }
 
  private:
+  /// Copies a block of all layers and heads to another place.
+  void move_block(index_t from, index_t to) noexcept {
+    const cache_shape& shape = layout_.shape();
+    for (index_t layer = 0; from != to && layer < shape.num_layers; ++layer) {
+      for (index_t head = 0; head < shape.num_kv_heads; ++head)
+        std::memcpy(block(layer, head, to), block(layer, head, from),
+                    static_cast<std::size_t>(layout_.block_bytes(layer)));
+    }
+  }
+
   block_layout layout_;
   chunked_options options_;
   index_t chunk_bytes_ = 0;

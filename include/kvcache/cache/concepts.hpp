@@ -66,10 +66,15 @@ concept growing_layer = requires(const L& layer, std::span<const float> rows) {
 ///
 /// `prepare_write(first, last)`: afterwards blocks [0, last) exist and those in [first, last) belong to this
 /// sequence alone; on any status but `ok` nothing changed. `shrink(n)`: blocks from n on are no longer needed.
+/// `keep_blocks(kept, first, last)`, `kept` ascending and below num_blocks(): afterwards there is room for kept.size() blocks
+/// at least, block i is what kept[i] was, and those in [first, last) belong to this sequence alone; on any status but `ok`
+/// nothing changed.
 /// `empty_like()`: a storage with the same settings and no blocks. `check()` throws invariant_error.
 template <class S>
-concept block_storage = std::movable<S> && requires(S& storage, const S& settled, index_t n) {
+concept block_storage = std::movable<S> &&
+    requires(S& storage, const S& settled, index_t n, std::span<const index_t> kept) {
   { storage.prepare_write(n, n) } -> std::same_as<status>;
+  { storage.keep_blocks(kept, n, n) } -> std::same_as<status>;
   { storage.shrink(n) }
   noexcept;
   { settled.block(n, n, n) }

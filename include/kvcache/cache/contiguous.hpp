@@ -29,6 +29,7 @@
 #include <memory_resource>
 #include <new>
 #include <numeric>
+#include <span>
 #include <utility>
 
 namespace kvcache::inline v0 {
@@ -65,6 +66,22 @@ class contiguous_storage {
     } catch (const shape_error&) {  // more bytes than an index can count
       return status::out_of_memory;
     }
+  }
+
+  /// Moves blocks down. O(bytes behind the first that goes).
+  [[nodiscard]] status keep_blocks(std::span<const index_t> kept, index_t /*own_first*/,
+                                   index_t /*own_last*/) noexcept {
+    const cache_shape& shape = layout_.shape();
+    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+      const auto block_bytes = static_cast<std::size_t>(layout_.block_bytes(layer));
+      for (index_t head = 0; head < shape.num_kv_heads; ++head) {
+        for (std::size_t i = 0; i < kept.size(); ++i) {
+          const auto to = static_cast<index_t>(i);
+          if (kept[i] != to) std::memcpy(block(layer, head, to), block(layer, head, kept[i]), block_bytes);
+        }
+      }
+    }
+    return status::ok;
   }
 
   /// Keeps its memory, as a vector does.

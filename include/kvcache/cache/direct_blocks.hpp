@@ -6,7 +6,9 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/cache/concepts.hpp>
+#include <kvcache/cache/keep_tokens.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -130,6 +132,22 @@ class direct_blocks {
     }
   }
 
+  /// See keep_tokens.hpp. On any status but ok nothing changed.
+  [[nodiscard]] status keep(const keep_plan& plan) {
+    KVCACHE_ASSERT(!plan.moves_rows() || moves_tokens(codec_),
+                   "keep_tokens: rows of this codec do not move, only whole blocks go; see keep_limits");
+    const index_t num_blocks = blocks_for(plan.num_tokens());
+    const index_t first_own = plan.moves_rows() ? plan.first_moved() / shape_.block_size : num_blocks;
+    if (const status s = storage_.keep_blocks(plan.blocks(), first_own, num_blocks); s != status::ok)
+      return s;
+    if constexpr (token_moving_codec<Codec>) move_rows(plan);
+    storage_.shrink(num_blocks);
+    return status::ok;
+  }
+  [[nodiscard]] keep_limits limits(index_t size) const noexcept {
+    return {moves_tokens(codec_) ? 0 : blocks_for(size) * shape_.block_size, 0};
+  }
+
   /// The layers have `sizes` tokens now; blocks past the longest are given back.
   void truncate(const kernel::table& /*kernels*/, std::span<const index_t> sizes) noexcept {
     storage_.shrink(blocks_needed(sizes));
@@ -198,6 +216,19 @@ class direct_blocks {
   }
   [[nodiscard]] index_t blocks_for(index_t tokens) const noexcept {
     return ceil_div(tokens, shape_.block_size);
+  }
+
+  void move_rows(const keep_plan& plan) noexcept {
+    const block_geometry g = geometry();
+    for (index_t layer = 0; plan.moves_rows() && layer < shape_.num_layers; ++layer) {
+      for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
+        const auto& codec = codec_at(codec_, layer, head);
+        plan.for_each_move([&](index_t from, index_t to) {
+          codec.move_token(g, block(layer, head, from / g.block_size), from % g.block_size,
+                           block(layer, head, to / g.block_size), to % g.block_size);
+        });
+      }
+    }
   }
 
   cache_shape shape_;

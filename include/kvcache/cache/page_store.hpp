@@ -102,6 +102,11 @@ class page_store {
   /// \return out_of_pages or out_of_memory; then nothing changed. O(last - first) when there is nothing to do.
   [[nodiscard]] status prepare_write(table_id id, index_t first, index_t last);
 
+  /// Keeps the entries `kept`, ascending, of a table, and gives the other pages back; entries [own_first, own_last), counted
+  /// anew, become its own. Pages that only this table had serve for the copies.
+  /// \return as prepare_write
+  [[nodiscard]] status keep(table_id id, std::span<const index_t> kept, index_t own_first, index_t own_last);
+
   /// Gives the pages from `num_pages` on back. Never allocates.
   void shrink(table_id id, index_t num_pages) noexcept;
 
@@ -124,6 +129,7 @@ class page_store {
   }
 
   [[nodiscard]] status allocate_until_free(index_t needed);
+  void copy_shared(page_table& table, index_t first, index_t last) noexcept;
   void add_slab(index_t num_new);
   void reserve_table(page_table& table, std::size_t num_pages);
   template <class Gone>
@@ -168,7 +174,6 @@ inline void page_store::close_table(table_id id) noexcept {
 
 inline status page_store::prepare_write(table_id id, index_t first, index_t last) {
   std::vector<page_id>& table = tables_[id]->pages;
-  std::vector<std::byte*>& addresses = tables_[id]->addresses;
   const auto size = static_cast<index_t>(table.size());
   const index_t last_present = std::min(last, size);
   index_t to_copy = 0;
@@ -186,19 +191,55 @@ inline status page_store::prepare_write(table_id id, index_t first, index_t last
     return status::out_of_memory;
   }
   if (const status s = allocate_until_free(to_copy + to_add); s != status::ok) return s;
-  for (index_t i = first; i < last_present; ++i) {
-    page_id& entry = table[static_cast<std::size_t>(i)];
+  copy_shared(*tables_[id], first, last_present);
+  for (index_t i = 0; i < to_add; ++i) {
+    table.push_back(take());
+    tables_[id]->addresses.push_back(page(table.back()));
+  }
+  return status::ok;
+}
+
+/// Makes shared pages of a table its own. \pre there are as many free ones
+inline void page_store::copy_shared(page_table& table, index_t first, index_t last) noexcept {
+  for (index_t i = first; i < last; ++i) {
+    page_id& entry = table.pages[static_cast<std::size_t>(i)];
     if (ref_count(entry) == 1) continue;
     const page_id own = take();
     std::memcpy(page(own), page(entry), static_cast<std::size_t>(page_bytes_));
     release(entry);
     entry = own;
-    addresses[static_cast<std::size_t>(i)] = page(own);
+    table.addresses[static_cast<std::size_t>(i)] = page(own);
   }
-  for (index_t i = 0; i < to_add; ++i) {
-    table.push_back(take());
-    addresses.push_back(page(table.back()));
+}
+
+inline status page_store::keep(table_id id, std::span<const index_t> kept, index_t own_first,
+                               index_t own_last) {
+  page_table& table = *tables_[id];
+  const auto entry = [&](index_t i) {
+    return table.pages[static_cast<std::size_t>(kept[static_cast<std::size_t>(i)])];
+  };
+  index_t to_copy = 0;
+  for (index_t i = own_first; i < own_last; ++i) to_copy += ref_count(entry(i)) > 1 ? 1 : 0;
+  index_t to_free =
+      std::count_if(table.pages.begin(), table.pages.end(), [&](page_id p) { return ref_count(p) == 1; });
+  for (index_t i = 0; i < static_cast<index_t>(kept.size()); ++i) to_free -= ref_count(entry(i)) == 1 ? 1 : 0;
+  const index_t missing = to_copy - to_free;
+  if (missing > 0) {
+    if (missing > num_free()) return status::out_of_pages;
+    if (const status s = allocate_until_free(missing); s != status::ok) return s;
   }
+  std::size_t num_kept = 0;
+  for (std::size_t i = 0; i < table.pages.size(); ++i) {
+    if (num_kept < kept.size() && kept[num_kept] == static_cast<index_t>(i)) {
+      table.pages[num_kept] = table.pages[i];
+      table.addresses[num_kept++] = table.addresses[i];
+    } else {
+      release(table.pages[i]);
+    }
+  }
+  table.pages.resize(num_kept);
+  table.addresses.resize(num_kept);
+  copy_shared(table, own_first, own_last);
   return status::ok;
 }
 

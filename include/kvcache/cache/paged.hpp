@@ -54,6 +54,11 @@ class paged_storage {
     return store_->prepare_write(table_, first, last);
   }
 
+  /// Drops the entries of other pages from the table, and copies shared ones in [own_first, own_last). O(pages).
+  [[nodiscard]] status keep_blocks(std::span<const index_t> kept, index_t own_first, index_t own_last) {
+    return store_->keep(table_, kept, own_first, own_last);
+  }
+
   /// Gives pages back to the pool.
   void shrink(index_t num_blocks) noexcept { store_->shrink(table_, num_blocks); }
 

@@ -14,6 +14,12 @@
 
 namespace kvcache::inline v0 {
 
+/// What becomes of the positions of tokens that stay when others between them are forgotten.
+enum class keep_positions {
+  original,     ///< each stays where it was, with gaps between them
+  consecutive,  ///< gaps are closed: older tokens move up to the newest, which stays where it is
+};
+
 /// Tokens from `first_token` up to the next segment have consecutive positions.
 struct position_segment {
   index_t first_token = 0;     ///< index in the sequence
@@ -53,13 +59,7 @@ class position_map {
     std::vector<position_segment> moved;
     moved.reserve(segments_.size() + 3);
     const auto add = [&moved](position_segment s) {
-      if (!moved.empty()) {
-        const position_segment& b = moved.back();
-        const bool continues =
-            b.rotation == s.rotation && s.first_position - b.first_position == s.first_token - b.first_token;
-        if (continues) return;
-      }
-      moved.push_back(s);
+      if (moved.empty() || !continues(moved.back(), s)) moved.push_back(s);
     };
     for (std::size_t i = 0; i < segments_.size(); ++i) {
       const position_segment& s = segments_[i];
@@ -70,6 +70,29 @@ class position_map {
     }
     segments_.swap(moved);
     continue_unrotated(size);
+  }
+
+  /// The same for a sequence that keeps only these of its tokens; they are counted anew from 0.
+  /// \param tokens  ascending, not negative; the last is the newest there is
+  /// O(tokens + segments). Throws std::bad_alloc.
+  [[nodiscard]] position_map kept(std::span<const index_t> tokens, keep_positions mode) const {
+    position_map result;
+    if (tokens.empty()) return result;
+    result.segments_.clear();
+    const auto num_tokens = static_cast<index_t>(tokens.size());
+    const index_t newest = (*this)[tokens.back()];
+    std::size_t s = 0;
+    for (index_t i = 0; i < num_tokens; ++i) {
+      const index_t token = tokens[static_cast<std::size_t>(i)];
+      while (s + 1 < segments_.size() && segments_[s + 1].first_token <= token) ++s;
+      const index_t before = segments_[s].first_position + (token - segments_[s].first_token);
+      const index_t now = mode == keep_positions::original ? before : newest - (num_tokens - 1 - i);
+      const position_segment next{i, now, segments_[s].rotation + (now - before)};
+      if (result.segments_.empty() || !continues(result.segments_.back(), next))
+        result.segments_.push_back(next);
+    }
+    result.continue_unrotated(num_tokens);
+    return result;
   }
 
   /// Forgets everything from token `size` on. Never allocates.
@@ -92,6 +115,12 @@ class position_map {
         std::upper_bound(segments_.begin(), segments_.end(), token,
                          [](index_t t, const position_segment& s) { return t < s.first_token; });
     return std::max(after - segments_.begin() - 1, std::ptrdiff_t{0});
+  }
+
+  /// Whether `next` says nothing that the segment before it does not.
+  static bool continues(const position_segment& before, const position_segment& next) noexcept {
+    return before.rotation == next.rotation &&
+           next.first_position - before.first_position == next.first_token - before.first_token;
   }
 
   /// Adds tokens [from, to) of segment `s`, moved by `delta`.

@@ -51,28 +51,11 @@ template <class From, class To>
   if (!same_heads(from.shape(), to.shape()))
     throw shape_error("kvcache: recoded needs a cache of the same layers, heads and dims");
   KVCACHE_ASSERT(to.size() == 0, "recoded: the cache to fill must be empty");
-  const std::span<const position_segment> segments = from.positions().segments();
   index_t longest = 0;
   for (index_t layer = 0; layer < to.shape().num_layers; ++layer)
     longest = std::max(longest, from[layer].size());
-  for (std::size_t i = 0; i < segments.size(); ++i) {
-    const position_segment& s = segments[i];
-    const index_t end = i + 1 < segments.size() ? segments[i + 1].first_token : longest;
-    if (s.first_token >= end) break;
-    // Keys were stored for `position - rotation`. New tokens continue after the newest, so that one is moved to where
-    // they do, and back.
-    const index_t stored_for = s.first_position - s.rotation;
-    const index_t before = s.first_token;
-    const index_t jump = stored_for - to.positions()[before];
-    if (before > 0) to.shift(before - 1, before, jump);
-    detail::append_tokens(from, to, before, end);
-    if (before > 0) to.shift(before - 1, before, -jump);
-  }
-  for (std::size_t i = 0; i < segments.size(); ++i) {
-    const position_segment& s = segments[i];
-    const index_t end = i + 1 < segments.size() ? segments[i + 1].first_token : to.size();
-    if (s.first_token < end) to.shift(s.first_token, end, s.rotation);
-  }
+  detail::append_tokens(from, to, 0, longest);
+  to.set_positions(from.positions());
   return to;
 }
 

@@ -15,6 +15,7 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/direct_blocks.hpp>
+#include <kvcache/cache/keep_tokens.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/memory.hpp>
@@ -131,6 +132,10 @@ class sealing_blocks {
     }
   }
 
+  /// As those of direct_blocks; defined in cache/keep_sealed.hpp.
+  [[nodiscard]] status keep(const keep_plan& plan);
+  [[nodiscard]] keep_limits limits(index_t size) const noexcept;
+
   void truncate(const kernel::table& kernels, std::span<const index_t> sizes) noexcept {
     if (!seals_) return direct_.truncate(kernels, sizes);
     for (index_t layer = 0; layer < shape().num_layers; ++layer)
@@ -232,6 +237,8 @@ class sealing_blocks {
   }
 
  private:
+  void keep_exact(const keep_plan& plan, std::byte* copy) noexcept;
+
   struct layer_state {
     index_t sealed = 0;         // blocks that the codec encoded
     index_t first_in_ring = 0;  // block from which on the ring has the exact tokens

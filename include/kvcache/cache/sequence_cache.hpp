@@ -12,6 +12,8 @@
 #include <kvcache/cache/block_layout.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/direct_blocks.hpp>
+#include <kvcache/cache/keep_sealed.hpp>
+#include <kvcache/cache/keep_tokens.hpp>
 #include <kvcache/cache/layer.hpp>
 #include <kvcache/cache/positions.hpp>
 #include <kvcache/cache/sealing_blocks.hpp>
@@ -164,6 +166,26 @@ class sequence_cache {
     KVCACHE_ASSERT(!in_step_, "shift: no step may be open");
     positions_.shift(first, last, delta, size());
   }
+  /// As of another cache with the same tokens. \pre no open step
+  void set_positions(const position_map& positions) {
+    KVCACHE_ASSERT(!in_step_, "set_positions: no step may be open");
+    positions_ = positions;
+  }
+
+  /// Forgets all tokens but these, which are counted anew from 0: eviction within a sequence; see cache/keep_tokens.hpp.
+  ///
+  /// \param tokens  ascending, the newest included (`truncate` forgets the newest), within keep_limits()
+  /// \return        code ok; or out_of_pages, out_of_memory, then nothing changed
+  /// \pre every layer has size() tokens, no step is open
+  /// Complexity: O(tokens), and in paged caches no more than that where whole blocks go; what moves is copied once.
+  /// Invalidates: all views. Forks keep theirs. Memory reserved past the end is given back.
+  [[nodiscard]] keep_result keep_tokens(std::span<const index_t> tokens,
+                                        keep_positions mode = keep_positions::original) {
+    KVCACHE_ASSERT(!in_step_, "keep_tokens: no step may be open");
+    return detail::keep_tokens(blocks_, positions_, sizes_, tokens, mode);
+  }
+  /// What keep_tokens may be asked. O(layers).
+  [[nodiscard]] kvcache::keep_limits keep_limits() const noexcept { return blocks_.limits(size()); }
 
   // -- copies ---------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,26 @@ index_t settings_bytes([[maybe_unused]] const Codec& codec) noexcept {
   }
 }
 
+/// A codec of whose blocks one token can change its place as it is encoded: `move_token(geometry, from_block, from_slot,
+/// to_block, to_slot)` copies keys and values byte for byte, within a block or from one to another, and touches no other
+/// slot. `moves_tokens()`, where there is such a member, says whether it may be called.
+template <class C>
+concept token_moving_codec = requires(const C& codec, const block_geometry& g, std::byte* block,
+                                      const std::byte* sealed, index_t n) {
+  codec.move_token(g, sealed, n, block, n);
+};
+
+template <class Codec>
+constexpr bool moves_tokens([[maybe_unused]] const Codec& codec) noexcept {
+  if constexpr (!token_moving_codec<Codec>) {
+    return false;
+  } else if constexpr (requires { codec.moves_tokens(); }) {
+    return codec.moves_tokens();
+  } else {
+    return true;
+  }
+}
+
 /// Whether a cache with this codec may keep some tokens exact and seal whole blocks; see cache/sealing_blocks.hpp.
 template <class C>
 concept sealing_codec = block_codec<C> && requires(const C& codec) {
@@ -131,6 +151,23 @@ concept value_side = side<S> && requires(const S& s, const kernel::table& kernel
   s.accumulate(kernels, g, sealed, n, w, n, to, sealed);
   s.finish(kernels, g, n, to);
 };
+
+/// A side whose rows can change places as they are stored: `move_row` copies one from a section to another, or within one.
+/// Where `moves_rows()` is a member, it says whether that may be asked.
+template <class S>
+concept row_moving_side = side<S> &&
+    requires(const S& s, const block_geometry& g, std::byte* section, const std::byte* sealed, index_t n) {
+  s.move_row(g, sealed, n, section, n);
+};
+
+template <side S>
+constexpr bool moves_rows([[maybe_unused]] const S& s) noexcept {
+  if constexpr (requires { s.moves_rows(); }) {
+    return s.moves_rows();
+  } else {
+    return row_moving_side<S>;
+  }
+}
 
 /// What sides inherit that need none of it.
 struct plain_side {

@@ -7,6 +7,7 @@
 // 2^-8 for bf16 (the range of float). NaN and infinity are stored as they are.
 #pragma once
 
+#include <kvcache/block/move_row.hpp>
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
@@ -39,6 +40,10 @@ struct exact_keys : plain_side {
                      index_t first, index_t count, mutable_rows rows) {
     kernel::for_element<Element>(kernels).decode_keys(g, section, first, count, rows);
   }
+  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                       index_t to_slot) noexcept {
+    move_key_row<Element>(g, from, from_slot, to, to_slot);
+  }
   static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                      index_t count, const float* queries, index_t num_rows, float* scores,
                      const std::byte* next) {
@@ -61,6 +66,10 @@ struct exact_values : plain_side {
   static void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                      index_t first, index_t count, mutable_rows rows) {
     kernel::for_element<Element>(kernels).decode_values(g, section, first, count, rows);
+  }
+  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                       index_t to_slot) noexcept {
+    move_value_row<Element>(g, from, from_slot, to, to_slot);
   }
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                          index_t count, const float* weights, index_t num_rows, float* sums,

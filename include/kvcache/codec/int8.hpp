@@ -70,6 +70,11 @@ struct int8_rows : plain_side {
         row[d] = scale * static_cast<float>(bytes[Order::index(g, t, d)]);
     }
   }
+  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                       index_t to_slot) noexcept {
+    Order::move_row(g, from, from_slot, to, to_slot);
+    set_scale(to + scales_offset(g), to_slot, scales(from + scales_offset(g))[from_slot]);
+  }
 
  protected:
   static constexpr index_t scales_offset(const block_geometry& g) noexcept {

@@ -5,6 +5,7 @@
 //   scores: up to 64 tokens are unpacked to bytes in the first-level cache and serve all query rows; so are sums
 #pragma once
 
+#include <kvcache/block/move_row.hpp>
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/packed.hpp>
 #include <kvcache/core/checked.hpp>
@@ -82,6 +83,11 @@ struct keys_in_order {
   static constexpr index_t lines_for(const block_geometry& g, index_t num_tokens) noexcept {
     return ceil_div(num_tokens, key_lanes) * order::key_packs(g);
   }
+  /// Of bytes that are not packed.
+  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                       index_t to_slot) noexcept {
+    move_key_row<std::int8_t>(g, from, from_slot, to, to_slot);
+  }
   template <class Packed>
   static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) {
     for (index_t d = g.head_dim; d % order::pack != 0; ++d) codes[d] = 0;
@@ -105,6 +111,11 @@ struct values_in_order {
   }
   static constexpr index_t lines_for(const block_geometry& g, index_t num_tokens) noexcept {
     return ceil_div(round_up(num_tokens, order::pack) * g.head_dim, line_bytes);
+  }
+  /// Of bytes that are not packed.
+  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                       index_t to_slot) noexcept {
+    move_value_row<std::int8_t>(g, from, from_slot, to, to_slot);
   }
   template <class Packed>
   static void put(const block_geometry& g, std::byte* section, index_t token, const std::uint8_t* codes) {

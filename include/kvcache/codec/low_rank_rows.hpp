@@ -193,6 +193,13 @@ struct low_rank_rows : plain_side {
     }
   }
 
+  void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                index_t to_slot) const noexcept {
+    for_each_group<Groups>(layout(), g.block_size, [&](const auto& side, const component_group& group) {
+      side.move_row(group.geometry, from + group.offset, from_slot, to + group.offset, to_slot);
+    });
+  }
+
  protected:
   [[nodiscard]] low_rank_layout layout() const noexcept {
     return basis.layout != nullptr ? *basis.layout : low_rank_layout{};

@@ -83,6 +83,14 @@ struct rotated_rows : plain_side {
       for (index_t d = 0; d < g.head_dim; ++d) row[d] *= scale;
     }
   }
+  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                       index_t to_slot) noexcept {
+    code_row row_codes;
+    for (index_t d = 0; d < g.head_dim; ++d)
+      row_codes[static_cast<std::size_t>(d)] = codes::get(g, from, from_slot, d);
+    codes::put(g, to, to_slot, row_codes.data());
+    set_scale(to + codes::section_bytes(g), to_slot, section_scales(g, from)[from_slot]);
+  }
 
  protected:
   [[nodiscard]] static looked_up<Quantiser::bits> codes_of(const kernel::table& kernels,

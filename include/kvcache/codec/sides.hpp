@@ -63,6 +63,19 @@ struct sides {
     values.decode(kernels, g, block + keys.section_bytes(g), first, count, v);
   }
 
+  /// Whether both sides store rows that can change places; see move_token.
+  [[nodiscard]] constexpr bool moves_tokens() const noexcept {
+    return codec::moves_rows(keys) && codec::moves_rows(values);
+  }
+  /// Copies the token in one slot to another, of the same block or of another one, as it is stored.
+  void move_token(const block_geometry& g, const std::byte* from_block, index_t from_slot,
+                  std::byte* to_block,
+                  index_t to_slot) const noexcept requires row_moving_side<Keys> && row_moving_side<Values> {
+    keys.move_row(g, from_block, from_slot, to_block, to_slot);
+    const index_t offset = keys.section_bytes(g);
+    values.move_row(g, from_block + offset, from_slot, to_block + offset, to_slot);
+  }
+
   [[nodiscard]] constexpr index_t prepared_floats(const block_geometry& g) const noexcept {
     return keys.prepared_floats(g);
   }

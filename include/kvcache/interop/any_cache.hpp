@@ -9,9 +9,11 @@
 #pragma once
 
 #include <kvcache/attention/attend.hpp>
+#include <kvcache/attention/weights.hpp>
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/contiguous.hpp>
+#include <kvcache/cache/keep_tokens.hpp>
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/step.hpp>
 #include <kvcache/codec/by_layer.hpp>
@@ -47,6 +49,9 @@ class erased_cache {
   virtual status try_append(index_t layer, std::span<const float> k, std::span<const float> v) = 0;
   virtual void attend(index_t layer, std::span<const float> q, std::span<float> out,
                       const attend_options& options, executor_ref executor) const = 0;
+  virtual void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
+                                 std::span<float> sums, const attend_options& options,
+                                 executor_ref executor) const = 0;
   virtual void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
                         kv_layout layout) const = 0;
   [[nodiscard]] virtual const cache_shape& shape() const noexcept = 0;
@@ -56,6 +61,9 @@ class erased_cache {
   [[nodiscard]] virtual memory_use bytes() const noexcept = 0;
   [[nodiscard]] virtual const position_map& positions() const noexcept = 0;
   virtual void shift(index_t first, index_t last, index_t delta) = 0;
+  virtual void set_positions(const position_map& positions) = 0;
+  [[nodiscard]] virtual keep_result keep_tokens(std::span<const index_t> tokens, keep_positions mode) = 0;
+  [[nodiscard]] virtual kvcache::keep_limits keep_limits() const noexcept = 0;
   virtual status reserve(index_t num_tokens) = 0;
   virtual void truncate(index_t num_tokens) noexcept = 0;
   [[nodiscard]] virtual std::unique_ptr<erased_cache> clone() const = 0;
@@ -78,6 +86,11 @@ class erased_cache_of final : public erased_cache {
               executor_ref executor) const override {
     kvcache::attend(q, cache_[layer], out, options, executor);
   }
+  void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
+                         std::span<float> sums, const attend_options& options,
+                         executor_ref executor) const override {
+    kvcache::add_token_weights(q, cache_[layer], lse, sums, options, executor);
+  }
   void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
                 kv_layout layout) const override {
     cache_.copy_out(layer, first, count, k, v, layout);
@@ -91,6 +104,11 @@ class erased_cache_of final : public erased_cache {
   [[nodiscard]] memory_use bytes() const noexcept override { return cache_.bytes(); }
   [[nodiscard]] const position_map& positions() const noexcept override { return cache_.positions(); }
   void shift(index_t first, index_t last, index_t delta) override { cache_.shift(first, last, delta); }
+  void set_positions(const position_map& positions) override { cache_.set_positions(positions); }
+  [[nodiscard]] keep_result keep_tokens(std::span<const index_t> tokens, keep_positions mode) override {
+    return cache_.keep_tokens(tokens, mode);
+  }
+  [[nodiscard]] kvcache::keep_limits keep_limits() const noexcept override { return cache_.keep_limits(); }
   status reserve(index_t num_tokens) override { return cache_.reserve(num_tokens); }
   void truncate(index_t num_tokens) noexcept override { cache_.truncate(num_tokens); }
   [[nodiscard]] std::unique_ptr<erased_cache> clone() const override {
@@ -137,6 +155,10 @@ class any_layer {
               executor_ref executor) const {
     cache_->attend(layer_, q, out, options, executor);
   }
+  void add_token_weights(std::span<const float> q, std::span<const float> lse, std::span<float> sums,
+                         const attend_options& options, executor_ref executor) const {
+    cache_->add_token_weights(layer_, q, lse, sums, options, executor);
+  }
 
  private:
   detail::erased_cache* cache_;
@@ -148,6 +170,13 @@ template <executor Executor = serial_executor>
 void attend(std::span<const float> q, const any_layer& layer, std::span<float> out,
             const attend_options& options = {}, Executor&& executor = {}) {
   layer.attend(q, out, options, executor_ref(executor));
+}
+
+/// As for the typed containers; see attention/weights.hpp.
+template <executor Executor = serial_executor>
+void add_token_weights(std::span<const float> q, const any_layer& layer, std::span<const float> lse,
+                       std::span<float> sums, const attend_options& options = {}, Executor&& executor = {}) {
+  layer.add_token_weights(q, lse, sums, options, executor_ref(executor));
 }
 
 /// The verbs of the containers, see sequence_cache. Moved from, it may only be destroyed or assigned to.
@@ -170,6 +199,12 @@ class any_cache {
   [[nodiscard]] memory_use bytes() const noexcept { return cache_->bytes(); }
   [[nodiscard]] const position_map& positions() const noexcept { return cache_->positions(); }
   void shift(index_t first, index_t last, index_t delta) { cache_->shift(first, last, delta); }
+  void set_positions(const position_map& positions) { cache_->set_positions(positions); }
+  [[nodiscard]] keep_result keep_tokens(std::span<const index_t> tokens,
+                                        keep_positions mode = keep_positions::original) {
+    return cache_->keep_tokens(tokens, mode);
+  }
+  [[nodiscard]] kvcache::keep_limits keep_limits() const noexcept { return cache_->keep_limits(); }
   [[nodiscard]] status reserve(index_t num_tokens) { return cache_->reserve(num_tokens); }
   void truncate(index_t num_tokens) noexcept { cache_->truncate(num_tokens); }
   void clear() noexcept { truncate(0); }

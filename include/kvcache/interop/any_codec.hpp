@@ -61,6 +61,9 @@ class erased_side {
                       std::byte* section, index_t first, index_t count, const_rows rows) const = 0;
   virtual void decode(head_id where, const kernel::table& kernels, const block_geometry& g,
                       const std::byte* section, index_t first, index_t count, mutable_rows rows) const = 0;
+  [[nodiscard]] virtual bool moves_rows() const noexcept = 0;
+  virtual void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                        index_t to_slot) const noexcept = 0;
 };
 
 class erased_keys : public erased_side {
@@ -109,6 +112,11 @@ class erased_side_of : public Base {
   void decode(head_id where, const kernel::table& kernels, const block_geometry& g, const std::byte* section,
               index_t first, index_t count, mutable_rows rows) const override {
     at(where).decode(kernels, g, section, first, count, rows);
+  }
+  [[nodiscard]] bool moves_rows() const noexcept override { return codec::moves_rows(side_); }
+  void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                index_t to_slot) const noexcept override {
+    if constexpr (codec::row_moving_side<Side>) side_.move_row(g, from, from_slot, to, to_slot);
   }
 
  protected:
@@ -180,6 +188,11 @@ struct any_side {
   void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t first,
               index_t count, mutable_rows rows) const {
     erased->decode(where, kernels, g, section, first, count, rows);
+  }
+  [[nodiscard]] bool moves_rows() const noexcept { return erased->moves_rows(); }
+  void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
+                index_t to_slot) const noexcept {
+    erased->move_row(g, from, from_slot, to, to_slot);
   }
 };
 
