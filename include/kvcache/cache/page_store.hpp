@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// page_store: the pages of a pool, who refers to them, and the page tables of all sequences.
+// page_store: the page tables of all sequences of a pool, and its pages (page_slabs).
 //
 //   page    | layer 0, head 0 | layer 0, head 1 | ... | last layer, last head |   one span of block_size tokens
 //   table   [ page 7, page 2, page 9 ]    one per sequence: logical block -> page, shared pages in many tables
@@ -8,6 +8,7 @@
 // `check` can prove every reference count by counting.
 #pragma once
 
+#include <kvcache/cache/page_slabs.hpp>
 #include <kvcache/cache/page_table.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
@@ -23,6 +24,7 @@
 #include <memory>
 #include <memory_resource>
 #include <new>
+#include <span>
 #include <vector>
 
 namespace kvcache::inline v0 {
@@ -34,35 +36,28 @@ class page_store {
   using table_id = std::size_t;
 
   /// Allocates nothing. Throws shape_error if the budget is negative or holds not even one page.
-  page_store(index_t page_bytes, const pool_options& options)
-      : page_bytes_(page_bytes),
-        slab_pages_(std::max(options.slab_bytes / page_bytes, index_t{1})),
-        memory_(options.memory) {
-    set_budget(options.budget_bytes);
-  }
+  page_store(index_t page_bytes, const pool_options& options) : slabs_(page_bytes, options) {}
 
   page_store(const page_store&) = delete;  // sequences refer to it
   page_store& operator=(const page_store&) = delete;
 
   // -- the pool -------------------------------------------------------------------------------------------------
 
-  [[nodiscard]] index_t page_bytes() const noexcept { return page_bytes_; }
-  [[nodiscard]] index_t max_pages() const noexcept { return max_pages_; }
+  [[nodiscard]] index_t page_bytes() const noexcept { return slabs_.page_bytes(); }
+  [[nodiscard]] index_t max_pages() const noexcept { return slabs_.max_pages(); }
 
   /// Pages that can still be taken within the budget, allocated or not.
-  [[nodiscard]] index_t num_free() const noexcept { return max_pages_ - num_in_use(); }
-  [[nodiscard]] index_t num_in_use() const noexcept {
-    return num_pages() - static_cast<index_t>(free_.size());
-  }
+  [[nodiscard]] index_t num_free() const noexcept { return slabs_.num_free(); }
+  [[nodiscard]] index_t num_in_use() const noexcept { return slabs_.num_in_use(); }
 
-  [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return memory_; }
+  [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return slabs_.memory(); }
 
   /// Gives slabs that have no page in use back to the memory resource, and room that closed tables keep.
   /// O(pages + tables), never allocates.
   void release_free() noexcept;
 
   /// Memory of the pages, in use or free; bytes().total in O(1).
-  [[nodiscard]] index_t allocated_bytes() const noexcept { return num_pages() * page_bytes_; }
+  [[nodiscard]] index_t allocated_bytes() const noexcept { return slabs_.num_pages() * page_bytes(); }
   /// Memory of the books: page tables, reference counts, free list. O(1).
   [[nodiscard]] index_t books_bytes() const noexcept;
   /// The most by which allocated_bytes() + books_bytes() grow when one sequence takes `new_pages` pages, so that it
@@ -71,23 +66,12 @@ class page_store {
 
   /// From now on at most `bytes` of pages; 0 is no limit. Throws shape_error if that is less than one page, or
   /// than what is still allocated after release_free().
-  void set_budget(index_t bytes) {
-    const index_t pages =
-        bytes == 0 ? index_t{std::numeric_limits<std::uint32_t>::max()} : checked_add(bytes, 0) / page_bytes_;
-    if (pages < 1) throw shape_error("kvcache: the pool's budget_bytes is smaller than one page");
-    if (pages < num_pages()) release_free();
-    if (pages < num_pages()) throw shape_error("kvcache: the pool has allocated more than that budget_bytes");
-    max_pages_ = std::min(pages, index_t{std::numeric_limits<std::uint32_t>::max()});
-  }
+  void set_budget(index_t bytes) { slabs_.set_budget(bytes); }
 
-  [[nodiscard]] pool_use bytes() const noexcept {
-    const auto shared = std::count_if(ref_counts_.begin(), ref_counts_.end(), [](auto n) { return n > 1; });
-    return {num_pages() * page_bytes_, num_in_use() * page_bytes_,
-            static_cast<index_t>(free_.size()) * page_bytes_, shared * page_bytes_};
-  }
+  [[nodiscard]] pool_use bytes() const noexcept { return slabs_.bytes(); }
 
-  [[nodiscard]] std::byte* page(page_id id) const noexcept { return pages_[index(id)]; }
-  [[nodiscard]] index_t ref_count(page_id id) const noexcept { return ref_counts_[index(id)]; }
+  [[nodiscard]] std::byte* page(page_id id) const noexcept { return slabs_.page(id); }
+  [[nodiscard]] index_t ref_count(page_id id) const noexcept { return slabs_.ref_count(id); }
 
   // -- page tables ----------------------------------------------------------------------------------------------
 
@@ -117,37 +101,11 @@ class page_store {
   void check() const;
 
  private:
-  struct slab {
-    memory_block memory;  // empty: its place is free
-    index_t in_use = 0;   // pages
-  };
-
-  static std::size_t index(page_id id) noexcept { return static_cast<std::size_t>(id); }
-  /// Pages that have memory.
-  [[nodiscard]] index_t num_pages() const noexcept {
-    return static_cast<index_t>(pages_.size() - vacant_.size());
-  }
-
-  [[nodiscard]] status allocate_until_free(index_t needed);
   void copy_shared(page_table& table, index_t first, index_t last) noexcept;
-  void add_slab(index_t num_new);
   void reserve_table(page_table& table, std::size_t num_pages);
-  template <class Gone>
-  void release_slabs(Gone gone) noexcept;
-  page_id take() noexcept;
-  void release(page_id id) noexcept;
 
-  index_t page_bytes_;
-  index_t slab_pages_;  // in a whole slab
-  index_t max_pages_ = 0;
-  index_t table_entries_ = 0;  // capacity of all tables
-  std::pmr::memory_resource* memory_;
-  std::vector<slab> slabs_;
-  std::vector<std::byte*> pages_;          // by id: addresses, null where vacant
-  std::vector<std::uint32_t> ref_counts_;  // by id
-  std::vector<std::uint32_t> slab_of_;     // by id
-  std::vector<page_id> free_;  // last in, first out; capacity for every page, so giving back never allocates
-  std::vector<page_id> vacant_;                      // ids whose slab was given back; capacity for every page
+  page_slabs slabs_;
+  index_t table_entries_ = 0;                        // capacity of all tables
   std::vector<std::unique_ptr<page_table>> tables_;  // stay where they are
   std::vector<table_id> closed_tables_;              // to be opened again; capacity for every table
 };
@@ -190,10 +148,10 @@ inline status page_store::prepare_write(table_id id, index_t first, index_t last
   } catch (const std::bad_alloc&) {
     return status::out_of_memory;
   }
-  if (const status s = allocate_until_free(to_copy + to_add); s != status::ok) return s;
+  if (const status s = slabs_.allocate_until_free(to_copy + to_add); s != status::ok) return s;
   copy_shared(*tables_[id], first, last_present);
   for (index_t i = 0; i < to_add; ++i) {
-    table.push_back(take());
+    table.push_back(slabs_.take());
     tables_[id]->addresses.push_back(page(table.back()));
   }
   return status::ok;
@@ -204,9 +162,9 @@ inline void page_store::copy_shared(page_table& table, index_t first, index_t la
   for (index_t i = first; i < last; ++i) {
     page_id& entry = table.pages[static_cast<std::size_t>(i)];
     if (ref_count(entry) == 1) continue;
-    const page_id own = take();
-    std::memcpy(page(own), page(entry), static_cast<std::size_t>(page_bytes_));
-    release(entry);
+    const page_id own = slabs_.take();
+    std::memcpy(page(own), page(entry), static_cast<std::size_t>(page_bytes()));
+    slabs_.release(entry);
     entry = own;
     table.addresses[static_cast<std::size_t>(i)] = page(own);
   }
@@ -226,7 +184,7 @@ inline status page_store::keep(table_id id, std::span<const index_t> kept, index
   const index_t missing = to_copy - to_free;
   if (missing > 0) {
     if (missing > num_free()) return status::out_of_pages;
-    if (const status s = allocate_until_free(missing); s != status::ok) return s;
+    if (const status s = slabs_.allocate_until_free(missing); s != status::ok) return s;
   }
   std::size_t num_kept = 0;
   for (std::size_t i = 0; i < table.pages.size(); ++i) {
@@ -234,7 +192,7 @@ inline status page_store::keep(table_id id, std::span<const index_t> kept, index
       table.pages[num_kept] = table.pages[i];
       table.addresses[num_kept++] = table.addresses[i];
     } else {
-      release(table.pages[i]);
+      slabs_.release(table.pages[i]);
     }
   }
   table.pages.resize(num_kept);
@@ -246,7 +204,7 @@ inline status page_store::keep(table_id id, std::span<const index_t> kept, index
 inline void page_store::shrink(table_id id, index_t num_pages) noexcept {
   std::vector<page_id>& table = tables_[id]->pages;
   while (static_cast<index_t>(table.size()) > num_pages) {
-    release(table.back());
+    slabs_.release(table.back());
     table.pop_back();
     tables_[id]->addresses.pop_back();
   }
@@ -274,77 +232,12 @@ inline page_store::table_id page_store::share(table_id id, index_t num_pages) {
   }
   tables_[child]->pages.assign(from.pages.begin(), from.pages.begin() + num_pages);
   tables_[child]->addresses.assign(from.addresses.begin(), from.addresses.begin() + num_pages);
-  for (const page_id shared : tables_[child]->pages) ++ref_counts_[index(shared)];
+  for (const page_id shared : tables_[child]->pages) slabs_.share(shared);
   return child;
 }
 
-inline status page_store::allocate_until_free(index_t needed) {
-  if (exceeds_memory(needed - static_cast<index_t>(free_.size()), page_bytes_, memory_))
-    return status::out_of_memory;
-  const std::size_t free_before = free_.size();
-  try {
-    while (static_cast<index_t>(free_.size()) < needed)  // never past the budget
-      add_slab(std::min(slab_pages_, max_pages_ - num_pages()));
-  } catch (const std::bad_alloc&) {  // not even the slabs that could be had are kept
-    while (free_.size() > free_before) {
-      const std::uint32_t last = slab_of_[index(free_.back())];
-      release_slabs([last](std::uint32_t s) { return s == last; });
-    }
-    return status::out_of_memory;
-  }
-  return status::ok;
-}
-
-inline void page_store::add_slab(index_t num_new) {
-  const auto count = static_cast<std::size_t>(num_new);
-  const std::size_t fresh = count - std::min(count, vacant_.size());
-  const std::size_t size = pages_.size() + fresh;
-  const auto grow = [size](auto& by_id) {
-    if (size > by_id.capacity()) by_id.reserve(std::max(size, 2 * by_id.capacity()));
-  };
-  std::size_t place = 0;
-  while (place < slabs_.size() && slabs_[place].memory.data() != nullptr) ++place;
-  if (place == slabs_.capacity()) slabs_.reserve(2 * place + 1);
-  grow(pages_);
-  grow(ref_counts_);
-  grow(slab_of_);
-  grow(free_);
-  grow(vacant_);
-  memory_block memory(checked_mul(num_new, page_bytes_), memory_);
-  // Nothing below can fail. Handed out in order of address: the list is taken from its end.
-  for (std::size_t i = 0; i < fresh; ++i) vacant_.push_back(static_cast<page_id>(size - 1 - i));
-  pages_.resize(size);
-  ref_counts_.resize(size);
-  slab_of_.resize(size);
-  free_.resize(free_.size() + count);
-  for (std::size_t i = 0; i < count; ++i) {
-    const page_id id = vacant_.back();
-    vacant_.pop_back();
-    pages_[index(id)] = memory.data() + static_cast<index_t>(i) * page_bytes_;
-    slab_of_[index(id)] = static_cast<std::uint32_t>(place);
-    free_[free_.size() - 1 - i] = id;
-  }
-  if (place == slabs_.size()) slabs_.emplace_back();
-  slabs_[place].memory = std::move(memory);
-}
-
-/// Gives back the slabs for which gone(number) holds. \pre none of them has a page in use
-template <class Gone>
-void page_store::release_slabs(Gone gone) noexcept {
-  const auto in_slab = [&](page_id id) {
-    if (!gone(slab_of_[index(id)])) return false;
-    pages_[index(id)] = nullptr;
-    vacant_.push_back(id);
-    return true;
-  };
-  free_.erase(std::remove_if(free_.begin(), free_.end(), in_slab), free_.end());
-  for (std::size_t s = 0; s < slabs_.size(); ++s)
-    if (gone(static_cast<std::uint32_t>(s))) slabs_[s].memory = {};
-  while (!slabs_.empty() && slabs_.back().memory.data() == nullptr) slabs_.pop_back();
-}
-
 inline void page_store::release_free() noexcept {
-  release_slabs([this](std::uint32_t s) { return slabs_[s].in_use == 0; });
+  slabs_.release_free();
   for (const table_id id : closed_tables_) {
     table_entries_ -= static_cast<index_t>(tables_[id]->pages.capacity());
     std::vector<page_id>().swap(tables_[id]->pages);
@@ -352,45 +245,18 @@ inline void page_store::release_free() noexcept {
   }
 }
 
-inline page_id page_store::take() noexcept {
-  const page_id id = free_.back();
-  free_.pop_back();
-  ref_counts_[index(id)] = 1;
-  ++slabs_[slab_of_[index(id)]].in_use;
-  return id;
-}
-
-inline void page_store::release(page_id id) noexcept {
-  if (--ref_counts_[index(id)] != 0) return;
-  free_.push_back(id);
-  --slabs_[slab_of_[index(id)]].in_use;
-}
-
 inline index_t page_store::books_bytes() const noexcept {
   const auto bytes = [](const auto& v) { return static_cast<index_t>(v.capacity() * sizeof(v[0])); };
-  return bytes(slabs_) + bytes(pages_) + bytes(ref_counts_) + bytes(slab_of_) + bytes(free_) +
-         bytes(vacant_) + bytes(closed_tables_) + bytes(tables_) +
+  return slabs_.books_bytes() + bytes(closed_tables_) + bytes(tables_) +
          static_cast<index_t>(tables_.size() * sizeof(page_table)) +
          table_entries_ * index_t{sizeof(page_id) + sizeof(std::byte*)};
 }
 
 inline index_t page_store::growth_bytes(index_t new_pages, index_t table_pages,
                                         bool new_table) const noexcept {
-  constexpr index_t per_entry = sizeof(page_id) + sizeof(std::byte*);
-  constexpr index_t per_page = sizeof(std::byte*) + 2 * sizeof(std::uint32_t) + 2 * sizeof(page_id);
-  index_t bytes = 2 * table_pages * per_entry;  // a table that grows doubles
-  const index_t to_allocate = std::max(new_pages - static_cast<index_t>(free_.size()), index_t{0});
-  if (to_allocate > 0) {
-    const index_t slabs = ceil_div(to_allocate, slab_pages_);
-    bytes += std::min(slabs * slab_pages_, std::max(max_pages_ - num_pages(), to_allocate)) * page_bytes_;
-    const auto pages =
-        static_cast<index_t>(pages_.size()) + slabs * slab_pages_ - static_cast<index_t>(vacant_.size());
-    if (pages > static_cast<index_t>(pages_.capacity()))
-      bytes +=
-          std::max(pages - static_cast<index_t>(pages_.capacity()), static_cast<index_t>(pages_.capacity())) *
-          per_page;
-    bytes += (static_cast<index_t>(slabs_.capacity()) + 2 * slabs + 1) * index_t{sizeof(slab)};
-  }
+  // A table that grows doubles.
+  index_t bytes =
+      slabs_.growth_bytes(new_pages) + 2 * table_pages * index_t{sizeof(page_id) + sizeof(std::byte*)};
   if (new_table && closed_tables_.empty()) {
     const auto room = static_cast<index_t>(closed_tables_.capacity()) + 1;
     bytes += index_t{sizeof(page_table)} + room * index_t{sizeof(table_id) + sizeof(tables_[0])};
@@ -402,8 +268,8 @@ inline void page_store::check() const {
   const auto require = [](bool holds, const char* rule) {
     if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
   };
-  std::vector<std::uint32_t> counted(pages_.size(), 0);
-  index_t slab_bytes = 0, entries = 0;
+  std::vector<std::uint32_t> counted(slabs_.num_ids(), 0);
+  index_t entries = 0;
   for (const auto& known : tables_) {
     const page_table& table = *known;
     require(table.open || table.pages.empty(), "a closed page table is empty");
@@ -411,31 +277,14 @@ inline void page_store::check() const {
     entries += static_cast<index_t>(table.pages.capacity());
     for (std::size_t i = 0; i < table.pages.size(); ++i) {
       const page_id id = table.pages[i];
-      require(index(id) < pages_.size() && page(id) != nullptr, "page tables name pages that exist");
+      require(static_cast<std::size_t>(id) < counted.size() && page(id) != nullptr,
+              "page tables name pages that exist");
       require(table.addresses[i] == page(id), "a page table has the address of every page");
-      ++counted[index(id)];
+      ++counted[static_cast<std::size_t>(id)];
     }
   }
   require(entries == table_entries_, "the room of all tables is counted");
-  require(counted == ref_counts_, "every page's reference count is the number of tables that name it");
-  std::vector<bool> listed(pages_.size(), false);
-  for (const page_id id : free_) {
-    require(index(id) < pages_.size() && !listed[index(id)], "the free list names each page at most once");
-    require(ref_counts_[index(id)] == 0, "a page on the free list is not referred to");
-    listed[index(id)] = true;
-  }
-  for (const page_id id : vacant_)
-    require(page(id) == nullptr && ref_counts_[index(id)] == 0, "a page without memory is not referred to");
-  const auto unused = std::count(counted.begin(), counted.end(), 0U) - static_cast<index_t>(vacant_.size());
-  require(unused == static_cast<index_t>(free_.size()), "a page that none refers to is on the free list");
-  for (const slab& s : slabs_) slab_bytes += s.memory.size();
-  std::vector<index_t> in_use(slabs_.size(), 0);
-  for (std::size_t id = 0; id < pages_.size(); ++id)
-    if (counted[id] > 0) ++in_use[slab_of_[id]];
-  for (std::size_t i = 0; i < slabs_.size(); ++i)
-    require(in_use[i] == slabs_[i].in_use, "a slab counts its pages in use");
-  require(slab_bytes == bytes().total, "the slabs hold exactly the pages");
-  require(num_pages() <= max_pages_, "the pages keep to the budget");
+  slabs_.check(counted);
 }
 
 }  // namespace kvcache::inline v0
