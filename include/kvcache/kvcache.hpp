@@ -38,6 +38,7 @@
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>
 #include <kvcache/kernel/select.hpp>
+#include <kvcache/serving/cache_manager.hpp>
 #include <kvcache/serving/observer.hpp>
 #include <kvcache/version.hpp>
 

@@ -23,8 +23,8 @@ using serving::prefix_space;
 using serving::token_id;
 using tokens = std::vector<token_id>;
 
-inline constexpr cache_shape shape{.num_layers = 2, .num_kv_heads = 1, .head_dim = 8, .block_size = 16};
-inline constexpr index_t row_size = 8;
+inline constexpr cache_shape shape{.num_layers = 2, .num_kv_heads = 1, .head_dim = 16, .block_size = 16};
+inline constexpr index_t row_size = 16;
 
 /// Spaces that differ in one string each, and where strings end.
 inline constexpr prefix_space spaces[] = {{"m", "", ""},  {"m", "a", ""}, {"m", "", "a"},
@@ -46,7 +46,7 @@ inline std::vector<float> rows(const prefix_space& space, std::span<const token_
   for (std::size_t t = 0; t < path.size(); ++t) {
     mix(path[t] + 1000U);
     for (int d = 0; static_cast<index_t>(t) >= first && d < row_size; ++d)
-      out.push_back(static_cast<float>(static_cast<int>((h >> (7 * d)) & 127U) - 64));
+      out.push_back(static_cast<float>(static_cast<int>((h >> (4 * d)) & 127U) - 64));
   }
   return out;
 }

@@ -115,6 +115,11 @@ class prefix_index {
   /// O(tokens), whatever is stored, and one fork. Throws what fork does, std::bad_alloc as a rule.
   [[nodiscard]] hit match(const prefix_space& space, std::span<const token_id> tokens);
 
+  /// The stored sequence that match would fork, or null; not a use. Until the index changes. O(tokens).
+  [[nodiscard]] const Cache* peek(const prefix_space& space, std::span<const token_id> tokens) const {
+    const auto found = tree_.walk(space, tokens, [](auto) {});
+    return found.size == 0 ? nullptr : &*tree_.holder(found).first->sequence;
+  }
   /// A hold on what match would find, not a use. O(tokens).
   [[nodiscard]] lease hold(const prefix_space& space, std::span<const token_id> tokens);
 
