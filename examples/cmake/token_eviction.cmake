@@ -35,7 +35,7 @@ if(NOT first STREQUAL second)
   message(FATAL_ERROR "one seed gave two texts\n${first}\n${second}")
 endif()
 
-run("${COMPARE}" 0 "1/8 seen.*\nwindow .*\nsinks .*\nh2o .*\ntova .*\nsnapkv .*\nkeydiff .*\nrandom " --model "${MODEL}"
+run("${COMPARE}" 0 "1/8 blocks seen.*\nwindow .*\nsinks .*\nh2o .*\ntova .*\nsnapkv .*\nkeydiff .*\nrandom " --model "${MODEL}"
   --documents 1 --unit 16)
 if(NOT printed MATCHES "8 questions about 1 documents.* all tokens kept: 100.0")
   message(FATAL_ERROR "not what the model knows\n${printed}")
