@@ -40,6 +40,12 @@ class decoder {
   [[nodiscard]] matrix forward(std::span<const index_t> tokens, Cache& cache, index_t num_rows = 1,
                                Executor&& executor = {}) const;
 
+  /// The same, and tells what each layer's attention did.
+  /// \param watch  called as watch(layer, q, lse, attend_options), see kvcache::multi_head_attention::forward
+  template <class Cache, class Executor, class Watch>
+  [[nodiscard]] matrix forward_watched(std::span<const index_t> tokens, Cache& cache, index_t num_rows,
+                                       Executor&& executor, Watch&& watch) const;
+
   /// The same logits without a cache: all of `tokens` from the beginning of the text, computed anew.
   template <class Executor = kvcache::serial_executor>
   [[nodiscard]] matrix recompute(std::span<const index_t> tokens, index_t num_rows = 1,
@@ -71,6 +77,19 @@ matrix decoder::forward(std::span<const index_t> tokens, Cache& cache, index_t n
   auto step = cache.begin(static_cast<index_t>(tokens.size()));  // undone unless committed
   const auto attend = [&](std::size_t layer, const matrix& x) {
     return attention_[layer].forward(x, cache[static_cast<index_t>(layer)], executor);
+  };
+  matrix logits = run(tokens, num_rows, attend, executor);
+  step.commit();
+  return logits;
+}
+
+template <class Cache, class Executor, class Watch>
+matrix decoder::forward_watched(std::span<const index_t> tokens, Cache& cache, index_t num_rows,
+                                Executor&& executor, Watch&& watch) const {
+  auto step = cache.begin(static_cast<index_t>(tokens.size()));
+  const auto attend = [&](std::size_t layer, const matrix& x) {
+    const auto tell = [&](const auto&... what) { watch(static_cast<index_t>(layer), what...); };
+    return attention_[layer].forward(x, cache[static_cast<index_t>(layer)], executor, tell);
   };
   matrix logits = run(tokens, num_rows, attend, executor);
   step.commit();
