@@ -185,6 +185,8 @@ class any_cache {
   template <kv_cache Cache>
   any_cache(std::string spec, Cache cache)
       : spec_(std::move(spec)), cache_(std::make_unique<detail::erased_cache_of<Cache>>(std::move(cache))) {}
+  any_cache(std::string spec, std::unique_ptr<detail::erased_cache> cache)
+      : spec_(std::move(spec)), cache_(std::move(cache)) {}
 
   /// What make_cache was given.
   [[nodiscard]] const std::string& spec() const noexcept { return spec_; }
@@ -226,9 +228,6 @@ class any_cache {
   void end_step(bool commit) noexcept { cache_->end_step(commit); }
 
  private:
-  any_cache(std::string spec, std::unique_ptr<detail::erased_cache> cache)
-      : spec_(std::move(spec)), cache_(std::move(cache)) {}
-
   std::string spec_;
   std::unique_ptr<detail::erased_cache> cache_;
 };
@@ -237,11 +236,26 @@ namespace detail {
 
 inline constexpr std::string_view known_containers[] = {"contiguous", "chunked", "paged"};
 
+/// "container/codec", taken apart.
+struct spec_parts {
+  std::string_view container;
+  std::string_view codec;
+};
+
+/// Throws std::invalid_argument that lists the containers.
+inline spec_parts parts_of(std::string_view spec) {
+  const std::size_t slash = std::min(spec.find('/'), spec.size());
+  std::string known;
+  for (const std::string_view name : known_containers) {
+    if (name == spec.substr(0, slash) && slash < spec.size()) return {name, spec.substr(slash + 1)};
+    known.append(known.empty() ? "" : ", ").append(name).append("/<codec>");
+  }
+  throw std::invalid_argument("kvcache: there is no cache '" + std::string(spec) + "'; there is " + known);
+}
+
 inline any_cache make_container(const std::string& spec, std::string_view container,
-                                std::string_view codec_spec, const cache_shape& shape) {
+                                const codec::by_layer<any_codec>& codec, const cache_shape& shape) {
   using codecs = codec::by_layer<any_codec>;
-  validate(shape);
-  const codecs codec = make_codec_by_layer(codec_spec, shape.num_layers);
   if (container == "contiguous") return {spec, contiguous_cache<codecs>(shape, codec)};
   if (container == "chunked") return {spec, chunked_cache<codecs>(shape, codec)};
   return {spec, page_pool<codecs>(shape, {}, codec).sequence()};  // a pool of its own, without a limit
@@ -263,15 +277,10 @@ inline std::vector<std::string> cache_specs() {
 ///              "chunked/k=channel3,v=rotated3,first=2:int8,last=2:int8,tail=128"; see codec_spec.hpp
 /// Throws std::invalid_argument that lists what there is, and shape_error.
 inline any_cache make_cache(const std::string& spec, const cache_shape& shape) {
-  const std::size_t slash = std::min(spec.find('/'), spec.size());
-  const std::string_view container = std::string_view(spec).substr(0, slash);
-  std::string known;
-  for (const std::string_view name : detail::known_containers) {
-    if (name == container && slash < spec.size())
-      return detail::make_container(spec, container, std::string_view(spec).substr(slash + 1), shape);
-    known.append(known.empty() ? "" : ", ").append(name).append("/<codec>");
-  }
-  throw std::invalid_argument("kvcache: there is no cache '" + spec + "'; there is " + known);
+  const detail::spec_parts parts = detail::parts_of(spec);
+  validate(shape);
+  return detail::make_container(spec, parts.container, make_codec_by_layer(parts.codec, shape.num_layers),
+                                shape);
 }
 
 }  // namespace kvcache::inline v0

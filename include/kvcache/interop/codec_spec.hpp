@@ -66,12 +66,37 @@ std::optional<any_codec> find_codec(codec_list<Codecs...>, std::string_view name
   return found;
 }
 
+/// Where a reader finds codecs; interop/low_rank_spec.hpp has one that knows more.
+struct known_codec_source {
+  /// Behind the options that every reader knows.
+  static constexpr std::string_view more_options = "";
+
+  [[nodiscard]] static std::optional<codec::any_keys> keys(std::string_view name) {
+    const auto found = find_codec(known_codecs{}, name);
+    return found ? std::optional(found->keys) : std::nullopt;
+  }
+  [[nodiscard]] static std::optional<codec::any_values> values(std::string_view name) {
+    const auto found = find_codec(known_codecs{}, name);
+    return found ? std::optional(found->values) : std::nullopt;
+  }
+  [[nodiscard]] static std::string list() {
+    std::string all;
+    for (const std::string_view name : names_of(known_codecs{}))
+      all.append(all.empty() ? "" : ", ").append(name);
+    return all;
+  }
+  [[nodiscard]] static std::string names() {
+    return list() + "; make_cache_with_low_rank also knows low_rank<rank>";
+  }
+};
+
 /// Reads a codec's spec, piece by piece.
+template <class Source = known_codec_source>
 class codec_spec_reader {
  public:
   /// \param num_layers  0: options for some layers are refused
-  explicit codec_spec_reader(std::string_view spec, index_t num_layers = 0)
-      : spec_(spec), of_layer_(static_cast<std::size_t>(num_layers), 0) {}
+  explicit codec_spec_reader(std::string_view spec, index_t num_layers = 0, const Source& source = {})
+      : spec_(spec), source_(source), of_layer_(static_cast<std::size_t>(num_layers), 0) {}
 
   /// Throws std::invalid_argument naming what was wrong and what there is, and shape_error where layers do not exist.
   any_codec read() {
@@ -109,7 +134,7 @@ class codec_spec_reader {
   void set_option(std::string_view key, std::string_view value) {
     any_codec& made = codecs_.front();
     if (key == "k") {
-      made.keys = codec_named(value).keys;
+      made.keys = keys_named(value);
     } else if (key == "v") {
       made.values = values_named(value);
     } else if (key == "tail") {
@@ -120,7 +145,7 @@ class codec_spec_reader {
       set_layers(key, value);
     } else {
       refuse("there is no option '" + std::string(key) +
-             "'; there is k=, v=, sinks=, tail=, first=, last=, layers=");
+             "'; there is k=, v=, sinks=, tail=, first=, last=, layers=" + std::string(Source::more_options));
     }
   }
 
@@ -156,23 +181,28 @@ class codec_spec_reader {
   /// "int8", or keys and values, "channel4+rotated4".
   [[nodiscard]] any_codec codec_or_pair(std::string_view text) const {
     const std::size_t plus = text.find('+');
-    any_codec made = codec_named(text.substr(0, plus));
-    if (plus != std::string_view::npos) made.values = values_named(text.substr(plus + 1));
+    any_codec made;
+    made.keys = keys_named(text.substr(0, plus));
+    if (plus != std::string_view::npos) {
+      made.values = values_named(text.substr(plus + 1));
+    } else {
+      made.values = *source_.values(text);
+    }
     return made;
   }
 
+  [[nodiscard]] codec::any_keys keys_named(std::string_view name) const {
+    if (auto found = source_.keys(name)) return *found;
+    refuse_name(name);
+  }
   [[nodiscard]] codec::any_values values_named(std::string_view name) const {
     if (name.substr(0, 7) == "channel")
       refuse("'" + std::string(name) + "' is for keys; its values are those of rotated");
-    return codec_named(name).values;
+    if (auto found = source_.values(name)) return *found;
+    refuse_name(name);
   }
-
-  [[nodiscard]] any_codec codec_named(std::string_view name) const {
-    if (auto found = find_codec(known_codecs{}, name)) return *found;
-    std::string known;
-    for (const std::string_view other : names_of(known_codecs{}))
-      known.append(known.empty() ? "" : ", ").append(other);
-    refuse("there is no codec '" + std::string(name) + "'; there is " + known);
+  [[noreturn]] void refuse_name(std::string_view name) const {
+    refuse("there is no codec '" + std::string(name) + "'; there is " + source_.names());
   }
 
   [[nodiscard]] index_t number_in(std::string_view text, const char* what) const {
@@ -185,6 +215,7 @@ class codec_spec_reader {
   }
 
   std::string_view spec_;
+  Source source_;
   std::vector<any_codec> codecs_{any_codec{}};  // the first is that of layers that are not named
   std::vector<index_t> of_layer_;               // [num_layers] which of them a layer has
 };
@@ -199,13 +230,13 @@ inline std::vector<std::string> codec_names() {
 
 /// \param spec  "rotated4", or "k=channel4,v=rotated4,sinks=4,tail=128"; what is not said is bf16, or 0
 /// Throws std::invalid_argument that says what was wrong and lists what there is; so do options for some layers only.
-inline any_codec make_codec(std::string_view spec) { return detail::codec_spec_reader(spec).read(); }
+inline any_codec make_codec(std::string_view spec) { return detail::codec_spec_reader<>(spec).read(); }
 
 /// The same for `num_layers` layers, and options for some of them. What is not said of them is the spec's first codec.
 /// Throws std::invalid_argument as make_codec, and shape_error that names the option whose layers do not exist.
 inline codec::by_layer<any_codec> make_codec_by_layer(std::string_view spec, index_t num_layers) {
   if (num_layers < 1) throw shape_error("kvcache: num_layers must be at least 1");
-  return detail::codec_spec_reader(spec, num_layers).read_by_layer();
+  return detail::codec_spec_reader<>(spec, num_layers).read_by_layer();
 }
 
 }  // namespace kvcache::inline v0

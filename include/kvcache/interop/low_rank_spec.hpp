@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT
+// make_cache_with_low_rank: make_cache, and low_rank by name, with bases that are found in the sequence's own first tokens.
+//
+//   auto cache = make_cache_with_low_rank("chunked/k=low_rank48,v=low_rank64,fit=512,tail=128", shape);
+//
+//   tokens  |   0 .. fit + tail: all exact (bf16)   |   then: bases from tokens 0 .. fit, everything older than the tail
+//                                                       in them, once, and on from there like any low_rank cache
+//
+// "low_rank48": the 48 components with the most energy, 8 bits each (codec/low_rank.hpp); wherever a codec may stand, also in
+// first=, last=, layers=. `fit` is 512 unless given. The append, or the end of the step, that makes the last layer long enough
+// takes the time of two eigenvalue problems of head_dim for each head, and memory for both copies. Where that memory is not
+// to be had the tokens stay exact, and it is tried again when there are twice as many. Forks made before that each find
+// bases of their own, and share no pages with one another afterwards.
+//
+// Needs Eigen's solvers, so kvcache.hpp leaves it out.
+#pragma once
+
+#include <kvcache/cache/recoded.hpp>
+#include <kvcache/codec/by_layer.hpp>
+#include <kvcache/codec/low_rank.hpp>
+#include <kvcache/core/executor.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+#include <kvcache/interop/any_cache.hpp>
+#include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/codec_spec.hpp>
+
+#include <algorithm>
+#include <charconv>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace kvcache::inline v0 {
+
+namespace detail {
+
+/// A whole number, all of `text`, above zero; nothing if it is something else.
+inline std::optional<index_t> positive_number(std::string_view text) {
+  constexpr index_t most = index_t{1} << 30;
+  index_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc{} || end != text.data() + text.size() || number < 1 || number > most) return {};
+  return number;
+}
+
+/// What a reader of specs knows, and low_rank<rank>: from a calibration, or, while there is none, bf16 in its place.
+class low_rank_source : public known_codec_source {
+ public:
+  static constexpr std::string_view more_options = ", fit=";
+
+  low_rank_source() = default;
+  explicit low_rank_source(index_t head_dim) : head_dim_(head_dim) {}
+  explicit low_rank_source(const codec::low_rank_calibration& calibration) : calibration_(&calibration) {}
+
+  [[nodiscard]] std::optional<codec::any_keys> keys(std::string_view name) const {
+    const auto rank = rank_in(name);
+    if (!rank) return known_codec_source::keys(name);
+    if (calibration_ == nullptr) return codec::any_keys{};
+    codec::low_rank_keys keys;
+    keys.bases = calibration_->bases({.rank = *rank}, {.left_out = true});
+    return codec::any_keys::of(keys);
+  }
+  [[nodiscard]] std::optional<codec::any_values> values(std::string_view name) const {
+    const auto rank = rank_in(name);
+    if (!rank) return known_codec_source::values(name);
+    if (calibration_ == nullptr) return codec::any_values{};
+    codec::low_rank_values values;
+    values.bases = calibration_->bases({.left_out = true}, {.rank = *rank});
+    return codec::any_values::of(values);
+  }
+  [[nodiscard]] static std::string names() { return list() + ", low_rank<rank> as in low_rank48"; }
+
+ private:
+  /// Throws shape_error if there are not so many components.
+  [[nodiscard]] std::optional<index_t> rank_in(std::string_view name) const {
+    constexpr std::string_view prefix = codec::low_rank::name;
+    if (name.substr(0, prefix.size()) != prefix) return {};
+    const auto rank = positive_number(name.substr(prefix.size()));
+    if (rank && calibration_ == nullptr && *rank > head_dim_)
+      throw shape_error("kvcache: '" + std::string(name) + "': the rank must be 1 to head_dim, which is " +
+                        std::to_string(head_dim_));
+    return rank;
+  }
+
+  index_t head_dim_ = 0;
+  const codec::low_rank_calibration* calibration_ = nullptr;
+};
+
+/// A spec with low_rank in it, taken apart and checked.
+struct low_rank_plan {
+  std::string spec;
+  cache_shape shape;
+  std::string container = {};
+  std::string codec = {};  // without fit=
+  index_t fit_tokens = 512;
+  index_t tail_tokens = 0;
+
+  /// Throws std::invalid_argument and shape_error as make_cache does.
+  low_rank_plan(const std::string& whole, const cache_shape& wanted) : spec(whole), shape(wanted) {
+    const spec_parts parts = parts_of(spec);
+    container = parts.container;
+    for (std::string_view rest = parts.codec; !rest.empty();) {
+      const std::string_view piece = rest.substr(0, rest.find(','));
+      rest.remove_prefix(std::min(piece.size() + 1, rest.size()));
+      if (piece.substr(0, 4) == "fit=") {
+        const auto tokens = positive_number(piece.substr(4));
+        if (!tokens)
+          throw std::invalid_argument("kvcache: '" + std::string(piece) + "' is not a number of tokens");
+        fit_tokens = *tokens;
+      } else {
+        codec.append(codec.empty() ? "" : ",").append(piece);
+      }
+    }
+    if (!parts.codec.empty() && parts.codec.back() == ',') codec.append(",");  // for the reader to refuse
+    validate(shape);
+    const auto in_place =
+        codec_spec_reader<low_rank_source>(codec, shape.num_layers, low_rank_source(shape.head_dim))
+            .read_by_layer();
+    tail_tokens = in_place.tail_tokens;
+    (void)make_container(spec, container, in_place, shape);  // whatever else it would refuse later
+  }
+
+  [[nodiscard]] any_cache exact_cache() const {
+    // With a tail, so that rows that are not finite are refused from the start.
+    return make_cache(container + "/bf16,tail=" + std::to_string(std::max(tail_tokens, index_t{1})), shape);
+  }
+  [[nodiscard]] any_cache fitted_cache(const codec::low_rank_calibration& calibration) const {
+    codec_spec_reader<low_rank_source> reader(codec, shape.num_layers, low_rank_source(calibration));
+    return make_container(spec, container, reader.read_by_layer(), shape);
+  }
+};
+
+/// Exact until there are tokens enough to find bases in, then low_rank.
+class fitting_cache final : public erased_cache {
+ public:
+  explicit fitting_cache(std::shared_ptr<const low_rank_plan> plan)
+      : plan_(std::move(plan)), cache_(plan_->exact_cache()), due_(plan_->fit_tokens + plan_->tail_tokens) {}
+
+  status try_append(index_t layer, std::span<const float> k, std::span<const float> v) override {
+    const status s = cache_[layer].try_append(k, v);
+    if (s == status::ok && !in_step_) fit_when_due();
+    return s;
+  }
+  void attend(index_t layer, std::span<const float> q, std::span<float> out, const attend_options& options,
+              executor_ref executor) const override {
+    cache_[layer].attend(q, out, options, executor);
+  }
+  void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
+                kv_layout layout) const override {
+    cache_[layer].copy_out(first, count, k, v, layout);
+  }
+  [[nodiscard]] const cache_shape& shape() const noexcept override { return cache_.shape(); }
+  [[nodiscard]] index_t size() const noexcept override { return cache_.size(); }
+  [[nodiscard]] index_t layer_size(index_t layer) const noexcept override { return cache_[layer].size(); }
+  [[nodiscard]] index_t bytes_per_token() const noexcept override { return cache_.bytes_per_token(); }
+  [[nodiscard]] memory_use bytes() const noexcept override { return cache_.bytes(); }
+  [[nodiscard]] const position_map& positions() const noexcept override { return cache_.positions(); }
+  void shift(index_t first, index_t last, index_t delta) override { cache_.shift(first, last, delta); }
+  status reserve(index_t num_tokens) override {
+    const status s = cache_.reserve(num_tokens);
+    if (s == status::ok) reserved_ = std::max(reserved_, num_tokens);
+    return s;
+  }
+  void truncate(index_t num_tokens) noexcept override {
+    cache_.truncate(num_tokens);
+    reserved_ = 0;
+  }
+  [[nodiscard]] std::unique_ptr<erased_cache> clone() const override { return copied(cache_.clone()); }
+  [[nodiscard]] std::unique_ptr<erased_cache> fork(index_t num_tokens) const override {
+    return copied(cache_.fork(num_tokens));
+  }
+  void shrink_to_fit() noexcept override {
+    cache_.shrink_to_fit();
+    reserved_ = 0;
+  }
+  status begin_step(index_t num_tokens) override {
+    const status s = cache_.begin_step(num_tokens);
+    in_step_ = s == status::ok;
+    return s;
+  }
+  void end_step(bool commit) noexcept override {
+    cache_.end_step(commit);
+    in_step_ = false;
+    fit_when_due();
+  }
+  void check() const override { cache_.check(); }
+
+ private:
+  fitting_cache(const fitting_cache& other, any_cache cache)
+      : plan_(other.plan_), cache_(std::move(cache)), due_(other.due_), fitted_(other.fitted_) {}
+
+  [[nodiscard]] std::unique_ptr<erased_cache> copied(any_cache cache) const {
+    return std::unique_ptr<erased_cache>(new fitting_cache(*this, std::move(cache)));
+  }
+
+  void fit_when_due() noexcept {
+    if (fitted_ || size() < due_) return;
+    try {
+      any_cache made = recoded(cache_, plan_->fitted_cache(calibrated()));
+      if (reserved_ > made.size()) {
+        if (const status s = made.reserve(reserved_); s != status::ok) throw capacity_error("reserve", s);
+      }
+      cache_ = std::move(made);
+      fitted_ = true;
+    } catch (const std::bad_alloc&) {
+      due_ = 2 * size();
+    } catch (const capacity_error&) {
+      due_ = 2 * size();
+    }
+  }
+
+  /// What the first tokens of every layer look like.
+  [[nodiscard]] codec::low_rank_calibration calibrated() const {
+    codec::low_rank_calibration calibration(shape());
+    std::vector<float> k(
+        static_cast<std::size_t>(plan_->fit_tokens * shape().num_kv_heads * shape().head_dim));
+    std::vector<float> v(k.size());
+    for (index_t layer = 0; layer < shape().num_layers; ++layer) {
+      cache_[layer].copy_out(0, plan_->fit_tokens, k, v);
+      calibration.add(layer, k, v);
+    }
+    return calibration;
+  }
+
+  std::shared_ptr<const low_rank_plan> plan_;
+  any_cache cache_;
+  index_t due_;           // tokens of every layer from which on bases are looked for
+  index_t reserved_ = 0;  // tokens there was room for when cache_ was last asked
+  bool fitted_ = false;
+  bool in_step_ = false;
+};
+
+}  // namespace detail
+
+/// \param spec  as for make_cache, with "low_rank<rank>" among the codecs and fit=<tokens>; one without is make_cache's
+/// Throws std::invalid_argument that lists what there is, and shape_error.
+inline any_cache make_cache_with_low_rank(const std::string& spec, const cache_shape& shape) {
+  if (spec.find(codec::low_rank::name) == std::string::npos) return make_cache(spec, shape);
+  auto plan = std::make_shared<const detail::low_rank_plan>(spec, shape);
+  return {spec,
+          std::unique_ptr<detail::erased_cache>(std::make_unique<detail::fitting_cache>(std::move(plan)))};
+}
+
+}  // namespace kvcache::inline v0
