@@ -29,6 +29,8 @@
 #include <kvcache/interop/openmp.hpp>
 #include <kvcache/kernel/select.hpp>
 #include <kvcache/serving/planner.hpp>
+#include <kvcache/serving/prometheus.hpp>
+#include <kvcache/serving/recommend.hpp>
 #include <kvcache/version.hpp>
 
 #if __has_include(<Eigen/Core>)
