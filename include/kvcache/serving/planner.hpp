@@ -66,6 +66,8 @@ struct plan_options {
   /// Most divergence that is recommended, in multiples of that of int8 behind a tail; see quality_figures. The default
   /// leaves out what 2 bits cost.
   double worst_kl_ratio = 10;
+  /// Whether trellis is recommended, which loses less and takes some ten times as long to encode (docs/codecs.md).
+  bool slow_encoding = false;
 };
 
 /// One codec, with the block size that suits it best.
@@ -83,8 +85,9 @@ struct plan_row {
   index_t budget_bytes = 0;
   index_t max_context =
       0;  ///< most tokens of every sequence at once, within the memory and the model's own limit
-  index_t memory_context = 0;  ///< the same whatever the model's limit
-  bool fits = false;           ///< the sequences that were asked for, at the context that was asked for
+  index_t memory_context = 0;   ///< the same whatever the model's limit
+  bool fits = false;            ///< the sequences that were asked for, at the context that was asked for
+  bool is_good_enough = false;  ///< worst_kl_ratio and slow_encoding admit it
   const quality_figures* quality = nullptr;  ///< null where it was not measured
   const speed_figures* speed = nullptr;      ///< null where it was not measured
 };
@@ -92,7 +95,8 @@ struct plan_row {
 struct cache_plan {
   index_t cache_bytes = 0;     ///< of the memory, what is left for pages and tails
   std::vector<plan_row> rows;  ///< one for each codec, in the order of plan_options::codecs
-  /// The row that fits and loses least, not more than worst_kl_ratio; of equals the smaller. Nothing where none does.
+  /// The row that fits and loses least, of those that worst_kl_ratio and slow_encoding admit; of equals the smaller.
+  /// Nothing where there is none.
   std::optional<std::size_t> recommended;
 };
 
@@ -138,6 +142,13 @@ inline plan_row make_row(const model_shape& model, const codec_choice& codec, in
       request.max_context == 0 ? row.memory_context : std::min(row.memory_context, request.max_context);
   row.fits = row.memory_context >= request.context;
   return row;
+}
+
+/// Whether a row would be recommended if it fits and no other does.
+inline bool is_good_enough(const plan_row& row, const plan_options& options) noexcept {
+  const bool is_slow = row.codec.keys.starts_with("trellis") || row.codec.values.starts_with("trellis");
+  return row.quality != nullptr && row.quality->kl_ratio() <= options.worst_kl_ratio &&
+         (options.slow_encoding || !is_slow);
 }
 
 /// \return whether `a` should be recommended rather than `b`
@@ -198,11 +209,12 @@ inline cache_plan plan(const model_shape& model, index_t memory_bytes, index_t n
       const bool is_smaller = best && row.needed_bytes < best->needed_bytes;
       if (!best || (row.fits != best->fits ? row.fits : is_smaller)) best = std::move(row);
     }
+    best->is_good_enough = detail::is_good_enough(*best, options);
     result.rows.push_back(*std::move(best));
   }
   for (std::size_t i = 0; i < result.rows.size(); ++i) {
     const plan_row& row = result.rows[i];
-    if (!row.fits || row.quality == nullptr || row.quality->kl_ratio() > options.worst_kl_ratio) continue;
+    if (!row.fits || !row.is_good_enough) continue;
     if (!result.recommended || detail::is_better(row, result.rows[*result.recommended]))
       result.recommended = i;
   }
