@@ -8,6 +8,7 @@
 // `check` can prove every reference count by counting.
 #pragma once
 
+#include <kvcache/cache/page_table.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/memory.hpp>
@@ -16,38 +17,27 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <memory_resource>
 #include <new>
-#include <span>
 #include <vector>
 
 namespace kvcache::inline v0 {
 
-struct pool_options {
-  index_t budget_bytes = 0;  ///< most bytes of pages at a time; 0 grows for as long as memory lasts
-  std::pmr::memory_resource* memory = huge_page_resource();  ///< where slabs of pages are allocated
-};
-
-/// Memory of a pool's pages, in bytes. `total == in_use + free`.
-struct pool_use {
-  index_t total = 0;   ///< allocated from the memory resource
-  index_t in_use = 0;  ///< pages that at least one sequence refers to, each counted once
-  index_t free = 0;    ///< pages that none refers to
-  index_t shared = 0;  ///< part of `in_use` that more than one sequence refers to
-
-  friend bool operator==(const pool_use&, const pool_use&) = default;
-};
-
-/// Threads: none of the members may run at the same time as one that changes something.
+/// Threads: a table that does not change may be read while others do, through `table_at`. Otherwise none of the members
+/// may run at the same time as one that changes something.
 class page_store {
  public:
   using table_id = std::size_t;
 
   /// Allocates nothing. Throws shape_error if the budget is negative or holds not even one page.
   page_store(index_t page_bytes, const pool_options& options)
-      : page_bytes_(page_bytes), memory_(options.memory) {
+      : page_bytes_(page_bytes),
+        slab_pages_(std::max(options.slab_bytes / page_bytes, index_t{1})),
+        memory_(options.memory) {
     set_budget(options.budget_bytes);
   }
 
@@ -67,8 +57,17 @@ class page_store {
 
   [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return memory_; }
 
-  /// Gives slabs back to the memory resource, newest first, until one has a page in use. O(pages), never allocates.
+  /// Gives slabs that have no page in use back to the memory resource, and room that closed tables keep.
+  /// O(pages + tables), never allocates.
   void release_free() noexcept;
+
+  /// Memory of the pages, in use or free; bytes().total in O(1).
+  [[nodiscard]] index_t allocated_bytes() const noexcept { return num_pages() * page_bytes_; }
+  /// Memory of the books: page tables, reference counts, free list. O(1).
+  [[nodiscard]] index_t books_bytes() const noexcept;
+  /// The most by which allocated_bytes() + books_bytes() grow when one sequence takes `new_pages` pages, so that it
+  /// has `table_pages`, in a new table or not. O(1).
+  [[nodiscard]] index_t growth_bytes(index_t new_pages, index_t table_pages, bool new_table) const noexcept;
 
   /// From now on at most `bytes` of pages; 0 is no limit. Throws shape_error if that is less than one page, or
   /// than what is still allocated after release_free().
@@ -82,8 +81,7 @@ class page_store {
   }
 
   [[nodiscard]] pool_use bytes() const noexcept {
-    const index_t shared =
-        std::count_if(ref_counts_.begin(), ref_counts_.end(), [](auto n) { return n > 1; });
+    const auto shared = std::count_if(ref_counts_.begin(), ref_counts_.end(), [](auto n) { return n > 1; });
     return {num_pages() * page_bytes_, num_in_use() * page_bytes_,
             static_cast<index_t>(free_.size()) * page_bytes_, shared * page_bytes_};
   }
@@ -97,7 +95,8 @@ class page_store {
   [[nodiscard]] table_id open_table();
   /// Gives all its pages back and forgets the table. Never allocates.
   void close_table(table_id id) noexcept;
-  [[nodiscard]] std::span<const page_id> table(table_id id) const noexcept { return tables_[id].pages; }
+  /// Stays where it is until it is closed.
+  [[nodiscard]] const page_table* table_at(table_id id) const noexcept { return tables_[id].get(); }
 
   /// Makes the table `last` pages long or longer, and pages [first, last) its own: shared ones are copied.
   /// \return out_of_pages or out_of_memory; then nothing changed. O(last - first) when there is nothing to do.
@@ -113,55 +112,63 @@ class page_store {
   void check() const;
 
  private:
-  struct page_table {
-    std::vector<page_id> pages;
-    bool open = false;
+  struct slab {
+    memory_block memory;  // empty: its place is free
+    index_t in_use = 0;   // pages
   };
 
   static std::size_t index(page_id id) noexcept { return static_cast<std::size_t>(id); }
-  [[nodiscard]] index_t num_pages() const noexcept { return static_cast<index_t>(pages_.size()); }
+  /// Pages that have memory.
+  [[nodiscard]] index_t num_pages() const noexcept {
+    return static_cast<index_t>(pages_.size() - vacant_.size());
+  }
 
   [[nodiscard]] status allocate_until_free(index_t needed);
   void add_slab(index_t num_new);
+  void reserve_table(page_table& table, std::size_t num_pages);
+  template <class Gone>
+  void release_slabs(Gone gone) noexcept;
   page_id take() noexcept;
   void release(page_id id) noexcept;
 
   index_t page_bytes_;
+  index_t slab_pages_;  // in a whole slab
   index_t max_pages_ = 0;
+  index_t table_entries_ = 0;  // capacity of all tables
   std::pmr::memory_resource* memory_;
-  std::vector<memory_block> slabs_;
-  std::vector<std::byte*> pages_;          // [num_pages] addresses
-  std::vector<std::uint32_t> ref_counts_;  // [num_pages]
+  std::vector<slab> slabs_;
+  std::vector<std::byte*> pages_;          // by id: addresses, null where vacant
+  std::vector<std::uint32_t> ref_counts_;  // by id
+  std::vector<std::uint32_t> slab_of_;     // by id
   std::vector<page_id> free_;  // last in, first out; capacity for every page, so giving back never allocates
-  std::vector<page_table> tables_;
-  std::vector<table_id> closed_tables_;  // to be opened again; capacity for every table
+  std::vector<page_id> vacant_;                      // ids whose slab was given back; capacity for every page
+  std::vector<std::unique_ptr<page_table>> tables_;  // stay where they are
+  std::vector<table_id> closed_tables_;              // to be opened again; capacity for every table
 };
 
 inline page_store::table_id page_store::open_table() {
   if (closed_tables_.empty()) {
-    tables_.emplace_back();
-    try {
-      closed_tables_.reserve(tables_.size());
-    } catch (...) {
-      tables_.pop_back();
-      throw;
-    }
+    const std::size_t room = std::max(tables_.size() + 1, 2 * closed_tables_.capacity());
+    if (tables_.size() == closed_tables_.capacity()) closed_tables_.reserve(room);
+    tables_.reserve(closed_tables_.capacity());
+    tables_.push_back(std::make_unique<page_table>());
     closed_tables_.push_back(tables_.size() - 1);
   }
   const table_id id = closed_tables_.back();
   closed_tables_.pop_back();
-  tables_[id].open = true;
+  tables_[id]->open = true;
   return id;
 }
 
 inline void page_store::close_table(table_id id) noexcept {
   shrink(id, 0);
-  tables_[id].open = false;
+  tables_[id]->open = false;
   closed_tables_.push_back(id);
 }
 
 inline status page_store::prepare_write(table_id id, index_t first, index_t last) {
-  std::vector<page_id>& table = tables_[id].pages;
+  std::vector<page_id>& table = tables_[id]->pages;
+  std::vector<std::byte*>& addresses = tables_[id]->addresses;
   const auto size = static_cast<index_t>(table.size());
   const index_t last_present = std::min(last, size);
   index_t to_copy = 0;
@@ -174,7 +181,7 @@ inline status page_store::prepare_write(table_id id, index_t first, index_t last
   if (to_copy + to_add > num_free()) return status::out_of_pages;
   try {
     if (to_add > 0 && static_cast<std::size_t>(last) > table.capacity())
-      table.reserve(std::max(static_cast<std::size_t>(last), 2 * table.capacity()));
+      reserve_table(*tables_[id], std::max(static_cast<std::size_t>(last), 2 * table.capacity()));
   } catch (const std::bad_alloc&) {
     return status::out_of_memory;
   }
@@ -186,50 +193,62 @@ inline status page_store::prepare_write(table_id id, index_t first, index_t last
     std::memcpy(page(own), page(entry), static_cast<std::size_t>(page_bytes_));
     release(entry);
     entry = own;
+    addresses[static_cast<std::size_t>(i)] = page(own);
   }
-  for (index_t i = 0; i < to_add; ++i) table.push_back(take());
+  for (index_t i = 0; i < to_add; ++i) {
+    table.push_back(take());
+    addresses.push_back(page(table.back()));
+  }
   return status::ok;
 }
 
 inline void page_store::shrink(table_id id, index_t num_pages) noexcept {
-  std::vector<page_id>& table = tables_[id].pages;
+  std::vector<page_id>& table = tables_[id]->pages;
   while (static_cast<index_t>(table.size()) > num_pages) {
     release(table.back());
     table.pop_back();
+    tables_[id]->addresses.pop_back();
   }
+}
+
+/// Room for so many pages in all.
+inline void page_store::reserve_table(page_table& table, std::size_t num_pages) {
+  if (num_pages <= table.pages.capacity()) return;
+  table.addresses.reserve(num_pages);
+  const std::size_t before = table.pages.capacity();
+  table.pages.reserve(num_pages);
+  table_entries_ += static_cast<index_t>(table.pages.capacity() - before);
 }
 
 inline page_store::table_id page_store::share(table_id id, index_t num_pages) {
   const table_id child = open_table();
-  const std::vector<page_id>& from = tables_[id].pages;
-  KVCACHE_ASSERT(num_pages <= static_cast<index_t>(from.size()), "share: the pages must be in the table");
+  const page_table& from = *tables_[id];
+  KVCACHE_ASSERT(num_pages <= static_cast<index_t>(from.pages.size()),
+                 "share: the pages must be in the table");
   try {
-    tables_[child].pages.assign(from.begin(), from.begin() + num_pages);
+    reserve_table(*tables_[child], static_cast<std::size_t>(num_pages));
   } catch (...) {
     close_table(child);
     throw;
   }
-  for (const page_id shared : tables_[child].pages) ++ref_counts_[index(shared)];
+  tables_[child]->pages.assign(from.pages.begin(), from.pages.begin() + num_pages);
+  tables_[child]->addresses.assign(from.addresses.begin(), from.addresses.begin() + num_pages);
+  for (const page_id shared : tables_[child]->pages) ++ref_counts_[index(shared)];
   return child;
 }
 
 inline status page_store::allocate_until_free(index_t needed) {
   if (exceeds_memory(needed - static_cast<index_t>(free_.size()), page_bytes_, memory_))
     return status::out_of_memory;
-  const std::size_t slabs_before = slabs_.size();
-  const std::size_t pages_before = pages_.size();
   const std::size_t free_before = free_.size();
   try {
-    while (static_cast<index_t>(free_.size()) < needed) {
-      // Slabs of about 2 MiB, so that small pages share huge pages, but never past the budget.
-      const index_t per_slab = std::max(2_MiB / page_bytes_, index_t{1});
-      add_slab(std::min(per_slab, max_pages_ - num_pages()));
-    }
+    while (static_cast<index_t>(free_.size()) < needed)  // never past the budget
+      add_slab(std::min(slab_pages_, max_pages_ - num_pages()));
   } catch (const std::bad_alloc&) {  // not even the slabs that could be had are kept
-    slabs_.erase(slabs_.begin() + static_cast<std::ptrdiff_t>(slabs_before), slabs_.end());
-    pages_.resize(pages_before);
-    ref_counts_.resize(pages_before);
-    free_.resize(free_before);
+    while (free_.size() > free_before) {
+      const std::uint32_t last = slab_of_[index(free_.back())];
+      release_slabs([last](std::uint32_t s) { return s == last; });
+    }
     return status::out_of_memory;
   }
   return status::ok;
@@ -237,36 +256,58 @@ inline status page_store::allocate_until_free(index_t needed) {
 
 inline void page_store::add_slab(index_t num_new) {
   const auto count = static_cast<std::size_t>(num_new);
-  const auto grown = [count](std::size_t size, std::size_t capacity) {
-    return size + count <= capacity ? capacity : std::max(size + count, 2 * capacity);
+  const std::size_t fresh = count - std::min(count, vacant_.size());
+  const std::size_t size = pages_.size() + fresh;
+  const auto grow = [size](auto& by_id) {
+    if (size > by_id.capacity()) by_id.reserve(std::max(size, 2 * by_id.capacity()));
   };
-  slabs_.reserve(slabs_.size() < slabs_.capacity() ? slabs_.capacity() : 2 * slabs_.capacity() + 1);
-  pages_.reserve(grown(pages_.size(), pages_.capacity()));
-  ref_counts_.reserve(grown(pages_.size(), ref_counts_.capacity()));
-  free_.reserve(grown(pages_.size(), free_.capacity()));
-  memory_block slab(checked_mul(num_new, page_bytes_), memory_);
+  std::size_t place = 0;
+  while (place < slabs_.size() && slabs_[place].memory.data() != nullptr) ++place;
+  if (place == slabs_.capacity()) slabs_.reserve(2 * place + 1);
+  grow(pages_);
+  grow(ref_counts_);
+  grow(slab_of_);
+  grow(free_);
+  grow(vacant_);
+  memory_block memory(checked_mul(num_new, page_bytes_), memory_);
   // Nothing below can fail. Handed out in order of address: the list is taken from its end.
-  const std::size_t first = pages_.size();
+  for (std::size_t i = 0; i < fresh; ++i) vacant_.push_back(static_cast<page_id>(size - 1 - i));
+  pages_.resize(size);
+  ref_counts_.resize(size);
+  slab_of_.resize(size);
+  free_.resize(free_.size() + count);
   for (std::size_t i = 0; i < count; ++i) {
-    pages_.push_back(slab.data() + static_cast<index_t>(i) * page_bytes_);
-    ref_counts_.push_back(0);
-    free_.push_back(static_cast<page_id>(first + count - 1 - i));
+    const page_id id = vacant_.back();
+    vacant_.pop_back();
+    pages_[index(id)] = memory.data() + static_cast<index_t>(i) * page_bytes_;
+    slab_of_[index(id)] = static_cast<std::uint32_t>(place);
+    free_[free_.size() - 1 - i] = id;
   }
-  slabs_.push_back(std::move(slab));
+  if (place == slabs_.size()) slabs_.emplace_back();
+  slabs_[place].memory = std::move(memory);
+}
+
+/// Gives back the slabs for which gone(number) holds. \pre none of them has a page in use
+template <class Gone>
+void page_store::release_slabs(Gone gone) noexcept {
+  const auto in_slab = [&](page_id id) {
+    if (!gone(slab_of_[index(id)])) return false;
+    pages_[index(id)] = nullptr;
+    vacant_.push_back(id);
+    return true;
+  };
+  free_.erase(std::remove_if(free_.begin(), free_.end(), in_slab), free_.end());
+  for (std::size_t s = 0; s < slabs_.size(); ++s)
+    if (gone(static_cast<std::uint32_t>(s))) slabs_[s].memory = {};
+  while (!slabs_.empty() && slabs_.back().memory.data() == nullptr) slabs_.pop_back();
 }
 
 inline void page_store::release_free() noexcept {
-  while (!slabs_.empty()) {
-    const auto slab_pages = static_cast<std::size_t>(slabs_.back().size() / page_bytes_);
-    const std::size_t first = pages_.size() - slab_pages;
-    const auto in_slab = [first](page_id id) { return index(id) >= first; };
-    if (std::any_of(ref_counts_.begin() + static_cast<std::ptrdiff_t>(first), ref_counts_.end(),
-                    [](auto n) { return n > 0; }))
-      return;
-    free_.erase(std::remove_if(free_.begin(), free_.end(), in_slab), free_.end());
-    pages_.resize(first);
-    ref_counts_.resize(first);
-    slabs_.pop_back();
+  release_slabs([this](std::uint32_t s) { return slabs_[s].in_use == 0; });
+  for (const table_id id : closed_tables_) {
+    table_entries_ -= static_cast<index_t>(tables_[id]->pages.capacity());
+    std::vector<page_id>().swap(tables_[id]->pages);
+    std::vector<std::byte*>().swap(tables_[id]->addresses);
   }
 }
 
@@ -274,11 +315,46 @@ inline page_id page_store::take() noexcept {
   const page_id id = free_.back();
   free_.pop_back();
   ref_counts_[index(id)] = 1;
+  ++slabs_[slab_of_[index(id)]].in_use;
   return id;
 }
 
 inline void page_store::release(page_id id) noexcept {
-  if (--ref_counts_[index(id)] == 0) free_.push_back(id);
+  if (--ref_counts_[index(id)] != 0) return;
+  free_.push_back(id);
+  --slabs_[slab_of_[index(id)]].in_use;
+}
+
+inline index_t page_store::books_bytes() const noexcept {
+  const auto bytes = [](const auto& v) { return static_cast<index_t>(v.capacity() * sizeof(v[0])); };
+  return bytes(slabs_) + bytes(pages_) + bytes(ref_counts_) + bytes(slab_of_) + bytes(free_) +
+         bytes(vacant_) + bytes(closed_tables_) + bytes(tables_) +
+         static_cast<index_t>(tables_.size() * sizeof(page_table)) +
+         table_entries_ * index_t{sizeof(page_id) + sizeof(std::byte*)};
+}
+
+inline index_t page_store::growth_bytes(index_t new_pages, index_t table_pages,
+                                        bool new_table) const noexcept {
+  constexpr index_t per_entry = sizeof(page_id) + sizeof(std::byte*);
+  constexpr index_t per_page = sizeof(std::byte*) + 2 * sizeof(std::uint32_t) + 2 * sizeof(page_id);
+  index_t bytes = 2 * table_pages * per_entry;  // a table that grows doubles
+  const index_t to_allocate = std::max(new_pages - static_cast<index_t>(free_.size()), index_t{0});
+  if (to_allocate > 0) {
+    const index_t slabs = ceil_div(to_allocate, slab_pages_);
+    bytes += std::min(slabs * slab_pages_, std::max(max_pages_ - num_pages(), to_allocate)) * page_bytes_;
+    const auto pages =
+        static_cast<index_t>(pages_.size()) + slabs * slab_pages_ - static_cast<index_t>(vacant_.size());
+    if (pages > static_cast<index_t>(pages_.capacity()))
+      bytes +=
+          std::max(pages - static_cast<index_t>(pages_.capacity()), static_cast<index_t>(pages_.capacity())) *
+          per_page;
+    bytes += (static_cast<index_t>(slabs_.capacity()) + 2 * slabs + 1) * index_t{sizeof(slab)};
+  }
+  if (new_table && closed_tables_.empty()) {
+    const auto room = static_cast<index_t>(closed_tables_.capacity()) + 1;
+    bytes += index_t{sizeof(page_table)} + room * index_t{sizeof(table_id) + sizeof(tables_[0])};
+  }
+  return bytes;
 }
 
 inline void page_store::check() const {
@@ -286,13 +362,20 @@ inline void page_store::check() const {
     if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
   };
   std::vector<std::uint32_t> counted(pages_.size(), 0);
-  for (const page_table& table : tables_) {
+  index_t slab_bytes = 0, entries = 0;
+  for (const auto& known : tables_) {
+    const page_table& table = *known;
     require(table.open || table.pages.empty(), "a closed page table is empty");
-    for (const page_id id : table.pages) {
-      require(index(id) < pages_.size(), "page tables name pages that exist");
+    require(table.pages.size() == table.addresses.size(), "a page table has the address of every page");
+    entries += static_cast<index_t>(table.pages.capacity());
+    for (std::size_t i = 0; i < table.pages.size(); ++i) {
+      const page_id id = table.pages[i];
+      require(index(id) < pages_.size() && page(id) != nullptr, "page tables name pages that exist");
+      require(table.addresses[i] == page(id), "a page table has the address of every page");
       ++counted[index(id)];
     }
   }
+  require(entries == table_entries_, "the room of all tables is counted");
   require(counted == ref_counts_, "every page's reference count is the number of tables that name it");
   std::vector<bool> listed(pages_.size(), false);
   for (const page_id id : free_) {
@@ -300,10 +383,16 @@ inline void page_store::check() const {
     require(ref_counts_[index(id)] == 0, "a page on the free list is not referred to");
     listed[index(id)] = true;
   }
-  const auto unused = std::count(counted.begin(), counted.end(), 0U);
+  for (const page_id id : vacant_)
+    require(page(id) == nullptr && ref_counts_[index(id)] == 0, "a page without memory is not referred to");
+  const auto unused = std::count(counted.begin(), counted.end(), 0U) - static_cast<index_t>(vacant_.size());
   require(unused == static_cast<index_t>(free_.size()), "a page that none refers to is on the free list");
-  index_t slab_bytes = 0;
-  for (const memory_block& slab : slabs_) slab_bytes += slab.size();
+  for (const slab& s : slabs_) slab_bytes += s.memory.size();
+  std::vector<index_t> in_use(slabs_.size(), 0);
+  for (std::size_t id = 0; id < pages_.size(); ++id)
+    if (counted[id] > 0) ++in_use[slab_of_[id]];
+  for (std::size_t i = 0; i < slabs_.size(); ++i)
+    require(in_use[i] == slabs_[i].in_use, "a slab counts its pages in use");
   require(slab_bytes == bytes().total, "the slabs hold exactly the pages");
   require(num_pages() <= max_pages_, "the pages keep to the budget");
 }

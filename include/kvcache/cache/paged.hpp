@@ -35,13 +35,15 @@ class paged_storage {
       : store_(std::move(other.store_)),
         shape_(other.shape_),
         block_bytes_(other.block_bytes_),
-        table_(other.table_) {}
+        table_(other.table_),
+        own_(other.own_) {}
   paged_storage& operator=(paged_storage&& other) noexcept {
     paged_storage before(std::move(*this));  // gives its pages back
     store_ = std::move(other.store_);
     shape_ = other.shape_;
     block_bytes_ = other.block_bytes_;
     table_ = other.table_;
+    own_ = other.own_;
     return *this;
   }
   ~paged_storage() {
@@ -62,12 +64,12 @@ class paged_storage {
   }
 
   [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
-    const page_id page = page_table()[static_cast<std::size_t>(index)];
-    return store_->page(page) + (layer * shape_.num_kv_heads + head) * block_bytes_;
+    return own_->addresses[static_cast<std::size_t>(index)] +
+           (layer * shape_.num_kv_heads + head) * block_bytes_;
   }
 
   /// Logical block -> page. Invalidated by whatever changes the sequence.
-  [[nodiscard]] std::span<const page_id> page_table() const noexcept { return store_->table(table_); }
+  [[nodiscard]] std::span<const page_id> page_table() const noexcept { return own_->pages; }
   [[nodiscard]] index_t num_blocks() const noexcept { return static_cast<index_t>(page_table().size()); }
   [[nodiscard]] index_t total_bytes() const noexcept { return num_blocks() * store_->page_bytes(); }
   [[nodiscard]] index_t shared_bytes() const noexcept {
@@ -82,12 +84,17 @@ class paged_storage {
  private:
   paged_storage(std::shared_ptr<page_store> store, const cache_shape& shape, index_t block_bytes,
                 page_store::table_id table) noexcept
-      : store_(std::move(store)), shape_(shape), block_bytes_(block_bytes), table_(table) {}
+      : store_(std::move(store)),
+        shape_(shape),
+        block_bytes_(block_bytes),
+        table_(table),
+        own_(store_->table_at(table)) {}
 
   std::shared_ptr<page_store> store_;  // null once moved from
   cache_shape shape_;
   index_t block_bytes_;
   page_store::table_id table_;
+  const struct page_table* own_;  // what `table_` names
 };
 
 /// One sequence in a pool. Cheap to fork; a handle that gives its pages back when it is destroyed.
@@ -97,7 +104,8 @@ using paged_cache = sequence_cache<Codec, paged_storage>;
 /// Pages for any number of sequences of one shape and codec.
 ///
 /// Pages are freed when the last sequence that refers to them goes; memory when pool and sequences are all gone.
-/// Threads: attending over sequences of one pool may run in parallel; nothing else may, not even on two sequences.
+/// Threads: attending over a sequence may run while other sequences of the pool change, are forked or destroyed, and while
+/// it is forked itself. Whatever changes the pool or a sequence needs a lock of the caller's, one for all of the pool.
 template <block_codec Codec = codec::bf16>
 class page_pool {
  public:
@@ -121,8 +129,14 @@ class page_pool {
   [[nodiscard]] index_t num_in_use() const noexcept { return store_->num_in_use(); }
   [[nodiscard]] index_t ref_count(page_id page) const noexcept { return store_->ref_count(page); }
   [[nodiscard]] pool_use bytes() const noexcept { return store_->bytes(); }
+  /// See page_store. O(1).
+  [[nodiscard]] index_t allocated_bytes() const noexcept { return store_->allocated_bytes(); }
+  [[nodiscard]] index_t books_bytes() const noexcept { return store_->books_bytes(); }
+  [[nodiscard]] index_t growth_bytes(index_t new_pages, index_t table_pages, bool new_table) const noexcept {
+    return store_->growth_bytes(new_pages, table_pages, new_table);
+  }
 
-  /// Gives back memory that no sequence uses, newest first. O(pages). See page_store::release_free.
+  /// Gives back memory that no sequence uses, slab by slab. O(pages). See page_store::release_free.
   void release_free() noexcept { store_->release_free(); }
   /// See page_store::set_budget.
   void set_budget(index_t bytes) { store_->set_budget(bytes); }

@@ -32,6 +32,11 @@ class position_map {
   /// At least one, ordered by first_token; the first starts at token 0. The last may be empty so far.
   [[nodiscard]] std::span<const position_segment> segments() const noexcept { return segments_; }
 
+  /// Memory of the list, in bytes.
+  [[nodiscard]] index_t list_bytes() const noexcept {
+    return static_cast<index_t>(segments_.capacity() * sizeof(position_segment));
+  }
+
   /// Position of a token, also of one that is yet to come or, below 0, before the first. O(log segments).
   [[nodiscard]] index_t operator[](index_t token) const noexcept {
     const position_segment& s = segments_[static_cast<std::size_t>(segment_of(token))];

@@ -184,6 +184,13 @@ class sealing_blocks {
     return {total, payload, total - payload, storage().shared_bytes() + settings};
   }
 
+  /// Rings, sinks and what a step saved; how much the first append takes for them; what else is allocated for books.
+  [[nodiscard]] index_t exact_bytes() const noexcept { return tail_.size() + saved_.size(); }
+  [[nodiscard]] index_t tail_bytes() const noexcept { return tail_bytes_; }
+  [[nodiscard]] index_t books_bytes() const noexcept {
+    return static_cast<index_t>((states_.capacity() + saved_states_.capacity()) * sizeof(layer_state));
+  }
+
   [[nodiscard]] sealing_blocks copied(const kernel::table& kernels, std::span<const index_t> sizes,
                                       index_t num_tokens) const {
     if (!seals_) return {direct_.copied(kernels, sizes, num_tokens), *this};

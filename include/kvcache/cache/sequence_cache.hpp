@@ -116,6 +116,20 @@ class sequence_cache {
   /// Memory of the blocks. O(blocks) for paged, else O(layers).
   [[nodiscard]] memory_use bytes() const noexcept { return blocks_.bytes(sizes_); }
 
+  /// Memory that is neither blocks of the storage nor a part of this object, in bytes: an exact tail and the lists that
+  /// the sequence keeps. Changes with the first append, with steps and with shift. O(1).
+  [[nodiscard]] index_t own_bytes() const noexcept {
+    index_t bytes = positions_.list_bytes();
+    bytes += static_cast<index_t>((sizes_.capacity() + step_sizes_.capacity()) * sizeof(index_t));
+    if constexpr (sealing_codec<Codec>) bytes += blocks_.exact_bytes() + blocks_.books_bytes();
+    return bytes;
+  }
+  /// How much of own_bytes() an exact tail takes once there is a token. O(1).
+  [[nodiscard]] index_t tail_bytes() const noexcept {
+    if constexpr (sealing_codec<Codec>) return blocks_.tail_bytes();
+    return 0;
+  }
+
   /// Room for `num_tokens` tokens in all, so that appends up to there cannot fail or allocate.
   /// \return out_of_pages or out_of_memory; then nothing changed
   [[nodiscard]] status reserve(index_t num_tokens) {

@@ -36,6 +36,12 @@ class block_directory {
   [[nodiscard]] index_t num_ghosts() const noexcept { return num_keys_ - num_present_; }
   [[nodiscard]] index_t num_pinned() const noexcept { return num_pinned_; }
 
+  /// Memory of these books, in bytes. O(1).
+  [[nodiscard]] index_t bytes() const noexcept {
+    return static_cast<index_t>(entries_.capacity() * sizeof(block) +
+                                (buckets_.capacity() + unused_.capacity()) * sizeof(slot_index));
+  }
+
   /// The slot of a key, present or ghost, or no_slot.
   [[nodiscard]] slot_index find(block_key key) const noexcept { return buckets_[bucket_of(key)]; }
   /// The slot of a key that is present, or no_slot.

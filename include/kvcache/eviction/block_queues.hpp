@@ -30,6 +30,11 @@ class block_queues {
     if (num_slots > static_cast<index_t>(links_.size())) links_.resize(static_cast<std::size_t>(num_slots));
   }
 
+  /// Memory of these books, in bytes. O(1).
+  [[nodiscard]] index_t bytes() const noexcept {
+    return static_cast<index_t>(links_.capacity() * sizeof(link_pair));
+  }
+
   /// Members, parked ones too, and those in line.
   [[nodiscard]] index_t size(queue_index queue) const noexcept { return queues_[queue].size; }
   [[nodiscard]] index_t in_line(queue_index queue) const noexcept { return queues_[queue].in_line; }

@@ -49,6 +49,7 @@ struct block_info {
 /// `set_capacity(n)`     from now on at most `n` blocks. `n` may not be less than `size()`: evict first.
 /// `size()`, `capacity()`, `num_pinned()`, `contains(key)`
 /// `check()`             recounts everything; throws invariant_error.
+/// `bytes()`             memory of its books, where a policy has it: those of the library do.
 ///
 /// Costs are amortised: each call O(1) or O(log capacity), as each policy says.
 template <class P>

@@ -65,6 +65,8 @@ class lru {
   [[nodiscard]] index_t size() const noexcept { return blocks_.num_present(); }
   [[nodiscard]] index_t capacity() const noexcept { return capacity_; }
   [[nodiscard]] index_t num_pinned() const noexcept { return blocks_.num_pinned(); }
+  /// Memory of its books, in bytes. O(1).
+  [[nodiscard]] index_t bytes() const noexcept { return blocks_.bytes() + order_.bytes(); }
 
   void check() const {
     blocks_.check();

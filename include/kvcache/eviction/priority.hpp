@@ -87,6 +87,11 @@ class priority {
   [[nodiscard]] index_t size() const noexcept { return blocks_.num_present(); }
   [[nodiscard]] index_t capacity() const noexcept { return capacity_; }
   [[nodiscard]] index_t num_pinned() const noexcept { return blocks_.num_pinned(); }
+  /// Memory of its books, in bytes. O(1).
+  [[nodiscard]] index_t bytes() const noexcept {
+    return blocks_.bytes() +
+           static_cast<index_t>(ranks_.capacity() * sizeof(ranked) + heap_.capacity() * sizeof(slot_index));
+  }
 
   void check() const;
 

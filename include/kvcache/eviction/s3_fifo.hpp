@@ -74,6 +74,10 @@ class s3_fifo {
   [[nodiscard]] index_t size() const noexcept { return blocks_.num_present(); }
   [[nodiscard]] index_t capacity() const noexcept { return capacity_; }
   [[nodiscard]] index_t num_pinned() const noexcept { return blocks_.num_pinned(); }
+  /// Memory of its books, in bytes. O(1).
+  [[nodiscard]] index_t bytes() const noexcept {
+    return blocks_.bytes() + order_.bytes() + static_cast<index_t>(uses_.capacity());
+  }
   [[nodiscard]] index_t num_ghosts() const noexcept { return blocks_.num_ghosts(); }
 
   void check() const;
