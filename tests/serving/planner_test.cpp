@@ -427,3 +427,25 @@ TEST_CASE("the figures of speed are those of the README", "[serving]") {
   CHECK(num_found == table[0].size() - 1);
   CHECK(num_found + 1 == measured_speed.size());
 }
+
+TEST_CASE("the lines of docs/planning.md make a pool", "[serving]") {
+  // clang-format off
+  // planning.md begin
+  const serving::model_shape model{.num_layers = 32, .num_q_heads = 32, .num_kv_heads = 8, .head_dim = 128,
+                                   .weight_bytes = 5_GiB, .max_context = 131072};
+  const serving::cache_plan made = serving::plan(model, 16_GiB, 8, 32768, {.reserve_bytes = 3_GiB});
+  if (made.recommended) {
+    const serving::plan_row& row = made.rows[*made.recommended];
+    page_pool<any_codec> pool(row.shape, {.budget_bytes = row.budget_bytes}, make_codec(row.codec.spec()));
+  }
+  // planning.md end
+  // clang-format on
+  CHECK(made.recommended.has_value());
+  const std::string source = file_text("tests/serving/planner_test.cpp");
+  const std::string begin = "  // planning.md begin\n";
+  const std::size_t from = source.find(begin) + begin.size();
+  std::istringstream lines(source.substr(from, source.find("  // planning.md end\n") - from));
+  std::string shown;
+  for (std::string line; std::getline(lines, line);) shown += line.substr(2) + "\n";
+  CHECK(file_text("docs/planning.md").find("```cpp\n" + shown + "```\n") != std::string::npos);
+}

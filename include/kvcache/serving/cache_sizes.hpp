@@ -84,7 +84,8 @@ inline const named_sizes& sizes_named(std::string_view name) {
 
 }  // namespace detail
 
-/// Sizes of a page_pool and its sequences. Not in them: page tables and the pool's lists, at most some 40 bytes a page.
+/// Sizes of a page_pool and its sequences. Not in them: page tables and the pool's lists (page_pool::books_bytes()), some 40
+/// to 150 bytes a page.
 class cache_sizes {
  public:
   /// Most pages that a pool can have.
