@@ -341,6 +341,41 @@ TEST_CASE("what cannot be planned is refused, and sizes never wrap", "[serving]"
   CHECK(plan(good, 1_GiB, 1, 100, {.codecs = {}}).rows.empty());
 }
 
+TEST_CASE("whatever the numbers, a plan holds or is refused", "[serving]") {
+  test::random random;
+  const auto any_number = [&] {  // of any magnitude
+    return static_cast<index_t>(random() >> (1 + random.below(63))) - random.below(2);
+  };
+  int num_plans = 0, num_refused = 0;
+  for (int round = 0; round < 3000; ++round) {
+    const index_t kv_heads = any_number() >> random.below(40);
+    const model_shape model{
+        any_number() >> random.below(40),     kv_heads, kv_heads, 1 + random.below(512), any_number(),
+        random.chance(0.5) ? 0 : any_number()};
+    const index_t memory = any_number(), num_sequences = any_number() >> random.below(60),
+                  context = any_number();
+    const plan_options options{
+        .reserve_bytes = any_number() >> random.below(60),
+        .codecs = {{"channel4", "rotated4", random.below(17), any_number() >> random.below(60)}},
+        .long_steps = any_number() >> random.below(63)};
+    try {
+      const cache_plan made = plan(model, memory, num_sequences, context, options);
+      const plan_row& row = made.rows.at(0);
+      ++num_plans;
+      const bool holds = made.cache_bytes >= 0 && made.cache_bytes <= memory && row.page_bytes > 0 &&
+                         row.needed_bytes >= 0 && row.budget_bytes >= 0 &&
+                         row.budget_bytes <= made.cache_bytes && row.max_context <= row.memory_context &&
+                         row.fits == (row.budget_bytes > 0 && row.needed_bytes <= made.cache_bytes &&
+                                      context <= row.memory_context);
+      if (!holds) FAIL("round " << round);
+    } catch (const shape_error&) {
+      ++num_refused;
+    }
+  }
+  CHECK(num_plans > 100);
+  CHECK(num_refused > 100);
+}
+
 TEST_CASE("a choice is judged by the longest tail that was measured and is not longer", "[serving]") {
   const auto tail_of = [](const codec_choice& choice) {
     const quality_figures* f = find_quality(choice);

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <type_traits>
 
 namespace kvcache::inline v0::serving {
 
@@ -197,6 +198,8 @@ struct metrics {
     }
   }
 };
+
+static_assert(std::is_trivially_copyable_v<metrics>);
 
 /// The observer (serving/observer.hpp) that fills metrics. Gauges are not reported, they are asked for: set `values.memory`
 /// before you look. No member allocates or throws. Threads: as what reports to it.
