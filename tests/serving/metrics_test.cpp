@@ -120,7 +120,7 @@ class reader {
   std::string rest_of_line() {
     const std::size_t end = text_.find('\n', at_);
     need(end != std::string::npos && end > at_, "a line has text");
-    const std::string out = text_.substr(at_, end - at_);
+    std::string out = text_.substr(at_, end - at_);
     at_ = end + 1;
     return out;
   }
