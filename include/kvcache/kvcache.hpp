@@ -28,6 +28,7 @@
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/openmp.hpp>
 #include <kvcache/kernel/select.hpp>
+#include <kvcache/serving/cache_manager.hpp>
 #include <kvcache/serving/observer.hpp>
 #include <kvcache/serving/planner.hpp>
 #include <kvcache/serving/prometheus.hpp>

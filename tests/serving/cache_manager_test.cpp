@@ -1,0 +1,610 @@
+// SPDX-License-Identifier: MIT
+#include "serving/heap.hpp"
+#include "serving/tokens.hpp"
+
+#include <kvcache/attention/attend.hpp>
+#include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/sealing.hpp>
+#include <kvcache/serving/cache_manager.hpp>
+
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+
+using namespace serving_test;
+using serving::cache_manager;
+using serving::decision;
+using serving::rung;
+using serving::sequence_id;
+
+namespace {
+
+using warm_pool = page_pool<codec::bf16>;
+using cold_pool = page_pool<codec::int8>;
+using sealed_pool = page_pool<codec::exact_tail<codec::int8, 16>>;
+
+/// A spill tier in memory that counts, and may be told to fail.
+struct map_tier {
+  using key = std::tuple<std::string, std::string, std::string, tokens>;
+  std::map<key, std::vector<std::byte>> stored;
+  std::map<key, index_t> puts;
+  bool full = false;
+  index_t gets = 0;
+
+  static key key_of(const prefix_space& s, std::span<const token_id> t) {
+    return {std::string(s.model), std::string(s.adapter), std::string(s.tenant), tokens(t.begin(), t.end())};
+  }
+  bool put(const prefix_space& s, std::span<const token_id> t, std::span<const std::byte> bytes) {
+    if (full) return false;
+    stored[key_of(s, t)].assign(bytes.begin(), bytes.end());
+    ++puts[key_of(s, t)];
+    return true;
+  }
+  index_t get(const prefix_space& s, std::span<const token_id> t, std::span<std::byte> out) {
+    const auto found = stored.find(key_of(s, t));
+    if (found == stored.end() || found->second.size() > out.size()) return -1;
+    std::copy(found->second.begin(), found->second.end(), out.begin());
+    ++gets;
+    return std::ssize(found->second);
+  }
+  bool contains(const prefix_space& s, std::span<const token_id> t) { return stored.contains(key_of(s, t)); }
+  void erase(const prefix_space& s, std::span<const token_id> t) { stored.erase(key_of(s, t)); }
+};
+
+struct recorder {
+  index_t asked = 0, hit = 0, appended = 0, evicted = 0, recoded = 0, refused = 0, spilled = 0, reused = 0;
+  double seconds = 0, attended = 0;
+  std::map<decision, index_t> decisions{};
+
+  void on_lookup(index_t a, index_t h) { asked += a, hit += h; }
+  void on_append(index_t n, double s) { appended += n, seconds += s; }
+  void on_attend(index_t, double s) { attended += s; }
+  void on_evict(rung, index_t, index_t age) { ++evicted, reused += age < 0 ? 1000000 : 0; }
+  void on_reuse(index_t distance) { reused += distance > 0 ? 1 : 1000000; }
+  void on_recode(index_t before, index_t after) { recoded += before > after ? 1 : 1000000; }
+  void on_refuse(index_t bytes) { refused += bytes > 0 ? 1 : 1000000; }
+  void on_spill(index_t bytes) { spilled += bytes; }
+  void on_decision(decision d, index_t, double) { ++decisions[d]; }
+};
+
+template <class Manager>
+status compute(Manager& manager, sequence_id id, const prefix_space& space, std::span<const token_id> path) {
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    const index_t have = manager.cache(id)[layer].size();
+    const auto k = rows(space, path, layer, have, false), v = rows(space, path, layer, have, true);
+    if (const status s = manager.try_append(id, layer, k, v); s != status::ok) return s;
+  }
+  return status::ok;
+}
+
+/// One conversation from beginning to end. \return tokens reused, or -1 where it was refused
+template <class Manager>
+index_t converse(Manager& manager, const prefix_space& space, const tokens& path, float tolerance = 0) {
+  const auto got = manager.acquire(space, path);
+  if (got.code != status::ok) return -1;
+  REQUIRE(holds(manager.cache(got.id), space, std::span(path).first(static_cast<std::size_t>(got.reused)),
+                tolerance));
+  const bool computed = compute(manager, got.id, space, path) == status::ok;
+  manager.release(got.id);
+  return computed ? got.reused : -1;
+}
+
+tokens counted(index_t first, index_t count) {
+  tokens path;
+  for (index_t i = 0; i < count; ++i) path.push_back(static_cast<token_id>(first + i));
+  return path;
+}
+
+/// Calls a verb, and proves that bytes() changes as the heap does and stays within the budget.
+template <class Manager>
+class watched {
+ public:
+  explicit watched(Manager& m, bool exactly) : manager_(m), exactly_(exactly) {}
+  template <class Verb>
+  auto operator()(Verb verb) {
+    const auto heap = heap::bytes_out.load();
+    const index_t bytes = manager_.bytes();
+    const auto result = verb();
+    const index_t grown = manager_.bytes() - bytes;
+    const auto heap_grown = heap::bytes_out.load() - heap;
+    if (exactly_) REQUIRE(grown == heap_grown);
+    REQUIRE(manager_.bytes() <= manager_.budget());
+    return result;
+  }
+
+ private:
+  Manager& manager_;
+  bool exactly_;
+};
+
+struct outcome {
+  index_t reused = 0, refused = 0;
+};
+
+/// Random verbs; contents, bytes and books are proved after each.
+template <class Manager>
+outcome run_script(Manager& manager, int num_steps, float tolerance, bool exactly, index_t most_live,
+                   map_tier* tier = nullptr) {
+  test::random random;
+  watched<Manager> watch(manager, exactly);
+  struct live {
+    sequence_id id;
+    std::size_t space;
+    tokens path;
+  };
+  std::vector<live> lives;
+  std::vector<tokens> earlier;
+  std::map<std::size_t, std::vector<tokens>> released;
+  outcome out;
+  for (int step = 0; step < num_steps; ++step) {
+    CAPTURE(step);
+    if (tier != nullptr) tier->full = random.chance(0.2);
+    const double what = random.unit();
+    const auto pick = [&]() -> live& {
+      return lives[static_cast<std::size_t>(random.below(std::ssize(lives)))];
+    };
+    if (lives.empty() || (what < 0.3 && std::ssize(lives) < most_live)) {
+      const auto s = static_cast<std::size_t>(random.below(std::size(spaces)));
+      const tokens path = some_prompt(random, earlier, 150);
+      const index_t most = random.chance(0.3) ? std::max(std::ssize(path) - 1, index_t{0}) : Manager::all;
+      const auto got = watch([&] { return manager.acquire(spaces[s], path, most); });
+      if (got.code == status::ok) {
+        index_t longest = 0;
+        for (const tokens& t : released[s]) longest = std::max(longest, common(t, path));
+        REQUIRE(got.reused <= std::min(longest, most));
+        REQUIRE(holds(manager.cache(got.id), spaces[s],
+                      std::span(path).first(static_cast<std::size_t>(got.reused)), tolerance));
+        out.reused += got.reused;
+        lives.push_back({got.id, s, path});
+        earlier.push_back(path);
+      } else {
+        ++out.refused;
+      }
+    } else if (what < 0.7) {
+      live& l = pick();
+      const bool fits = manager.fits(0, std::ssize(l.path) - manager.cache(l.id).size());
+      tokens more = l.path;
+      if (manager.cache(l.id).size() == std::ssize(l.path)) {
+        const auto added = counted(random.below(3), random.between(1, 20));
+        if (watch([&] { return manager.extend(l.id, added); }) != status::ok) {
+          ++out.refused;
+          continue;
+        }
+        l.path.insert(l.path.end(), added.begin(), added.end());
+      } else if (random.chance(0.2)) {
+        (void)watch([&] { return manager.reserve(l.id, random.below(40)); });
+      }
+      for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+        const index_t have = manager.cache(l.id)[layer].size();
+        const auto k = rows(spaces[l.space], l.path, layer, have, false);
+        const auto v = rows(spaces[l.space], l.path, layer, have, true);
+        const status s = watch([&] { return manager.try_append(l.id, layer, k, v); });
+        if (s != status::ok) {
+          REQUIRE(manager.cache(l.id)[layer].size() == have);
+          manager.truncate(l.id, manager.cache(l.id).size());
+          l.path.resize(static_cast<std::size_t>(manager.cache(l.id).size()));
+          ++out.refused;
+          break;
+        }
+      }
+      (void)fits;
+      REQUIRE(holds(manager.cache(l.id), spaces[l.space], l.path, tolerance));
+    } else if (what < 0.75) {
+      live& l = pick();
+      const index_t to = random.between(0, std::ssize(l.path));
+      manager.truncate(l.id, to);
+      l.path.resize(static_cast<std::size_t>(to));
+      if (manager.cache(l.id).size() < to)
+        l.path.resize(static_cast<std::size_t>(manager.cache(l.id).size()));
+      manager.truncate(l.id, std::ssize(l.path));
+    } else {
+      live& l = pick();
+      const auto size = manager.cache(l.id).size();
+      l.path.resize(static_cast<std::size_t>(std::min(size, std::ssize(l.path))));
+      if (random.chance(0.9)) {
+        watch([&] { return manager.release(l.id), 0; });
+        released[l.space].push_back(l.path);
+      } else {
+        watch([&] { return manager.drop(l.id), 0; });
+      }
+      REQUIRE_FALSE(manager.contains(l.id));
+      std::swap(l, lives.back());
+      lives.pop_back();
+    }
+    manager.check();
+  }
+  for (const live& l : lives) manager.drop(l.id);
+  manager.check();
+  return out;
+}
+
+index_t counted_times(const serving::ladder_counts& c, rung r) { return c.of(r); }
+
+}  // namespace
+
+TEST_CASE("with bytes to spare a prompt gets all that was released", "[serving]") {
+  cache_manager<warm_pool> manager(warm_pool(shape), {.budget_bytes = 64_MiB});
+  test::random random;
+  std::vector<tokens> earlier;
+  for (int i = 0; i < 200; ++i) {
+    const tokens path = some_prompt(random, earlier, 200);
+    index_t want = 0;
+    for (const tokens& t : earlier) want = std::max(want, common(t, path));
+    REQUIRE(converse(manager, spaces[1], path) == want);
+    earlier.push_back(path);
+    manager.check();
+  }
+  CHECK(manager.hit_rate() > 0.3);
+  CHECK(manager.num_live() == 0);
+  CHECK(converse(manager, spaces[2], earlier.back()) == 0);  // another space
+}
+
+TEST_CASE("random verbs under a small budget keep to it, to the byte", "[serving]") {
+  for (const index_t budget : {40'000, 90'000}) {
+    for (const index_t slab : {1, 16'384}) {
+      CAPTURE(budget, slab);
+      cache_manager<warm_pool, eviction::lru, serving::no_cold_pool, serving::no_spill_tier, recorder>
+          manager(warm_pool(shape, {.slab_bytes = slab}), {.budget_bytes = budget});
+      const outcome out = run_script(manager, 700, 0, true, 6);
+      CHECK(out.reused > 500);
+      CHECK(out.refused == manager.observer().refused);
+      CHECK(manager.counts().of(rung::refuse) == out.refused);
+      CHECK(manager.counts().of(rung::drop) > 20);
+      CHECK(manager.observer().reused < 1000000);
+    }
+  }
+}
+
+TEST_CASE("random verbs keep to the budget where a codec keeps a tail", "[serving]") {
+  cache_manager<sealed_pool> manager(sealed_pool(shape, {.slab_bytes = 1}), {.budget_bytes = 150'000});
+  const outcome out = run_script(manager, 500, 1.0F, true, 5);
+  CHECK(out.reused > 300);
+  CHECK(manager.counts().of(rung::drop) > 10);
+}
+
+TEST_CASE("random verbs with a smaller codec behind the pool", "[serving]") {
+  cache_manager<warm_pool, eviction::lru, cold_pool, serving::no_spill_tier, recorder> manager(
+      warm_pool(shape, {.slab_bytes = 1}), {.budget_bytes = 110'000}, cold_pool(shape, {.slab_bytes = 1}));
+  const outcome out = run_script(manager, 900, 1.5F, true, 5);
+  CHECK(out.reused > 500);
+  CHECK(manager.counts().of(rung::recode) > 5);
+  CHECK(manager.counts().of(rung::drop) > 5);
+  CHECK(manager.observer().decisions[decision::recall] > 3);
+  CHECK(manager.observer().recoded < 1000000);
+  CHECK(manager.observer().recoded == manager.counts().of(rung::recode));
+}
+
+TEST_CASE("random verbs with a tier to spill to", "[serving]") {
+  map_tier tier;
+  cache_manager<warm_pool, eviction::lru, cold_pool, map_tier, recorder> manager(
+      warm_pool(shape, {.slab_bytes = 1}), {.budget_bytes = 90'000}, cold_pool(shape, {.slab_bytes = 1}),
+      &tier);
+  const outcome out = run_script(manager, 900, 1.5F, false, 5, &tier);
+  CHECK(out.reused > 500);
+  CHECK(manager.counts().of(rung::spill) > 5);
+  CHECK(tier.gets > 3);
+  index_t bytes = 0;
+  for (const auto& [key, times] : tier.puts) {
+    CHECK(times == 1);  // what the tier has is not written again
+    bytes += std::ssize(tier.stored[key]);
+  }
+  CHECK(manager.observer().spilled == bytes);
+}
+
+TEST_CASE("a rung is climbed in the order that was asked for", "[serving]") {
+  using serving::ladder_options;
+  const auto run = [](const ladder_options& ladder, map_tier& tier) {
+    cache_manager<warm_pool, eviction::lru, cold_pool, map_tier, recorder> manager(
+        warm_pool(shape, {.slab_bytes = 1}), {.budget_bytes = 120'000, .ladder = ladder},
+        cold_pool(shape, {.slab_bytes = 1}), &tier);
+    index_t refused = 0;
+    for (index_t i = 0; i < 40; ++i) {
+      refused += converse(manager, spaces[0], counted(1000 * i, 100)) < 0 ? 1 : 0;
+      manager.check();
+    }
+    const auto& c = manager.counts();
+    CHECK((refused > 0) == (c.of(rung::refuse) > 0));
+    return std::make_tuple(c.of(rung::drop), c.of(rung::recode), c.of(rung::spill), c.of(rung::refuse),
+                           manager.observer().decisions[decision::compress_first]);
+  };
+  const std::array all{rung::drop, rung::recode, rung::spill, rung::refuse};
+  {
+    map_tier tier;
+    const auto [drop, recode, spill, refuse, decided] = run({.rungs = all}, tier);
+    CHECK(recode > 10);
+    CHECK(spill > 10);
+    CHECK(drop == 0);
+    CHECK(refuse == 0);
+    CHECK(decided > 0);
+  }
+  {
+    map_tier tier;
+    const auto [drop, recode, spill, refuse, decided] = run({.rungs = all, .adapt = false}, tier);
+    CHECK(recode + spill + refuse + decided == 0);
+    CHECK(drop > 10);
+    CHECK(tier.stored.empty());
+  }
+  {
+    map_tier tier;
+    const auto [drop, recode, spill, refuse, decided] =
+        run({.rungs = {rung::spill, rung::drop, rung::recode, rung::refuse}, .adapt = false}, tier);
+    CHECK(recode + drop + refuse == 0);
+    CHECK(spill > 10);
+  }
+  {
+    map_tier tier;
+    tier.full = true;
+    const auto [drop, recode, spill, refuse, decided] =
+        run({.rungs = {rung::spill, rung::refuse, rung::drop, rung::recode}, .adapt = false}, tier);
+    CHECK(drop + recode + spill == 0);
+    CHECK(refuse > 10);
+  }
+  {
+    map_tier tier;
+    const auto [drop, recode, spill, refuse, decided] =
+        run({.rungs = {rung::refuse, rung::drop, rung::recode, rung::spill}, .adapt = false}, tier);
+    CHECK(drop + recode + spill == 0);
+    CHECK(refuse > 10);
+  }
+  CHECK_THROWS_AS(serving::pressure_ladder({.low = 0.9, .high = 0.8}, 100), shape_error);
+  CHECK_THROWS_AS(serving::pressure_ladder({.high = 1.5}, 100), shape_error);
+  CHECK_THROWS_AS(serving::pressure_ladder({.growth = 1}, 100), shape_error);
+  CHECK_THROWS_AS(
+      serving::pressure_ladder({.rungs = {rung::drop, rung::drop, rung::spill, rung::refuse}}, 100),
+      shape_error);
+  CHECK_THROWS_AS(cache_manager<warm_pool>(warm_pool(shape), {.budget_bytes = 3000}), shape_error);
+}
+
+TEST_CASE("pressure frees down to the low mark, and then there is none for a while", "[serving]") {
+  cache_manager<warm_pool> manager(warm_pool(shape, {.slab_bytes = 1}),
+                                   {.budget_bytes = 200'000, .ladder = {.high = 0.9, .low = 0.6}});
+  index_t drops = 0, quiet = 0, episodes = 0;
+  for (index_t i = 0; i < 100; ++i) {
+    REQUIRE(converse(manager, spaces[0], counted(1000 * i, 30)) == 0);
+    const auto& use = manager.use();
+    const index_t now = manager.counts().of(rung::drop);
+    if (now > drops) {
+      ++episodes;
+      CHECK(use.total - use.free <= 130'000);  // the low mark, and one conversation
+    } else if (drops > 0) {
+      ++quiet;
+    }
+    drops = now;
+  }
+  CHECK(episodes > 2);
+  CHECK(quiet > 5 * episodes);
+}
+
+TEST_CASE("nothing is re-encoded twice without a use between", "[serving]") {
+  cache_manager<warm_pool, eviction::lru, cold_pool, serving::no_spill_tier, recorder> manager(
+      warm_pool(shape, {.slab_bytes = 1}), {.budget_bytes = 150'000}, cold_pool(shape, {.slab_bytes = 1}));
+  for (index_t i = 0; i < 60; ++i) REQUIRE(converse(manager, spaces[0], counted(1000 * i, 100)) == 0);
+  const index_t recodes = manager.counts().of(rung::recode);
+  CHECK(recodes > 20);
+  CHECK(recodes <= 60);  // each at most once
+  index_t recalled = 0;
+  for (index_t i = 59; i >= 0 && recalled == 0; --i) {
+    const auto got = manager.acquire(spaces[0], counted(1000 * i, 100));
+    REQUIRE(got.code == status::ok);
+    recalled = manager.observer().decisions[decision::recall];
+    CHECK(holds(manager.cache(got.id), spaces[0],
+                std::span(counted(1000 * i, 100)).first(static_cast<std::size_t>(got.reused)), 1.0F));
+    manager.release(got.id);
+    manager.check();
+  }
+  CHECK(recalled == 1);
+}
+
+TEST_CASE("the limit grows where hits are few and there is memory, unless told not to", "[serving]") {
+  for (const bool adapt : {true, false}) {
+    cache_manager<warm_pool, eviction::lru, serving::no_cold_pool, serving::no_spill_tier, recorder> manager(
+        warm_pool(shape, {.slab_bytes = 1}),
+        {.budget_bytes = 1'000'000, .ladder = {.adapt = adapt, .start_bytes = 100'000}});
+    CHECK(manager.limit() == (adapt ? 100'000 : 1'000'000));
+    for (index_t i = 0; i < 20; ++i) REQUIRE(converse(manager, spaces[0], counted(1000 * i, 100)) == 0);
+    const index_t grown = manager.observer().decisions[decision::grow];
+    CHECK((grown > 0) == adapt);
+    CHECK(manager.counts().of(rung::drop) == 0);
+  }
+  // With hits it drops instead.
+  cache_manager<warm_pool, eviction::lru, serving::no_cold_pool, serving::no_spill_tier, recorder> manager(
+      warm_pool(shape, {.slab_bytes = 1}), {.budget_bytes = 1'000'000, .ladder = {.start_bytes = 100'000}});
+  for (index_t i = 0; i < 300; ++i) {
+    tokens path = counted(0, 100);
+    path.push_back(static_cast<token_id>(1000 + i));
+    for (const token_id t : counted(0, 20)) path.push_back(t);
+    REQUIRE(converse(manager, spaces[0], path) >= (i > 0 ? 96 : 0));
+  }
+  CHECK(manager.observer().decisions[decision::grow] == 0);
+  CHECK(manager.counts().of(rung::drop) > 100);
+  CHECK(manager.limit() == 100'000);
+}
+
+TEST_CASE("what fits can be held, and a refused append changes nothing", "[serving]") {
+  for (const index_t budget : {60'000, 100'000, 250'000}) {
+    cache_manager<warm_pool> manager(warm_pool(shape, {.slab_bytes = 1}), {.budget_bytes = budget});
+    for (index_t i = 0; i < 30; ++i) REQUIRE(converse(manager, spaces[0], counted(1000 * i, 50)) >= 0);
+    const auto other = manager.acquire(spaces[1], counted(0, 20));
+    REQUIRE(compute(manager, other.id, spaces[1], counted(0, 20)) == status::ok);
+    index_t most = 0;
+    while (manager.fits(most + 16, 16)) most += 16;
+    CAPTURE(budget, most);
+    CHECK(most * shape.num_layers * row_size * 4 > budget / 2);
+    const tokens path = counted(0, most + 16);
+    const auto got = manager.acquire(spaces[0], std::span(path).first(static_cast<std::size_t>(most)), 0);
+    REQUIRE(got.code == status::ok);
+    REQUIRE(manager.extend(got.id, std::span(path).last(16)) == status::ok);
+    REQUIRE(compute(manager, got.id, spaces[0], path) == status::ok);
+    tokens too_long = path;
+    for (int i = 0; i < 10'000; ++i) {
+      too_long.push_back(7);
+      const index_t bytes_before = manager.use().pages;
+      const status s = compute(manager, got.id, spaces[0], too_long);
+      manager.check();
+      if (s == status::ok) continue;
+      CHECK(s == status::out_of_pages);
+      too_long.pop_back();
+      CHECK(manager.use().pages == bytes_before);
+      break;
+    }
+    CHECK(manager.counts().of(rung::refuse) == 1);
+    CHECK(holds(manager.cache(got.id), spaces[0], too_long));
+    CHECK(holds(manager.cache(other.id), spaces[1], counted(0, 20)));
+    manager.release(other.id);
+    too_long.push_back(7);
+    CHECK(compute(manager, got.id, spaces[0], too_long) == status::ok);
+  }
+}
+
+TEST_CASE("memory that runs out at any point leaves a manager as it was", "[serving]") {
+  const tokens first = counted(0, 70), second = [] {
+    tokens t = counted(0, 40);
+    for (const token_id x : counted(500, 30)) t.push_back(x);
+    return t;
+  }();
+  index_t failures = 0;
+  for (int verb = 0; verb < 4; ++verb) {
+    for (std::ptrdiff_t n = 0;; ++n) {
+      CAPTURE(verb, n);
+      cache_manager<warm_pool, eviction::lru, cold_pool> manager(warm_pool(shape, {.slab_bytes = 1}),
+                                                                 {.budget_bytes = 120'000},
+                                                                 cold_pool(shape, {.slab_bytes = 1}));
+      for (index_t i = 0; i < 12; ++i)
+        REQUIRE(converse(manager, spaces[0], counted(10'000 + 1000 * i, 70)) == 0);
+      REQUIRE(converse(manager, spaces[0], first) == 0);
+      sequence_id id{};
+      if (verb > 0) {
+        id = manager.acquire(spaces[0], second).id;
+        if (verb > 1) REQUIRE(compute(manager, id, spaces[0], second) == status::ok);
+      }
+      const index_t live = manager.num_live();
+      const index_t size = verb > 0 ? manager.cache(id)[0].size() : 0;
+      const auto k = rows(spaces[0], second, 0, 40, false), v = rows(spaces[0], second, 0, 40, true);
+      status s = status::ok;
+      bool reached = false;
+      {
+        const heap::failing out_of_memory(n);
+        if (verb == 0) s = manager.acquire(spaces[0], second).code;
+        if (verb == 1) s = manager.try_append(id, 0, k, v);
+        if (verb == 2) s = manager.extend(id, second);
+        if (verb == 3) manager.release(id);
+        reached = heap::failing::happened();
+      }
+      manager.check();
+      if (verb == 3) REQUIRE(manager.num_live() == 0);
+      if (s != status::ok) {
+        ++failures;
+        REQUIRE(s == status::out_of_memory);
+        REQUIRE(manager.num_live() == live);
+        if (verb > 0) REQUIRE(manager.cache(id)[0].size() == size);
+        if (verb > 0) REQUIRE(manager.tokens(id).size() == second.size());
+      }
+      if (!reached) break;
+    }
+  }
+  CHECK(failures >= 8);
+}
+
+TEST_CASE("a tier that gives back something else is not believed", "[serving]") {
+  map_tier tier;
+  cache_manager<warm_pool, eviction::lru, serving::no_cold_pool, map_tier> manager(
+      warm_pool(shape, {.slab_bytes = 1}),
+      {.budget_bytes = 60'000, .ladder = {.rungs = {rung::spill, rung::refuse, rung::drop, rung::recode}}},
+      {}, &tier);
+  for (index_t i = 0; i < 30; ++i) REQUIRE(converse(manager, spaces[0], counted(1000 * i, 64)) == 0);
+  REQUIRE(tier.stored.size() > 20);
+  index_t kind = 0;
+  for (auto& [key, bytes] : tier.stored) {
+    if (std::get<3>(key).size() != 16) continue;
+    const tokens path = counted(std::get<3>(key).front(), 64);
+    const auto good = bytes;
+    if (kind % 5 == 0) bytes.clear();
+    if (kind % 5 == 1) bytes.resize(bytes.size() / 2);
+    if (kind % 5 == 2) bytes[bytes.size() / 2] ^= std::byte{1};
+    if (kind % 5 == 3) bytes[9] ^= std::byte{1};
+    const bool intact = kind % 5 == 4;
+    const auto got = manager.acquire(spaces[0], path);
+    REQUIRE(got.code == status::ok);
+    CHECK(got.reused == (intact ? 64 : 0));
+    CHECK(
+        holds(manager.cache(got.id), spaces[0], std::span(path).first(static_cast<std::size_t>(got.reused))));
+    manager.drop(got.id);
+    if (++kind == 5) break;  // the tier has erased some: the loop must not go on over them
+    if (!intact) break;
+  }
+  CHECK(kind >= 1);
+}
+
+TEST_CASE("times and attention are told to the observer", "[serving]") {
+  static double now = 0;
+  cache_manager<warm_pool, eviction::lru, serving::no_cold_pool, serving::no_spill_tier, recorder> manager(
+      warm_pool(shape), {.budget_bytes = 8_MiB, .clock = [] { return now += 0.5; }});
+  CHECK(converse(manager, spaces[0], counted(0, 50)) == 0);
+  CHECK(converse(manager, spaces[0], counted(0, 60)) == 50);
+  manager.attended(60, 0.25);
+  const recorder& told = manager.observer();
+  CHECK(told.asked == 110);
+  CHECK(told.hit == 50);
+  CHECK(told.reused == 1);
+  CHECK(told.appended == 60);
+  CHECK(told.seconds == 0.5 * 2 * 2);  // two conversations, two layers
+  CHECK(told.attended == 0.25);
+  CHECK(counted_times(manager.counts(), rung::drop) == told.evicted);
+}
+
+TEST_CASE("threads share a manager behind one lock, and attend without it", "[serving][threads]") {
+  using manager_type = cache_manager<warm_pool, eviction::lru, cold_pool>;
+  manager_type manager(warm_pool(shape, {.slab_bytes = 4096}), {.budget_bytes = 160'000},
+                       cold_pool(shape, {.slab_bytes = 4096}));
+  std::mutex lock;
+  index_t failures[3] = {}, done[3] = {};
+  const auto work = [&](std::size_t me) {
+    std::vector<float> q(row_size), out(row_size), k, v;
+    for (index_t round = 0; round < 60; ++round) {
+      const tokens path = [&] {
+        tokens t = counted(100 * (round % 5), 40);
+        for (const token_id x : counted(static_cast<index_t>(1000 * me), 20 + round % 7)) t.push_back(x);
+        return t;
+      }();
+      const auto size = static_cast<std::size_t>(path.size());
+      serving::acquired got;
+      const manager_type::cache_type* cache = nullptr;
+      bool computed = false;
+      {
+        const std::lock_guard guard(lock);
+        got = manager.acquire(spaces[0], path);
+        if (got.code != status::ok) continue;
+        computed = compute(manager, got.id, spaces[0], path) == status::ok;
+        cache = &manager.cache(got.id);
+      }
+      if (computed) {
+        // No lock: others fork, append, evict and re-encode meanwhile.
+        q.assign(row_size, 1.0F);
+        for (int i = 0; i < 3; ++i) attend(std::span<const float>(q), (*cache)[0], std::span<float>(out));
+        k.resize(size * row_size);
+        v.resize(k.size());
+        (*cache)[1].copy_out(0, cache->size(), k, v);
+        const auto want = rows(spaces[0], path, 1, 0, false);
+        for (std::size_t i = 0; i < k.size(); ++i) failures[me] += std::abs(k[i] - want[i]) > 1.5F ? 1 : 0;
+        ++done[me];
+      }
+      const std::lock_guard guard(lock);
+      manager.release(got.id);
+    }
+  };
+  std::thread a(work, 0), b(work, 1), c(work, 2);
+  a.join();
+  b.join();
+  c.join();
+  manager.check();
+  for (int i = 0; i < 3; ++i) {
+    CHECK(failures[i] == 0);
+    CHECK(done[i] > 30);
+  }
+  CHECK(manager.num_live() == 0);
+}
