@@ -29,6 +29,7 @@
 #include <kvcache/interop/openmp.hpp>
 #include <kvcache/kernel/select.hpp>
 #include <kvcache/serving/cache_manager.hpp>
+#include <kvcache/serving/gauges.hpp>
 #include <kvcache/serving/observer.hpp>
 #include <kvcache/serving/planner.hpp>
 #include <kvcache/serving/prometheus.hpp>

@@ -4,6 +4,10 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
+#include <kvcache/cache/paged.hpp>
+#include <kvcache/codec/rotated.hpp>
+#include <kvcache/serving/cache_manager.hpp>
+#include <kvcache/serving/gauges.hpp>
 #include <kvcache/serving/metrics.hpp>
 #include <kvcache/serving/prometheus.hpp>
 #include <kvcache/serving/recommend.hpp>
@@ -327,6 +331,71 @@ TEST_CASE("a recorder counts what it is told", "[serving]") {
   CHECK(m.recoded_bytes_after == 200);
   CHECK(m.spilled_bytes == 200);
   CHECK(m.decisions == 1);
+}
+
+TEST_CASE("a manager's recorder agrees with the manager", "[serving]") {
+  using pool_type = page_pool<>;
+  using cold_type = page_pool<codec::rotated<4>>;
+  using manager_type = cache_manager<pool_type, eviction::lru, cold_type, no_spill_tier, metrics_recorder>;
+  test::random random;
+  const cache_shape shape{2, 2, 32, 32};
+  const pool_type pool(shape, {.slab_bytes = 1});
+  const cold_type cold(shape, {.slab_bytes = 1});
+  const manager_options options{.budget_bytes = 600_KiB, .clock = [] { return 1.0; }};
+  manager_type manager(pool, options, cold);
+  std::uint64_t lookups = 0, asked = 0, hit = 0, appended = 0, refused = 0;
+  for (int round = 0; round < 600; ++round) {
+    std::vector<token_id> prompt(static_cast<std::size_t>(1 + random.below(300)));
+    const auto kind = static_cast<token_id>(random.below(40));
+    for (std::size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<token_id>(i) + 1000 * kind;
+    if (round == 300) prompt.resize(20000);  // larger than the budget
+    const acquired got = manager.acquire({}, prompt);
+    if (got.code != status::ok) {
+      ++refused;
+      continue;
+    }
+    ++lookups;
+    asked += prompt.size();
+    hit += static_cast<std::uint64_t>(got.reused);
+    const auto num_new = prompt.size() - static_cast<std::size_t>(got.reused);
+    const std::vector<float> rows = random.floats(static_cast<index_t>(num_new * 64));
+    bool stored = true;
+    for (index_t layer = 0; stored && layer < shape.num_layers; ++layer)
+      stored = manager.try_append(got.id, layer, rows, rows) == status::ok;
+    stored ? appended += num_new : ++refused;
+    manager.release(got.id);
+  }
+  const metrics& m = manager.observer().values;
+  CHECK(m.lookups == lookups);
+  CHECK(m.tokens_asked == asked);
+  CHECK(m.tokens_hit == hit);
+  CHECK(hit > 0);
+  CHECK(m.tokens_appended >= appended);
+  CHECK(m.append_nanoseconds == 0);  // that clock stands still
+  CHECK(refused > 0);
+  std::uint64_t evicted = 0;
+  for (const rung r : {rung::drop, rung::recode, rung::spill, rung::refuse}) {
+    CHECK(m.at(r).count == static_cast<std::uint64_t>(manager.counts().of(r)));
+    if (r != rung::refuse) evicted += m.at(r).count;
+  }
+  CHECK(evicted > 0);
+  CHECK(m.recodes > 0);
+  CHECK(m.age_at_eviction.count() == evicted);
+  CHECK(m.recoded_bytes_after < m.recoded_bytes_before);
+
+  const memory_gauges g = gauges_of(manager, pool, cold);
+  CHECK(g.live == manager.bytes());
+  CHECK(g.budget == 600_KiB);
+  CHECK(g.slack == manager.use().free);
+  CHECK(g.shared == pool.bytes().shared + cold.bytes().shared);
+  const index_t cold_pages = cold.num_in_use() * cold.page_bytes();
+  CHECK(cold_pages > 0);
+  CHECK(g.exact == g.live - g.slack - cold_pages + cold.num_in_use() * pool.page_bytes());
+  metrics now = m;
+  now.memory = g;
+  CHECK(*now.compression_ratio() > 1);
+  CHECK(*now.compression_ratio() < 4);
+  CHECK(written(now).value("kvcache_live_bytes") == static_cast<double>(manager.bytes()));
 }
 
 TEST_CASE("what was not measured has no rate", "[serving]") {

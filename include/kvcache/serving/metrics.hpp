@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // metrics: counters and gauges of a manager as one plain value, and the observer that fills them.
 //
-//   cache_manager<...> with a metrics_recorder as its observer
-//   const metrics before = recorder.values;  ...;  const metrics minute = recorder.values - before;   // rates of an interval
+//   cache_manager<page_pool<>, eviction::lru, no_cold_pool, no_spill_tier, metrics_recorder> manager(pool, options);
+//   const metrics before = manager.observer().values;
+//   const metrics minute = manager.observer().values - before;   // rates of an interval
 //   const metrics all = manager_a + manager_b;                                                        // of two managers
 //
 // Counters stop at their largest value and never wrap; differences stop at 0.
@@ -202,7 +203,7 @@ struct metrics {
 static_assert(std::is_trivially_copyable_v<metrics>);
 
 /// The observer (serving/observer.hpp) that fills metrics. Gauges are not reported, they are asked for: set `values.memory`
-/// before you look. No member allocates or throws. Threads: as what reports to it.
+/// before you look (serving/gauges.hpp). No member allocates or throws. Threads: as what reports to it.
 struct metrics_recorder {
   metrics values;
 

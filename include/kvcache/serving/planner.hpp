@@ -159,25 +159,25 @@ inline bool is_better(const plan_row& a, const plan_row& b) noexcept {
 }
 
 /// Throws shape_error naming what cannot be.
-inline void require(bool holds, const char* rule) {
+inline void plan_require(bool holds, const char* rule) {
   if (!holds) throw shape_error(std::string("kvcache: plan: ") + rule);
 }
 
 inline void validate(const model_shape& model, index_t memory_bytes, index_t num_sequences, index_t context,
                      const plan_options& options) {
   kvcache::validate(cache_shape{model.num_layers, model.num_kv_heads, model.head_dim});
-  require(model.num_q_heads >= 1 && model.num_q_heads % model.num_kv_heads == 0,
-          "num_q_heads must be a multiple of num_kv_heads");
-  require(model.weight_bytes >= 0, "weight_bytes must not be negative");
-  require(model.max_context >= 0, "max_context must not be negative");
-  require(memory_bytes >= 0, "memory_bytes must not be negative");
-  require(num_sequences >= 1, "there must be a sequence");
-  require(context >= 1, "context must be at least 1");
-  require(model.max_context == 0 || context <= model.max_context, "context must be at most max_context");
-  require(options.reserve_bytes >= 0, "reserve_bytes must not be negative");
-  require(options.long_steps >= 0 && options.long_steps <= num_sequences,
-          "long_steps must be 0 to the number of sequences");
-  require(!options.block_sizes.empty(), "there must be a block size");
+  plan_require(model.num_q_heads >= 1 && model.num_q_heads % model.num_kv_heads == 0,
+               "num_q_heads must be a multiple of num_kv_heads");
+  plan_require(model.weight_bytes >= 0, "weight_bytes must not be negative");
+  plan_require(model.max_context >= 0, "max_context must not be negative");
+  plan_require(memory_bytes >= 0, "memory_bytes must not be negative");
+  plan_require(num_sequences >= 1, "there must be a sequence");
+  plan_require(context >= 1, "context must be at least 1");
+  plan_require(model.max_context == 0 || context <= model.max_context, "context must be at most max_context");
+  plan_require(options.reserve_bytes >= 0, "reserve_bytes must not be negative");
+  plan_require(options.long_steps >= 0 && options.long_steps <= num_sequences,
+               "long_steps must be 0 to the number of sequences");
+  plan_require(!options.block_sizes.empty(), "there must be a block size");
 }
 
 }  // namespace detail
