@@ -39,7 +39,11 @@
 #include <kvcache/interop/openmp.hpp>
 #include <kvcache/kernel/select.hpp>
 #include <kvcache/serving/cache_manager.hpp>
+#include <kvcache/serving/gauges.hpp>
 #include <kvcache/serving/observer.hpp>
+#include <kvcache/serving/planner.hpp>
+#include <kvcache/serving/prometheus.hpp>
+#include <kvcache/serving/recommend.hpp>
 #include <kvcache/version.hpp>
 
 #if __has_include(<Eigen/Core>)

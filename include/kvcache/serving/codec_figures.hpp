@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MIT
+// What the codecs cost in quality and gain in speed, as measured: the tables that plan() reads.
+//
+// Copied from docs/codecs.md ("The bundled model", "With trellis codecs", "Synthetic heads") and from the README
+// ("Benchmarks"); a test compares every figure with those pages. Only synthetic heads and a model of 2.4 million
+// parameters were measured, bigger models were not: take the order of the codecs from here, not a promise.
+#pragma once
+
+#include <kvcache/core/types.hpp>
+#include <kvcache/serving/cache_sizes.hpp>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace kvcache::inline v0::serving {
+
+/// Quality of keys in one codec and values in another, with or without exact sinks and tail.
+struct quality_figures {
+  std::string_view keys;
+  std::string_view values;
+  index_t sink_tokens = 0;
+  index_t tail_tokens = 0;
+  /// KL divergence of the bundled model's next token from that over an f32 cache, nats, median of 4,096 positions
+  /// (2,048 where `reference_kl` is 1.12e-6: those of the trellis codecs); 64 dims, blocks of 128 tokens.
+  double median_kl = 0;
+  /// The same for int8 behind a tail of 128 tokens, on the same texts: what bf16's own rounding costs.
+  double reference_kl = 1.08e-6;
+  /// Facts recalled of 320 scattered through documents, where asked; f32 recalls 318.
+  std::optional<int> recalled;
+  /// Relative error of the output of attention where only keys, or only values, are in the codec, 128 dims.
+  std::optional<double> key_output_error;
+  std::optional<double> value_output_error;
+
+  /// Divergence in multiples of that of int8 behind a tail; bf16 is .97, more is worse.
+  [[nodiscard]] constexpr double kl_ratio() const noexcept { return median_kl / reference_kl; }
+};
+
+/// Times as fast as bf16 in decode, and what it takes to store; neither depends on sinks and tail.
+struct speed_figures {
+  std::string_view keys;
+  std::string_view values;
+  /// Decode of one token over 16,384 against bf16: 4 query heads per KV head on 1 and 2 threads, then 8 on 1 and 2.
+  /// 2 virtual CPUs of a Zen 4 with avx512, spreads of 5 to 30 %.
+  std::array<double, 4> decode{};
+  /// Microseconds to encode keys and values of one token, 8 heads of 128, one thread; where it was measured.
+  std::optional<double> encode_us;
+
+  /// The figure for the nearer of the measured groups, one thread.
+  [[nodiscard]] constexpr double decode_at(index_t group_size) const noexcept {
+    return group_size > 6 ? decode[2] : decode[0];
+  }
+};
+
+// clang-format off
+/// Least lossy first within each part.
+inline constexpr std::array measured_quality = {
+    // keys, values, sinks, tail, median KL, reference, recalled, output error of keys, of values
+    quality_figures{"f32", "f32", 0, 0, 0.0, 1.08e-6, 318, {}, {}},  // what the others are compared with
+    quality_figures{"f16", "f16", 0, 0, 1.63e-8, 1.08e-6, 318, 0.0007, 0.0002},
+    quality_figures{"bf16", "bf16", 0, 0, 1.05e-6, 1.08e-6, 318, 0.0058, 0.0014},
+    quality_figures{"int8", "int8", 0, 0, 9.18e-6, 1.08e-6, 318, 0.0278, 0.0059},
+    quality_figures{"channel4", "rotated4", 0, 0, 6.75e-6, 1.08e-6, 318, 0.1356, 0.0806},
+    quality_figures{"channel3", "rotated3", 0, 0, 2.55e-5, 1.08e-6, 317, 0.2847, 0.1548},
+    quality_figures{"balanced2", "rotated2", 0, 0, 1.14e-4, 1.08e-6, 267, 0.6177, 0.2927},
+    quality_figures{"int8", "rotated4", 0, 0, 8.67e-4, 1.08e-6, 317, 0.0278, 0.0806},
+    quality_figures{"rotated4", "rotated4", 0, 0, 1.90e-3, 1.08e-6, 318, 0.2205, 0.0806},
+    quality_figures{"rotated3", "rotated3", 0, 0, 7.10e-3, 1.08e-6, 315, 0.4066, 0.1548},
+    quality_figures{"rotated2", "rotated2", 0, 0, 3.47e-2, 1.08e-6, 260, 0.6790, 0.2927},
+    // with a tail
+    quality_figures{"int8", "int8", 4, 128, 1.08e-6, 1.08e-6, 318, 0.0278, 0.0059},
+    quality_figures{"int8", "rotated4", 4, 128, 1.51e-6, 1.08e-6, 318, 0.0278, 0.0806},
+    quality_figures{"channel4", "rotated4", 4, 128, 2.71e-6, 1.08e-6, 319, 0.1356, 0.0806},
+    quality_figures{"balanced4", "balanced4", 4, 128, 3.33e-6, 1.08e-6, 318, 0.1849, 0.0745},
+    quality_figures{"rotated4", "rotated4", 4, 128, 3.40e-6, 1.08e-6, 318, 0.2205, 0.0806},
+    quality_figures{"channel3", "rotated3", 4, 128, 7.91e-6, 1.08e-6, 317, 0.2847, 0.1548},
+    quality_figures{"balanced3", "balanced3", 4, 128, 8.56e-6, 1.08e-6, 312, 0.3320, 0.1421},
+    quality_figures{"rotated3", "rotated3", 4, 128, 9.05e-6, 1.08e-6, 316, 0.4066, 0.1548},
+    quality_figures{"balanced2", "balanced2", 4, 128, 3.00e-5, 1.08e-6, 261, 0.6177, 0.2652},
+    quality_figures{"balanced2", "rotated2", 4, 128, 3.17e-5, 1.08e-6, 275, 0.6177, 0.2927},
+    quality_figures{"rotated2", "rotated2", 4, 128, 4.00e-5, 1.08e-6, 311, 0.6790, 0.2927},
+    // with a tail, the table of the trellis codecs: other texts, no facts
+    quality_figures{"channel4", "trellis4", 4, 128, 2.52e-6, 1.12e-6, {}, {}, {}},
+    quality_figures{"trellis4", "trellis4", 4, 128, 2.63e-6, 1.12e-6, {}, 0.1745, 0.0635},
+    quality_figures{"trellis3", "trellis3", 4, 128, 6.24e-6, 1.12e-6, {}, 0.3311, 0.1212},
+    quality_figures{"channel3", "trellis3", 4, 128, 7.75e-6, 1.12e-6, {}, {}, {}},
+    quality_figures{"channel3", "trellis2", 4, 128, 9.47e-6, 1.12e-6, {}, {}, {}},
+    quality_figures{"trellis2", "trellis2", 4, 128, 2.17e-5, 1.12e-6, {}, 0.5961, 0.2371}};
+
+inline constexpr std::array measured_speed = {
+    speed_figures{"bf16", "bf16", {1, 1, 1, 1}, {}},  // by definition
+    speed_figures{"int8", "int8", {1.2, 1.4, 1.5, 1.5}, 1.6},
+    speed_figures{"rotated4", "rotated4", {2.1, 2.4, 2.5, 2.3}, 4.6},
+    speed_figures{"rotated2", "rotated2", {2.4, 2.6, 2.6, 2.6}, {}},
+    speed_figures{"channel4", "rotated4", {1.6, 2.0, 1.7, 1.7}, 6.9},
+    speed_figures{"channel3", "rotated3", {1.5, 1.9, 1.6, 1.6}, {}},
+    speed_figures{"balanced2", "rotated2", {1.7, 1.8, 1.5, 1.6}, 12.0},
+    speed_figures{"trellis4", "trellis4", {1.2, 1.6, 1.7, 1.6}, 51.0},
+    speed_figures{"trellis2", "trellis2", {1.2, 1.3, 1.5, 1.5}, 56.0}};
+// clang-format on
+
+namespace detail {
+
+/// channel's own values are those of rotated.
+inline std::string_view values_name(const codec_choice& codec) noexcept {
+  if (codec.values == "channel4") return "rotated4";
+  if (codec.values == "channel3") return "rotated3";
+  return codec.values;
+}
+
+}  // namespace detail
+
+/// The measured quality of a choice, or null. More sinks or a longer tail than were measured cost no quality, so the
+/// figures of the longest tail that is no longer than the choice's stand for it.
+inline const quality_figures* find_quality(const codec_choice& codec) noexcept {
+  const quality_figures* best = nullptr;
+  for (const quality_figures& f : measured_quality) {
+    if (f.keys != codec.keys || f.values != detail::values_name(codec)) continue;
+    if (f.tail_tokens > codec.tail_tokens || f.sink_tokens > codec.sink_tokens) continue;
+    if (best == nullptr || f.tail_tokens > best->tail_tokens) best = &f;
+  }
+  return best;
+}
+
+/// The measured speed of a choice, or null.
+inline const speed_figures* find_speed(const codec_choice& codec) noexcept {
+  for (const speed_figures& f : measured_speed) {
+    if (f.keys == codec.keys && f.values == detail::values_name(codec)) return &f;
+  }
+  return nullptr;
+}
+
+/// The choices that plan() weighs unless told otherwise: those that lose least for what they take, least lossy first;
+/// and two without a tail, which costs memory for each sequence.
+inline std::vector<codec_choice> default_choices() {
+  return {{"bf16", "bf16"},
+          {"int8", "int8", 4, 128},
+          {"int8", "rotated4", 4, 128},
+          {"channel4", "rotated4", 4, 128},
+          {"channel3", "rotated3", 4, 128},
+          {"trellis3", "trellis3", 4, 128},
+          {"trellis2", "trellis2", 4, 128},
+          {"int8", "int8"},
+          {"rotated4", "rotated4"}};
+}
+
+}  // namespace kvcache::inline v0::serving
