@@ -34,6 +34,8 @@
 
 namespace kvcache::inline v0::detail {
 
+struct block_access;
+
 template <sealing_codec Codec, block_storage Storage>
 class sealing_blocks {
  public:
@@ -224,6 +226,8 @@ class sealing_blocks {
   }
 
  private:
+  friend block_access;  // cache/block_access.hpp
+
   struct layer_state {
     index_t sealed = 0;         // blocks that the codec encoded
     index_t first_in_ring = 0;  // block from which on the ring has the exact tokens
