@@ -97,12 +97,22 @@ struct block_access {
   }
   /// An exact block, and the exact first tokens. \pre seals(cache), and it has had a token or prepare()
   template <class Cache>
-  static std::byte* exact_block(const Cache& cache, index_t layer, index_t head, index_t index) noexcept {
-    return cache.sealing().exact_block(layer, head, index);
+  static std::byte* exact_block([[maybe_unused]] const Cache& cache, [[maybe_unused]] index_t layer,
+                                [[maybe_unused]] index_t head, [[maybe_unused]] index_t index) noexcept {
+    if constexpr (requires { cache.sealing(); }) {
+      return cache.sealing().exact_block(layer, head, index);
+    } else {
+      return nullptr;
+    }
   }
   template <class Cache>
-  static std::byte* sinks(const Cache& cache, index_t layer, index_t head) noexcept {
-    return cache.sealing().sinks(layer, head);
+  static std::byte* sinks([[maybe_unused]] const Cache& cache, [[maybe_unused]] index_t layer,
+                          [[maybe_unused]] index_t head) noexcept {
+    if constexpr (requires { cache.sealing(); }) {
+      return cache.sealing().sinks(layer, head);
+    } else {
+      return nullptr;
+    }
   }
 
   /// Whether a sequence like this one can have these blocks; for each layer in turn.
