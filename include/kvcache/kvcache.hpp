@@ -30,8 +30,10 @@
 #include <kvcache/interop/openmp.hpp>
 #include <kvcache/interop/rope_identity.hpp>
 #include <kvcache/kernel/select.hpp>
+#include <kvcache/store/journal.hpp>
 #include <kvcache/store/load.hpp>
 #include <kvcache/store/mapped.hpp>
+#include <kvcache/store/recover.hpp>
 #include <kvcache/store/save.hpp>
 #include <kvcache/version.hpp>
 

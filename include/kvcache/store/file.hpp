@@ -187,13 +187,18 @@ class atomic_file final : public byte_sink {
     detail::write_fully(handle_.get(), bytes, temporary_.string());
   }
 
-  /// \return the file, open at its end. Throws write_error or std::system_error; up to the rename nothing changed.
-  file_handle commit() {
+  /// The file takes the place of what had its name, in one step; the step itself is not yet on disk.
+  /// \return the file, open at its end. Throws write_error, then nothing changed.
+  file_handle replace() {
     detail::sync_file(handle_.get(), temporary_.string());
     if (::rename(temporary_.c_str(), path_.c_str()) != 0) detail::throw_write_error(path_.string());
-    file_handle done = std::move(handle_);
+    return std::move(handle_);
+  }
+
+  /// replace(), and waits until that is on disk. Throws write_error or std::system_error.
+  void commit() {
+    (void)replace();
     detail::sync_folder_of(path_);
-    return done;
   }
 
  private:

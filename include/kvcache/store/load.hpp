@@ -52,6 +52,7 @@ namespace detail {
 /// A file's header and small sections, read and checked: all but the blocks.
 struct contents {
   stored_sequence about;
+  std::uint64_t end = 0;  ///< of the sections: where the records of a journal begin
   std::vector<section>
       layers;  ///< blocks of layer 0, exact of layer 0 if the codec seals, blocks of layer 1, ...
 
@@ -120,6 +121,7 @@ inline contents read_contents(const byte_source& source, file_kind kind, const e
   }
   const auto reader = [&](std::size_t i) { return byte_reader(bytes[i], source.name(), sections[i].offset); };
   contents file;
+  file.end = header.file_bytes();
   stored_sequence& s = file.about;
   s = decode_description(reader(0));
   check_expectation(s, expected, source.name(), sections[0].offset);
@@ -132,7 +134,13 @@ inline contents read_contents(const byte_source& source, file_kind kind, const e
     throw load_error(source.name(), sections[3].offset, "there is not one token id for each token");
   s.positions = decode_positions(reader(4));
   file.layers.assign(sections.begin() + num_small_sections, sections.end());
-  if (kind == file_kind::snapshot) check_layer_sections(source, file);
+  const bool is_empty = file.layers.empty() &&
+                        std::all_of(s.layers.begin(), s.layers.end(), [](auto& l) { return l.size == 0; });
+  if (kind == file_kind::snapshot) {
+    check_layer_sections(source, file);
+  } else if (!is_empty) {
+    throw load_error(source.name(), 40, "a journal has no blocks before its records");
+  }
   return file;
 }
 
@@ -193,6 +201,16 @@ void read_layers(const byte_source& source, const contents& file, const load_opt
   access::finish(cache, s.layers, std::move(positions));
 }
 
+/// Throws load_error unless a sequence has the shape of the cache, its codec and its settings.
+template <class Cache>
+void require_same_kind(const byte_source& source, const stored_sequence& s, const Cache& cache) {
+  const auto require = [&](bool holds, const char* reason) {
+    if (!holds) throw load_error(source.name(), header_bytes, reason);
+  };
+  require(s.shape == cache.shape(), "the shape is not that of the cache");
+  require(s.codec == describe(cache.codec()), "the codec, or its settings, are not those of the cache");
+}
+
 /// Throws load_error if the blocks take more memory than the file, or the caller, gives reason for.
 template <class Cache>
 void check_memory(const byte_source& source, const contents& file, const Cache& cache,
@@ -207,8 +225,10 @@ void check_memory(const byte_source& source, const contents& file, const Cache& 
     }
     return checked_add(checked_mul(most, page_bytes), access::exact_memory(cache));
   });
-  std::uint64_t limit = static_cast<std::uint64_t>(std::max(options.slack_limit_bytes, index_t{0}));
-  for (const section& part : file.layers) limit += part.raw_bytes;
+  std::uint64_t bytes = 0;  // decompressed
+  for (const section& part : file.layers) bytes += part.raw_bytes;
+  const std::uint64_t limit = std::max(bytes, source.size()) +
+                              static_cast<std::uint64_t>(std::max(options.slack_limit_bytes, index_t{0}));
   if (static_cast<std::uint64_t>(needed) > limit)
     throw load_error(
         source.name(), header_bytes,
@@ -248,12 +268,7 @@ template <class Cache>
 requires described_codec<typename Cache::codec_type> stored_sequence
 load_into(Cache& cache, const byte_source& source, const load_options& options = {}) {
   detail::contents file = detail::read_contents(source, file_kind::snapshot, options.expect);
-  const auto require = [&](bool holds, const char* reason) {
-    if (!holds) throw load_error(source.name(), detail::header_bytes, reason);
-  };
-  require(file.about.shape == cache.shape(), "the shape is not that of the cache");
-  require(file.about.codec == describe(cache.codec()),
-          "the codec, or its settings, are not those of the cache");
+  detail::require_same_kind(source, file.about, cache);
   Cache fresh = detail::access::empty_like(cache);
   detail::loading(source, detail::header_bytes, [&] { detail::check_fit(fresh, file.about); });
   detail::read_layers(source, file, options, fresh);

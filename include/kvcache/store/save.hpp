@@ -181,7 +181,7 @@ void save(const Cache& cache, const identity& who, const std::filesystem::path& 
           const save_options& options = {}) {
   atomic_file file(path);
   save(cache, who, file, options);
-  (void)file.commit();
+  file.commit();
 }
 
 /// To a stream, in order; what a stream that fails has got by then stays there.
