@@ -18,6 +18,7 @@
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/layer_descriptions.hpp>
 #include <kvcache/codec/low_rank_chooser.hpp>
 #include <kvcache/codec/low_rank_rows.hpp>
 #include <kvcache/codec/mixed.hpp>
@@ -36,7 +37,9 @@
 #include <kvcache/eviction/window.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
+#include <kvcache/interop/any_snapshot.hpp>
 #include <kvcache/interop/openmp.hpp>
+#include <kvcache/interop/rope_identity.hpp>
 #include <kvcache/kernel/select.hpp>
 #include <kvcache/serving/cache_manager.hpp>
 #include <kvcache/serving/gauges.hpp>
@@ -44,6 +47,11 @@
 #include <kvcache/serving/planner.hpp>
 #include <kvcache/serving/prometheus.hpp>
 #include <kvcache/serving/recommend.hpp>
+#include <kvcache/store/journal.hpp>
+#include <kvcache/store/load.hpp>
+#include <kvcache/store/mapped.hpp>
+#include <kvcache/store/recover.hpp>
+#include <kvcache/store/save.hpp>
 #include <kvcache/version.hpp>
 
 #if __has_include(<Eigen/Core>)

@@ -35,6 +35,8 @@
 
 namespace kvcache::inline v0::detail {
 
+struct block_access;
+
 template <sealing_codec Codec, block_storage Storage>
 class sealing_blocks {
  public:
@@ -110,7 +112,7 @@ class sealing_blocks {
     return for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
       for (index_t head = 0; head < shape().num_kv_heads; ++head) {
         std::byte* to = exact_block(layer, head, piece.index);
-        if (piece.slot == 0 && piece.count < g.block_size)
+        if (piece.slot == 0 && (piece.count < g.block_size || g.head_dim % 2 != 0))  // has padding
           std::memset(to, 0, static_cast<std::size_t>(exact_bytes_));
         (void)exact_.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
                             v.at(piece.done, head));
@@ -237,6 +239,8 @@ class sealing_blocks {
   }
 
  private:
+  friend block_access;  // cache/block_access.hpp
+
   void keep_exact(const keep_plan& plan, std::byte* copy) noexcept;
 
   struct layer_state {
@@ -331,47 +335,9 @@ class sealing_blocks {
     return kernels.int8.largest(row, shape().head_dim) < 0x1.FFp127F;
   }
 
-  /// Encodes the blocks that left the tail of a layer of `size` tokens.
-  status seal(const kernel::table& kernels, index_t layer, index_t size) {
-    const block_geometry g = geometry();
-    for (index_t& index = state(layer).sealed; index < blocks_to_seal(size); ++index) {
-      for (index_t head = 0; head < shape().num_kv_heads; ++head) {
-        const mutable_rows k = work_rows(0);
-        const mutable_rows v = work_rows(1);
-        exact_.decode(kernels, g, exact_block(layer, head, index), 0, g.block_size, k, v);
-        const index_t skipped = index == 0 ? num_sinks() : 0;
-        if (skipped > 0)
-          (void)exact_.encode(kernels, sink_geometry(), sinks(layer, head), 0, skipped, constant(k),
-                              constant(v));
-        if (skipped == g.block_size) continue;
-        std::byte* to = direct_.block(layer, head, index);
-        const auto& here = codec_at(codec(), layer, head);
-        std::memset(to, 0, static_cast<std::size_t>(here.block_bytes(g)));  // padding too: no stale bytes
-        const status s = here.encode(kernels, g, to, skipped, g.block_size - skipped,
-                                     {k.row(skipped), k.stride}, {v.row(skipped), v.stride});
-        if (s != status::ok) return s;
-      }
-    }
-    return status::ok;
-  }
-
-  /// Makes the tail of a layer that is cut to `size` tokens: exact where the ring still has them, else decoded.
-  void unseal(const kernel::table& kernels, index_t layer, index_t size) noexcept {
-    layer_state& s = state(layer);
-    while (s.sealed > blocks_to_seal(size) && s.sealed > s.first_in_ring) --s.sealed;
-    const index_t block_size = shape().block_size;
-    const index_t cut_block = size / block_size;
-    if (s.sealed <= cut_block) return;
-    for (index_t head = 0; size % block_size != 0 && head < shape().num_kv_heads; ++head) {
-      const mutable_rows k = work_rows(0);
-      const mutable_rows v = work_rows(1);
-      read_piece(kernels, layer, head, {cut_block, 0, block_size, 0}, k, v);
-      (void)exact_.encode(kernels, geometry(), exact_block(layer, head, cut_block), 0, block_size,
-                          constant(k), constant(v));
-    }
-    s.sealed = cut_block;
-    s.first_in_ring = cut_block;
-  }
+  // Defined in cache/seal_blocks.hpp.
+  status seal(const kernel::table& kernels, index_t layer, index_t size);
+  void unseal(const kernel::table& kernels, index_t layer, index_t size) noexcept;
 
   void read_piece(const kernel::table& kernels, index_t layer, index_t head, const block_piece& piece,
                   mutable_rows k, mutable_rows v) const {

@@ -10,13 +10,11 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/cache/block_layout.hpp>
+#include <kvcache/cache/blocks_for_codec.hpp>
 #include <kvcache/cache/concepts.hpp>
-#include <kvcache/cache/direct_blocks.hpp>
-#include <kvcache/cache/keep_sealed.hpp>
 #include <kvcache/cache/keep_tokens.hpp>
 #include <kvcache/cache/layer.hpp>
 #include <kvcache/cache/positions.hpp>
-#include <kvcache/cache/sealing_blocks.hpp>
 #include <kvcache/cache/step.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/core/assert.hpp>
@@ -37,20 +35,6 @@
 #include <vector>
 
 namespace kvcache::inline v0 {
-
-namespace detail {
-
-/// The blocks of a sequence, by what the codec asks for.
-template <class Codec, class Storage>
-struct blocks_for_codec {
-  using type = direct_blocks<Codec, Storage>;
-};
-template <sealing_codec Codec, class Storage>
-struct blocks_for_codec<Codec, Storage> {
-  using type = sealing_blocks<Codec, Storage>;
-};
-
-}  // namespace detail
 
 /// One sequence of keys and values in every layer. Move-only; copying is named `clone` or `fork`.
 ///
@@ -232,6 +216,8 @@ class sequence_cache {
   void use_kernels(const kernel::table& kernels) noexcept { kernels_ = &kernels; }
 
  private:
+  friend detail::block_access;  // cache/block_access.hpp
+
   using blocks = typename detail::blocks_for_codec<Codec, Storage>::type;
 
   sequence_cache(const cache_shape& shape, blocks settled)

@@ -14,6 +14,8 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/description.hpp>
+#include <kvcache/codec/layer_descriptions.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/shape.hpp>
@@ -129,6 +131,21 @@ class by_layer : public detail::by_layer_options<Codec> {
     return most([&](const Codec& codec) { return codec.prepared_floats(g); });
   }
 
+  /// Tokens change places where they can in every layer; each layer through at().
+  [[nodiscard]] bool moves_tokens() const noexcept {
+    return !any([](const Codec& codec) { return !kvcache::moves_tokens(codec); });
+  }
+  void move_token(const block_geometry& g, const std::byte* from_block, index_t from_slot,
+                  std::byte* to_block, index_t to_slot) const noexcept requires token_moving_codec<Codec> {
+    only().move_token(g, from_block, from_slot, to_block, to_slot);
+  }
+
+  /// One codec for all layers is described as that codec is. Throws std::bad_alloc.
+  [[nodiscard]] codec_description description() const requires described_codec<Codec>;
+  /// Throws shape_error, as make_described.
+  static by_layer from_description(const codec_description& described,
+                                   const cache_shape& shape) requires described_codec<Codec>;
+
   // What is done to blocks is done through at(); these are for where all layers have the same codec.
 
   status encode(const kernel::table& kernels, const block_geometry& g, std::byte* block, index_t first,
@@ -187,5 +204,50 @@ class by_layer : public detail::by_layer_options<Codec> {
 
   std::shared_ptr<const settings> settings_;
 };
+
+template <block_codec Codec>
+codec_description by_layer<Codec>::description() const requires described_codec<Codec> {
+  const settings& s = *settings_;
+  codec_description made = describe(s.codecs.front());
+  if (s.codecs.size() > 1) {
+    layer_descriptions keys{{}, s.of_layer};
+    layer_descriptions values{{}, s.of_layer};
+    for (const Codec& codec : s.codecs) {
+      codec_description one = describe(codec);
+      made.seals = made.seals || one.seals;
+      keys.sides.push_back(std::move(one.keys));
+      values.sides.push_back(std::move(one.values));
+    }
+    made.keys = keys.as_side();
+    made.values = values.as_side();
+  }
+  if constexpr (sealing_codec<Codec>) {
+    made.tail_tokens = this->tail_tokens;
+    made.sink_tokens = this->sink_tokens;
+    made.seals = made.seals || made.tail_tokens != 0 || made.sink_tokens != 0;
+  }
+  return made;
+}
+
+template <block_codec Codec>
+by_layer<Codec> by_layer<Codec>::from_description(const codec_description& described,
+                                                  const cache_shape& shape) requires described_codec<Codec> {
+  const auto codec_from = [&](const side_description& keys, const side_description& values) {
+    codec_description one{keys, values, described.tail_tokens, described.sink_tokens, described.seals};
+    return kvcache::detail::from_sides<Codec>(one, shape);
+  };
+  const bool keys_by_layer = described.keys.name == layer_descriptions::side_name;
+  if (keys_by_layer != (described.values.name == layer_descriptions::side_name))
+    throw shape_error("kvcache: keys and values are not both of codecs by layer");
+  if (!keys_by_layer) return by_layer({codec_from(described.keys, described.values)}, {});
+  const auto keys = layer_descriptions::from_side(described.keys, shape.num_layers);
+  const auto values = layer_descriptions::from_side(described.values, shape.num_layers);
+  if (keys.sides.size() != values.sides.size() || keys.of_layer != values.of_layer)
+    throw shape_error("kvcache: keys and values have other codecs by layer");
+  std::vector<Codec> codecs;
+  for (std::size_t i = 0; i < keys.sides.size(); ++i)
+    codecs.push_back(codec_from(keys.sides[i], values.sides[i]));
+  return by_layer(std::move(codecs), keys.of_layer);
+}
 
 }  // namespace kvcache::inline v0::codec

@@ -155,6 +155,11 @@ class fitting_cache final : public erased_cache {
               executor_ref executor) const override {
     cache_[layer].attend(q, out, options, executor);
   }
+  void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
+                         std::span<float> sums, const attend_options& options,
+                         executor_ref executor) const override {
+    cache_[layer].add_token_weights(q, lse, sums, options, executor);
+  }
   void copy_out(index_t layer, index_t first, index_t count, std::span<float> k, std::span<float> v,
                 kv_layout layout) const override {
     cache_[layer].copy_out(first, count, k, v, layout);
@@ -166,6 +171,11 @@ class fitting_cache final : public erased_cache {
   [[nodiscard]] memory_use bytes() const noexcept override { return cache_.bytes(); }
   [[nodiscard]] const position_map& positions() const noexcept override { return cache_.positions(); }
   void shift(index_t first, index_t last, index_t delta) override { cache_.shift(first, last, delta); }
+  void set_positions(const position_map& positions) override { cache_.set_positions(positions); }
+  [[nodiscard]] keep_result keep_tokens(std::span<const index_t> tokens, keep_positions mode) override {
+    return cache_.keep_tokens(tokens, mode);
+  }
+  [[nodiscard]] kvcache::keep_limits keep_limits() const noexcept override { return cache_.keep_limits(); }
   status reserve(index_t num_tokens) override {
     const status s = cache_.reserve(num_tokens);
     if (s == status::ok) reserved_ = std::max(reserved_, num_tokens);
