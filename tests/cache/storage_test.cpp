@@ -279,6 +279,41 @@ TEST_CASE("room for more than the machine has is refused at once", "[cache]") {
 }
 #endif
 
+TEST_CASE("a pool gives back any slab whose pages are free, and takes memory again", "[cache]") {
+  test::random random;
+  page_pool<codec::f32> pool(shape, {.slab_bytes = 1});  // a page each
+  auto a = pool.sequence();
+  append(a, 16, random);
+  auto b = pool.sequence();
+  append(b, 16 * 5, random);
+  auto c = pool.sequence();
+  append(c, 16, random);
+  const auto keys_of_a = keys(a, 0);
+  const auto keys_of_c = keys(c, 0);
+  const index_t pages = pool.allocated_bytes() / pool.page_bytes();
+  b.truncate(16);  // its pages lie between those of the others
+  pool.release_free();
+  pool.check();
+  CHECK(pool.allocated_bytes() == (pages - 4) * pool.page_bytes());
+  CHECK(pool.bytes().total == pool.allocated_bytes());
+  CHECK(keys(a, 0) == keys_of_a);
+  CHECK(keys(c, 0) == keys_of_c);
+  for (index_t more = 1; more < 7; ++more) {
+    const index_t before = pool.allocated_bytes() + pool.books_bytes();
+    const index_t most = pool.growth_bytes(1, 1 + more, false);
+    append(b, 16, random);
+    pool.check();
+    CHECK(pool.allocated_bytes() + pool.books_bytes() <= before + most);
+  }
+  CHECK(pool.allocated_bytes() == (pages + 2) * pool.page_bytes());
+  const index_t books = pool.books_bytes();
+  b = pool.sequence();
+  pool.release_free();
+  CHECK(pool.allocated_bytes() == 2 * pool.page_bytes());
+  CHECK(pool.books_bytes() < books);
+  pool.check();
+}
+
 TEST_CASE("a pool gives unused memory back, and its budget can be lowered then", "[cache]") {
   test::random random;
   page_pool<codec::f32> pool(shape);

@@ -37,6 +37,13 @@ inline void* allocate(std::size_t bytes, std::size_t alignment) {
   bytes_out += static_cast<std::ptrdiff_t>(bytes);
   return p;
 }
+inline void* try_allocate(std::size_t bytes) noexcept {
+  try {
+    return allocate(bytes, 16);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
 inline void release(void* p) noexcept {
   if (p == nullptr) return;
   auto* user = static_cast<std::byte*>(p);
@@ -48,6 +55,8 @@ inline void release(void* p) noexcept {
 
 void* operator new(std::size_t n) { return heap::allocate(n, 16); }
 void* operator new[](std::size_t n) { return heap::allocate(n, 16); }
+void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return heap::try_allocate(n); }
+void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return heap::try_allocate(n); }
 void* operator new(std::size_t n, std::align_val_t a) {
   return heap::allocate(n, static_cast<std::size_t>(a));
 }

@@ -69,7 +69,9 @@ struct manager_use {
 /// Threads: none inside; every member needs the caller's lock. Attention over a sequence, and reading it in any other way,
 /// needs none while nothing is appended to that sequence: references from cache() stay until its release.
 ///
-/// The pool, the cold pool and their budgets are the manager's from now on: nobody else takes pages from them.
+/// The pool, the cold pool and their budgets are the manager's from now on: nobody else takes pages from them. Not counted
+/// is what re-encoding and spilling work in, a few hundred rows of one sequence, and policies that have no `bytes()`.
+/// What was re-encoded comes back with the errors of the cold pool's codec, and keeps them.
 template <class Pool, eviction::block_policy Policy = eviction::lru, class ColdPool = no_cold_pool,
           class Tier = no_spill_tier, class Observer = no_observer>
 class cache_manager {

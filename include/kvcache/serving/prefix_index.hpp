@@ -234,7 +234,7 @@ class prefix_victim {
     return path;
   }
 
-  /// Nothing goes after all; the policy takes the block for one that was just used.
+  /// Nothing goes after all; the policy takes the block for one of class 0 that was just used.
   void keep() && noexcept { std::exchange(index_, nullptr)->keep(block_); }
 
   /// Lets all blocks of the sequence go that erase() would, not only this one. \return tokens that went
