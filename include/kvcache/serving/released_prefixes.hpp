@@ -278,15 +278,17 @@ bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::recode([[maybe_u
       if (!has_room()) release_free();
       while (!has_room())
         if (!take_one(cold)) return false;
-      const index_t cold_before = cold.used();
+      const index_t pages_before = cold.pool.num_in_use();
+      index_t after = 0;
       {
         auto hit = cold.index.match(space, path);
         auto lean = hit.sequence ? std::move(*hit.sequence) : cold.pool.sequence();
         kvcache::detail::append_tokens(victim.sequence(), lean, hit.size, size);
         hit.held.release();
+        after = lean.own_bytes() + (cold.pool.num_in_use() - pages_before) * cold.pool.page_bytes();
         (void)cold.index.insert(space, path, std::move(lean));
       }
-      tell_recode(observer, frees, cold.used() - cold_before);
+      tell_recode(observer, frees, after);
       return true;
     } catch (const std::bad_alloc&) {
       return false;
