@@ -70,7 +70,7 @@ void watch(index_t budget_bytes) {
   std::stringstream scraped;
   write_prometheus(scraped, manager.observer().values, {{"model", "example"}});
   for (std::string line; std::getline(scraped, line);) {  // a few lines; the rest is bytes and buckets
-    if (line.find("tokens_total") != line.npos || line.find("evictions_total") != line.npos)
+    if (line.find("tokens_total") != std::string::npos || line.find("evictions_total") != std::string::npos)
       std::printf("%s\n", line.c_str());
   }
 }

@@ -137,7 +137,7 @@ TEST_CASE("the sizes of all codecs are those of their blocks", "[serving]") {
 TEST_CASE("a plan's bytes are those of a pool that was made by it", "[serving]") {
   test::random random;
   const std::vector<index_t> all_block_sizes{16, 32, 64, 128, 256};
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 40; ++round) {
     const model_shape model{1 + random.below(2), 2, 1 + random.below(2), 1 + random.below(40)};
     const index_t num_sequences = 1 + random.below(3);
     const index_t context = 1 + random.below(400);
@@ -184,7 +184,7 @@ TEST_CASE("every sequence reaches the greatest context and none goes past it", "
   for (const codec_choice& codec : default_choices()) {
     for (const index_t num_sequences : {1, 3}) {
       const model_shape model{2, 2, 1, 16};
-      const index_t memory = 700_KiB;
+      const index_t memory = 160_KiB;
       const plan_row row =
           plan(model, memory, num_sequences, 10, {.codecs = {codec}, .block_sizes = {32}}).rows.at(0);
       CAPTURE(row.spec, num_sequences);
