@@ -24,6 +24,7 @@ void use(kvcache::any_cache cache) {
     if (cache[layer].try_append(rows, rows) != kvcache::status::ok) return;
   }
   cache.check();
+  fuzz::require(cache.bytes().total < 64 << 20, "a spec does not ask for memory beyond 65536 exact tokens");
   fuzz::require(cache.size() == num_tokens, "a cache holds what was appended");
   std::vector<float> out(static_cast<std::size_t>(shape.head_dim));
   kvcache::attend(std::span(rows).first(out.size()), cache[0], std::span(out));

@@ -55,6 +55,10 @@ std::optional<any_codec> find_codec(codec_list<Codecs...>, std::string_view name
   return found;
 }
 
+/// Largest tail or sinks in a spec. The tail is allocated with the first token, so a string must not be able to ask for
+/// all memory; who wants more sets any_codec::tail_tokens.
+inline constexpr index_t max_spec_tokens = 65536;
+
 /// Reads a codec's spec, piece by piece.
 class codec_spec_reader {
  public:
@@ -109,11 +113,11 @@ class codec_spec_reader {
   }
 
   [[nodiscard]] index_t tokens_in(std::string_view text) const {
-    constexpr index_t most = index_t{1} << 30;
     index_t tokens = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), tokens);
-    if (error != std::errc{} || end != text.data() + text.size() || tokens < 0 || tokens > most)
-      refuse("'" + std::string(text) + "' is not a number of tokens");
+    if (error != std::errc{} || end != text.data() + text.size() || tokens < 0 || tokens > max_spec_tokens)
+      refuse("'" + std::string(text) + "' is not a number of tokens from 0 to " +
+             std::to_string(max_spec_tokens));
     return tokens;
   }
 
