@@ -109,3 +109,13 @@ macro(kvcache_require_cli11)
     endif()
   endif()
 endmacro()
+
+# MPI, only if it is installed: without it what uses interop/mpi.hpp is left out.
+macro(kvcache_find_mpi)
+  if(NOT TARGET MPI::MPI_CXX)
+    find_package(MPI QUIET COMPONENTS CXX)
+    if(NOT MPI_CXX_FOUND)
+      message(STATUS "kvcache: no MPI, so what uses it is left out (Debian, Ubuntu: apt install libopenmpi-dev openmpi-bin)")
+    endif()
+  endif()
+endmacro()

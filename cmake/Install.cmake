@@ -7,6 +7,7 @@ set(kvcache_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/kvcache")
 
 install(TARGETS kvcache EXPORT kvcache-targets
         FILE_SET HEADERS COMPONENT kvcache
+        FILE_SET clients COMPONENT kvcache
         FILE_SET fragments COMPONENT kvcache)
 install(EXPORT kvcache-targets NAMESPACE kvcache:: DESTINATION "${kvcache_package_dir}"
         COMPONENT kvcache)
