@@ -43,8 +43,7 @@ run_target() {
   corpus="$root/build/fuzz/corpus/$name"
   findings="$root/build/fuzz/findings/$name"
   log="$root/build/fuzz/$name.log"
-  scratch="$root/build/fuzz/scratch/$name"
-  mkdir -p "$corpus" "$findings" "$scratch"
+  mkdir -p "$corpus" "$findings"
   dictionary="$root/tests/fuzz/dictionaries/$name.txt"
   set -- "-max_total_time=$seconds" -timeout=10 "-rss_limit_mb=${KVCACHE_FUZZ_RSS_MB:-1024}" \
     "-malloc_limit_mb=${KVCACHE_FUZZ_MALLOC_MB:-16}" -print_final_stats=1 "-artifact_prefix=$findings/"
@@ -59,6 +58,13 @@ run_target() {
     : >"$findings/found"
   fi
 }
+
+# Targets write each input to a file: in memory that is several times as fast.
+memory=${TMPDIR:-/tmp}
+[ -n "${TMPDIR:-}" ] || [ ! -w /dev/shm ] || memory=/dev/shm
+scratch=$(mktemp -d "$memory/kvcache-fuzz.XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+trap 'exit 1' HUP INT TERM
 
 rm -rf "$root/build/fuzz/findings"
 mkdir -p "$root/build/fuzz/findings"

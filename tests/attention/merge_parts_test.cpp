@@ -73,7 +73,7 @@ TEST_CASE("a causal sequence in parts is the sequence, whatever the number of pa
   test::random random;
   for (const problem_size& n : {problem_size{1, 100, 4, 2, 16}, {9, 60, 2, 1, 20}, {5, 5, 2, 2, 8}}) {
     const problem p = make_problem(random, n);
-    const answer want = expected(p, "bf16");
+    const auto want = expected(p, "bf16");
     for (index_t num_parts = 1; num_parts <= 9; ++num_parts) {
       std::vector<answer> parts;
       for (index_t part = 0; part < num_parts; ++part) parts.push_back(attended_part(p, part, num_parts));
