@@ -26,6 +26,8 @@ if [ "$#" -eq 0 ]; then
 fi
 
 kvcache_install clang cmake ninja-build libeigen3-dev catch2 nlohmann-json3-dev libcli11-dev
+clang_major=$(clang++ -dM -E -x c++ /dev/null 2>/dev/null | sed -n 's/^#define __clang_major__ //p')
+kvcache_install "libclang-rt-${clang_major:-14}-dev" # libFuzzer and the sanitizers, which clang only recommends
 CXX=clang++
 export CXX
 kvcache_toolchain
