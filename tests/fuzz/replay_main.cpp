@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Runs a fuzz target over files instead of a fuzzer: every file of the folders named, the empty input, and each file cut
-// short at a number of places. A target that fails throws, aborts or trips a sanitizer.
+// short, and with a bit flipped, at a number of places. A target that fails throws, aborts or trips a sanitizer.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +16,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 namespace {
 
-constexpr std::size_t num_cuts = 32;  // per file
+constexpr std::size_t num_places = 32;  // per file
 
 void run(const std::string& bytes, std::size_t size) {
   const std::vector<std::uint8_t> exact(bytes.data(),
@@ -26,10 +26,16 @@ void run(const std::string& bytes, std::size_t size) {
 
 void replay(const std::filesystem::path& path) {
   std::ifstream in(path, std::ios::binary);
-  const std::string bytes{std::istreambuf_iterator<char>(in), {}};
+  std::string bytes{std::istreambuf_iterator<char>(in), {}};
   run(bytes, bytes.size());
-  const std::size_t step = std::max<std::size_t>(bytes.size() / num_cuts, 1);
-  for (std::size_t size = 0; size < bytes.size(); size += step) run(bytes, size);
+  const std::size_t step = std::max<std::size_t>(bytes.size() / num_places, 1);
+  for (std::size_t at = 0; at < bytes.size(); at += step) {
+    run(bytes, at);
+    const char whole = bytes[at];
+    bytes[at] = static_cast<char>(whole ^ (1 << (at / step % 8)));
+    run(bytes, bytes.size());
+    bytes[at] = whole;
+  }
 }
 
 }  // namespace
