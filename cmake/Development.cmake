@@ -28,3 +28,21 @@ if(PROJECT_IS_TOP_LEVEL)
     message(STATUS "kvcache: no build type given, using Release")
   endif()
 endif()
+
+# kvcache_add_mpi_test(<name> <target> <processes> [<argument>...]): runs a program in so many processes on this machine.
+function(kvcache_add_mpi_test name target processes)
+  if(NOT MPIEXEC_EXECUTABLE)
+    return()
+  endif()
+  # Open MPI refuses to start as root, or more processes than processors, unless told.
+  execute_process(COMMAND "${MPIEXEC_EXECUTABLE}" --version OUTPUT_VARIABLE version ERROR_QUIET)
+  set(flags ${MPIEXEC_PREFLAGS})
+  if(version MATCHES "Open ?MPI|OpenRTE")
+    list(APPEND flags --allow-run-as-root --oversubscribe)
+  endif()
+  add_test(NAME ${name} COMMAND "${MPIEXEC_EXECUTABLE}" ${MPIEXEC_NUMPROC_FLAG} ${processes} ${flags}
+    $<TARGET_FILE:${target}> ${ARGN} ${MPIEXEC_POSTFLAGS})
+  # MPI's own leaks at exit are not ours to find; with more processes than processors, waiting ones should sleep.
+  set_tests_properties(${name} PROPERTIES LABELS mpi TIMEOUT 300 PROCESSORS 2
+    ENVIRONMENT "ASAN_OPTIONS=halt_on_error=1:detect_leaks=0")
+endfunction()

@@ -1,38 +1,85 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# Lets libFuzzer run every target of tests/fuzz/ for a while, with address and undefined-behaviour sanitizers; ends with
-# an error if one of them finds something. What it found lies in build/fuzz/.
-#
-#   sh tools/fuzz.sh                 ten minutes each
-#   sh tools/fuzz.sh 60 snapshot     one minute of one target
+# Builds the fuzz targets with clang++, libFuzzer and the sanitizers, and runs each for a while, from its corpus in
+# tests/fuzz/corpus/. What a run adds stays in build/fuzz/corpus/NAME; findings lie in build/fuzz/findings/NAME.
+#   sh tools/fuzz.sh                     every target for 10 minutes
+#   sh tools/fuzz.sh 60                  every target for 60 seconds
+#   sh tools/fuzz.sh 60 llama2c          these targets for 60 seconds
+# Ends with 1 if there was a finding: a crash, a sanitizer's report, an input slower than 10 s, one allocation of more
+# than 16 MiB or more than 1 GiB in all (KVCACHE_FUZZ_MALLOC_MB, KVCACHE_FUZZ_RSS_MB). KVCACHE_JOBS: so many at once.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/tools/setup.sh"
-seconds=${1:-600}
-[ $# -eq 0 ] || shift
-kvcache_install clang libeigen3-dev nlohmann-json3-dev
-command -v clang++ >/dev/null 2>&1 || kvcache_fail "clang++ is needed: libFuzzer comes with it"
 
-mkdir -p "$root/build/fuzz"
-cd "$root/build/fuzz"
-flags="-std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS"
-include="-I$root/include -I$root/tests -I$root/examples -idirafter /usr/include/eigen3"
-found=0
-for source in "$root"/tests/fuzz/*_fuzz.cpp; do
-  name=$(basename "$source" _fuzz.cpp)
-  [ $# -eq 0 ] || case " $* " in *" $name "*) ;; *) continue ;; esac
-  kvcache_say "building $name"
-  # shellcheck disable=SC2086 # lists of options
-  clang++ $flags $include "$source" -o "$name"
-  mkdir -p "corpus/$name" "found/$name"
-  kvcache_say "running $name for $seconds seconds"
-  # New inputs go into the first folder; those of the repository are read.
-  if "./$name" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=512 -print_final_stats=1 \
-    -artifact_prefix="found/$name/" "corpus/$name" "$root/tests/fuzz/corpus/$name" >"$name.log" 2>&1; then
-    grep -E 'stat::number_of_executed_units|DONE' "$name.log" || true
+seconds=600
+case ${1:-} in
+  '' | *[!0-9]*) ;;
+  *)
+    seconds=$1
+    shift
+    ;;
+esac
+if [ "$#" -eq 0 ]; then
+  for source in "$root"/tests/fuzz/*_fuzz.cpp; do
+    set -- "$@" "$(basename "$source" _fuzz.cpp)"
+  done
+fi
+
+kvcache_install clang cmake ninja-build libeigen3-dev catch2 nlohmann-json3-dev libcli11-dev
+clang_major=$(clang++ -dM -E -x c++ /dev/null 2>/dev/null | sed -n 's/^#define __clang_major__ //p')
+kvcache_install "libclang-rt-${clang_major:-14}-dev" # libFuzzer and the sanitizers, which clang only recommends
+CXX=clang++
+export CXX
+kvcache_toolchain
+kvcache_targets=''
+for name in "$@"; do
+  [ -e "$root/tests/fuzz/${name}_fuzz.cpp" ] || kvcache_fail "there is no tests/fuzz/${name}_fuzz.cpp"
+  kvcache_targets="$kvcache_targets fuzz.$name"
+done
+kvcache_build fuzz -DKVCACHE_FUZZ=ON -DKVCACHE_BUILD_EXAMPLES=OFF -DCMAKE_VERIFY_INTERFACE_HEADER_SETS=OFF \
+  -DCMAKE_BUILD_TYPE=Debug '-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g -D_GLIBCXX_ASSERTIONS'
+
+# Runs one target; prints one line, and the whole log if there was a finding.
+run_target() {
+  name=$1
+  corpus="$root/build/fuzz/corpus/$name"
+  findings="$root/build/fuzz/findings/$name"
+  log="$root/build/fuzz/$name.log"
+  mkdir -p "$corpus" "$findings"
+  dictionary="$root/tests/fuzz/dictionaries/$name.txt"
+  set -- "-max_total_time=$seconds" -timeout=10 "-rss_limit_mb=${KVCACHE_FUZZ_RSS_MB:-1024}" \
+    "-malloc_limit_mb=${KVCACHE_FUZZ_MALLOC_MB:-16}" -print_final_stats=1 "-artifact_prefix=$findings/"
+  [ ! -e "$dictionary" ] || set -- "$@" "-dict=$dictionary"
+  if TMPDIR="$scratch" "$root/build/fuzz/tests/fuzz/fuzz.$name" "$@" "$corpus" "$root/tests/fuzz/corpus/$name" \
+    >"$log" 2>&1; then
+    runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
+    kvcache_say "$name: no finding in $seconds s, ${runs:-?} inputs"
   else
-    found=1
-    tail -n 40 "$name.log"
+    cat "$log"
+    kvcache_say "$name: a finding, see build/fuzz/findings/$name and build/fuzz/$name.log"
+    : >"$findings/found"
+  fi
+}
+
+# Targets write each input to a file: in memory that is several times as fast.
+memory=${TMPDIR:-/tmp}
+[ -n "${TMPDIR:-}" ] || [ ! -w /dev/shm ] || memory=/dev/shm
+scratch=$(mktemp -d "$memory/kvcache-fuzz.XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+trap 'exit 1' HUP INT TERM
+
+rm -rf "$root/build/fuzz/findings"
+mkdir -p "$root/build/fuzz/findings"
+running=0
+for name in "$@"; do
+  run_target "$name" &
+  running=$((running + 1))
+  if [ "$running" -ge "$(kvcache_jobs)" ]; then
+    wait
+    running=0
   fi
 done
-[ "$found" = 0 ] || kvcache_fail "something was found; see build/fuzz/found/"
+wait
+for name in "$@"; do
+  [ ! -e "$root/build/fuzz/findings/$name/found" ] || exit 1
+done

@@ -4,6 +4,7 @@
 
 #include <kvcache/attention/attend.hpp>
 #include <kvcache/attention/dense_kv.hpp>
+#include <kvcache/attention/merge_parts.hpp>
 #include <kvcache/attention/reference.hpp>
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/attention/softmax_state.hpp>

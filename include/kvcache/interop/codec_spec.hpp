@@ -91,6 +91,10 @@ struct known_codec_source {
   }
 };
 
+/// Largest tail or sinks in a spec. The tail is allocated with the first token, so a string must not be able to ask for
+/// all memory; who wants more sets any_codec::tail_tokens.
+inline constexpr index_t max_spec_tokens = 65536;
+
 /// Reads a codec's spec, piece by piece.
 template <class Source = known_codec_source>
 class codec_spec_reader {
@@ -139,9 +143,9 @@ class codec_spec_reader {
     } else if (key == "v") {
       made.values = values_named(value);
     } else if (key == "tail") {
-      made.tail_tokens = number_in(value, "a number of tokens");
+      made.tail_tokens = number_in(value, "a number of tokens", max_spec_tokens);
     } else if (key == "sinks") {
-      made.sink_tokens = number_in(value, "a number of tokens");
+      made.sink_tokens = number_in(value, "a number of tokens", max_spec_tokens);
     } else if (key == "first" || key == "last" || key == "layers") {
       set_layers(key, value);
     } else {
@@ -206,12 +210,13 @@ class codec_spec_reader {
     refuse("there is no codec '" + std::string(name) + "'; there is " + source_.names());
   }
 
-  [[nodiscard]] index_t number_in(std::string_view text, const char* what) const {
-    constexpr index_t most = index_t{1} << 30;
+  /// A whole number from 0 to `most`.
+  [[nodiscard]] index_t number_in(std::string_view text, const char* what,
+                                  index_t most = index_t{1} << 30) const {
     index_t number = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
     if (error != std::errc{} || end != text.data() + text.size() || number < 0 || number > most)
-      refuse("'" + std::string(text) + "' is not " + what);
+      refuse("'" + std::string(text) + "' is not " + what + " from 0 to " + std::to_string(most));
     return number;
   }
 
