@@ -26,8 +26,15 @@
 #include <kvcache/eviction/s3_fifo.hpp>
 #include <kvcache/fwd.hpp>
 #include <kvcache/interop/any_cache.hpp>
+#include <kvcache/interop/any_snapshot.hpp>
 #include <kvcache/interop/openmp.hpp>
+#include <kvcache/interop/rope_identity.hpp>
 #include <kvcache/kernel/select.hpp>
+#include <kvcache/store/journal.hpp>
+#include <kvcache/store/load.hpp>
+#include <kvcache/store/mapped.hpp>
+#include <kvcache/store/recover.hpp>
+#include <kvcache/store/save.hpp>
 #include <kvcache/version.hpp>
 
 #if __has_include(<Eigen/Core>)

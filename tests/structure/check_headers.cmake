@@ -20,7 +20,8 @@ set(forbidden_store attention)
 set(may_use_eigen "^(attention/multi_head_attention|codec/low_rank|interop/[a-z0-9_]+)\\.hpp$")
 
 # Headers that need more than Eigen/Core and the standard library; kvcache.hpp leaves them out.
-set(optional_headers codec/low_rank.hpp interop/eigen_thread_pool.hpp store/lmdb.hpp store/redis.hpp)
+set(optional_headers codec/low_rank.hpp interop/eigen_thread_pool.hpp store/lmdb.hpp store/redis.hpp
+    store/zstd.hpp)
 
 # Parts that several headers include, each inside a namespace of its own.
 set(fragments "^kernel/[a-z0-9_]+\\.inl$")

@@ -6,10 +6,13 @@
 #pragma once
 
 #include <kvcache/core/assert.hpp>
+#include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace kvcache::inline v0 {
@@ -28,6 +31,20 @@ struct position_segment {
 class position_map {
  public:
   position_map() : segments_(1) {}
+
+  /// These segments, as segments() gave them for a sequence of `size` tokens. Throws shape_error if they cannot be.
+  position_map(std::vector<position_segment> segments, index_t size) : segments_(std::move(segments)) {
+    const auto near = [](index_t n) { return -max_shift < n && n < max_shift; };
+    bool possible = !segments_.empty() && segments_.front().first_token == 0 &&
+                    segments_.back().rotation == 0 && segments_.back().first_token <= size;
+    for (std::size_t i = 0; i < segments_.size(); ++i) {
+      const position_segment& s = segments_[i];
+      possible = possible && near(s.first_position) && near(s.rotation) &&
+                 (i == 0 || segments_[i - 1].first_token < s.first_token);
+    }
+    if (!possible)
+      throw shape_error("kvcache: position segments must be in order, and the last one not rotated");
+  }
 
   /// At least one, ordered by first_token; the first starts at token 0. The last may be empty so far.
   [[nodiscard]] std::span<const position_segment> segments() const noexcept { return segments_; }

@@ -34,6 +34,8 @@
 
 namespace kvcache::inline v0::detail {
 
+struct block_access;
+
 template <sealing_codec Codec, block_storage Storage>
 class sealing_blocks {
  public:
@@ -109,7 +111,7 @@ class sealing_blocks {
     return for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
       for (index_t head = 0; head < shape().num_kv_heads; ++head) {
         std::byte* to = exact_block(layer, head, piece.index);
-        if (piece.slot == 0 && piece.count < g.block_size)
+        if (piece.slot == 0 && (piece.count < g.block_size || g.head_dim % 2 != 0))  // has padding
           std::memset(to, 0, static_cast<std::size_t>(exact_bytes_));
         (void)exact_.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
                             v.at(piece.done, head));
@@ -224,6 +226,8 @@ class sealing_blocks {
   }
 
  private:
+  friend block_access;  // cache/block_access.hpp
+
   struct layer_state {
     index_t sealed = 0;         // blocks that the codec encoded
     index_t first_in_ring = 0;  // block from which on the ring has the exact tokens
@@ -325,12 +329,14 @@ class sealing_blocks {
         const mutable_rows v = work_rows(1);
         exact_.decode(kernels, g, exact_block(layer, head, index), 0, g.block_size, k, v);
         const index_t skipped = index == 0 ? num_sinks() : 0;
-        if (skipped > 0)
-          (void)exact_.encode(kernels, sink_geometry(), sinks(layer, head), 0, skipped, constant(k),
-                              constant(v));
-        if (skipped == g.block_size) continue;
         std::byte* to = direct_.block(layer, head, index);
         std::memset(to, 0, static_cast<std::size_t>(codec().block_bytes(g)));  // padding too: no stale bytes
+        if (skipped > 0) {
+          std::memset(sinks(layer, head), 0, static_cast<std::size_t>(sink_bytes()));
+          (void)exact_.encode(kernels, sink_geometry(), sinks(layer, head), 0, skipped, constant(k),
+                              constant(v));
+        }
+        if (skipped == g.block_size) continue;
         const status s = codec_at(codec(), layer, head)
                              .encode(kernels, g, to, skipped, g.block_size - skipped,
                                      {k.row(skipped), k.stride}, {v.row(skipped), v.stride});

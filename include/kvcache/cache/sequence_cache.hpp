@@ -37,6 +37,8 @@ namespace kvcache::inline v0 {
 
 namespace detail {
 
+struct block_access;
+
 /// The blocks of a sequence, by what the codec asks for.
 template <class Codec, class Storage>
 struct blocks_for_codec {
@@ -195,6 +197,8 @@ class sequence_cache {
   void use_kernels(const kernel::table& kernels) noexcept { kernels_ = &kernels; }
 
  private:
+  friend detail::block_access;  // cache/block_access.hpp
+
   using blocks = typename detail::blocks_for_codec<Codec, Storage>::type;
 
   sequence_cache(const cache_shape& shape, blocks settled)

@@ -35,6 +35,7 @@ namespace detail {
 template <int Bits>
 struct balanced_traits {
   static constexpr int bits = Bits;
+  static constexpr std::string_view name = Bits == 4 ? "balanced4" : (Bits == 3 ? "balanced3" : "balanced2");
   static constexpr bool has_token_scales = true;
   static constexpr kernel::scalar_codebook book = gaussian_codebook<Bits>();
   static constexpr const std::int8_t* levels() noexcept { return book.levels; }
@@ -154,7 +155,7 @@ using balanced_values =
 
 template <int Bits>
 struct balanced : sides<balanced_keys<Bits>, balanced_values<Bits>>, sealing_options {
-  static constexpr std::string_view name = Bits == 4 ? "balanced4" : (Bits == 3 ? "balanced3" : "balanced2");
+  static constexpr std::string_view name = balanced_keys<Bits>::side_name();
 };
 
 static_assert(sealing_codec<balanced<4>> && sealing_codec<balanced<3>> && sealing_codec<balanced<2>>);

@@ -36,6 +36,7 @@ namespace detail {
 template <int Bits>
 struct channel_traits {
   static constexpr int bits = Bits;
+  static constexpr std::string_view name = Bits == 4 ? "channel4" : "channel3";
   static constexpr bool has_token_scales = false;
   static constexpr int below = 1 << (Bits - 1);
   static constexpr std::array<std::int8_t, 16> all_levels = [] {
@@ -114,7 +115,7 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
 template <int Bits>
 struct channel : sides<channel_keys<Bits>, rotated_values<Bits>>, sealing_options {
   static_assert(Bits == 4 || Bits == 3);
-  static constexpr std::string_view name = Bits == 4 ? "channel4" : "channel3";
+  static constexpr std::string_view name = channel_keys<Bits>::side_name();
 };
 
 static_assert(sealing_codec<channel<4>> && sealing_codec<channel<3>>);

@@ -26,6 +26,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 namespace kvcache::inline v0::codec::detail {
 
@@ -41,10 +42,11 @@ inline const bfloat16* unit_scales() noexcept {
   return ones.data();
 }
 
-/// \tparam Traits  has bits, levels() (16 bytes, of which 2^bits count) and has_token_scales
+/// \tparam Traits  has bits, name (see codec/description.hpp), levels() (16 bytes, of which 2^bits count) and has_token_scales
 template <class Traits, class Order>
 struct channel_scaled_rows : plain_side {
   static constexpr bool needs_whole_blocks = true;
+  [[nodiscard]] static constexpr std::string_view side_name() noexcept { return Traits::name; }
   using codes = packed_codes<Traits::bits, Order>;
 
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {

@@ -24,7 +24,13 @@
 namespace kvcache::inline v0::codec {
 
 template <class Element>
+inline constexpr std::string_view exact_name = std::is_same_v<Element, float>
+                                                   ? "f32"
+                                                   : (std::is_same_v<Element, half> ? "f16" : "bf16");
+
+template <class Element>
 struct exact_keys : plain_side {
+  [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::key_size(g) * index_t{sizeof(Element)}, block_alignment);
   }
@@ -48,6 +54,7 @@ struct exact_keys : plain_side {
 
 template <class Element>
 struct exact_values : plain_side {
+  [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::value_size(g) * index_t{sizeof(Element)}, block_alignment);
   }
@@ -74,8 +81,7 @@ struct exact : sides<exact_keys<Element>, exact_values<Element>> {
   using element = Element;
   using order = block_order<Element>;
 
-  static constexpr std::string_view name =
-      std::is_same_v<Element, float> ? "f32" : (std::is_same_v<Element, half> ? "f16" : "bf16");
+  static constexpr std::string_view name = exact_name<Element>;
 };
 
 using f32 = exact<float>;

@@ -11,6 +11,7 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/description.hpp>
 #include <kvcache/codec/key_means.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/scales.hpp>
@@ -29,7 +30,9 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <span>
 #include <string_view>
+#include <vector>
 
 namespace kvcache::inline v0::codec {
 
@@ -50,6 +53,7 @@ struct byte_row {
 /// What keys and values have in common. \tparam Order  keys_in_order or values_in_order
 template <class Order>
 struct int8_rows : plain_side {
+  [[nodiscard]] static constexpr std::string_view side_name() noexcept { return "int8"; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return scales_offset(g) + scales_bytes(g);
   }
@@ -93,6 +97,18 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
     if (means) means->validate(shape);
   }
   [[nodiscard]] index_t settings_bytes() const noexcept { return means ? means->bytes() : 0; }
+  /// The means, if there are any; see codec/description.hpp.
+  void put_settings(std::vector<std::byte>& out) const {
+    if (means) kvcache::detail::put_floats(means->all(), out);
+  }
+  static int8_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
+    int8_keys made;
+    if (!settings.empty())
+      made.means = std::make_shared<const key_means>(
+          shape, kvcache::detail::floats_in(
+                     settings, checked_mul(shape.num_layers, shape.num_kv_heads, shape.head_dim)));
+    return made;
+  }
 
   void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
               index_t count, const_rows rows) const {

@@ -57,6 +57,8 @@ class key_means {
     return static_cast<index_t>(means_.size()) * index_t{sizeof(float)};
   }
 
+  /// [num_layers, num_kv_heads, head_dim]
+  [[nodiscard]] std::span<const float> all() const noexcept { return means_; }
   /// [head_dim]
   [[nodiscard]] const float* at(index_t layer, index_t head) const noexcept {
     return means_.data() + (layer * shape_.num_kv_heads + head) * shape_.head_dim;

@@ -28,6 +28,7 @@ namespace detail {
 template <int Bits>
 struct gaussian_quantiser {
   static constexpr int bits = Bits;
+  static constexpr std::string_view name = Bits == 4 ? "rotated4" : (Bits == 3 ? "rotated3" : "rotated2");
   static constexpr kernel::scalar_codebook book = gaussian_codebook<Bits>();
 
   static constexpr const std::int8_t* unpack_book() noexcept { return book.levels; }
@@ -56,7 +57,7 @@ using rotated_values = detail::rotated_values<detail::gaussian_quantiser<Bits>>;
 
 template <int Bits>
 struct rotated : sides<rotated_keys<Bits>, rotated_values<Bits>> {
-  static constexpr std::string_view name = Bits == 4 ? "rotated4" : (Bits == 3 ? "rotated3" : "rotated2");
+  static constexpr std::string_view name = rotated_keys<Bits>::side_name();
 };
 
 static_assert(block_codec<rotated<4>> && block_codec<rotated<3>> && block_codec<rotated<2>>);

@@ -10,9 +10,11 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/description.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/rotation.hpp>
 #include <kvcache/codec/scales.hpp>
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -23,11 +25,26 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
 
 namespace kvcache::inline v0::codec::detail {
 
+/// A rotation from its settings: the matrices, or nothing. Throws shape_error.
+inline rotation rotation_in(std::span<const std::byte> settings, const cache_shape& shape) {
+  rotation made;
+  if (settings.empty()) return made;
+  const index_t count =
+      checked_mul(shape.num_layers, shape.num_kv_heads, checked_mul(shape.head_dim, shape.head_dim));
+  made.matrices =
+      std::make_shared<const rotation_matrices>(shape, kvcache::detail::floats_in(settings, count));
+  return made;
+}
+
 /// \tparam Quantiser  how a row of numbers becomes codes:
-///   bits; unpack_book(), 16 bytes that codes are looked up in when they are unpacked;
+///   bits; name, see codec/description.hpp; unpack_book(), 16 bytes that codes are looked up in when they are unpacked;
 ///   encode(kernels, row, count, codes) -> scale, row[d] ~ scale * level;  levels(codes, count, row): the levels again;
 ///   scores(codes, scales, prepared, num_rows, scores), accumulate(codes, scales, weights, num_rows, sums), `codes` being
 ///   looked_up
@@ -38,12 +55,17 @@ struct rotated_rows : plain_side {
 
   codec::rotation rotation = {};
 
+  [[nodiscard]] static constexpr std::string_view side_name() noexcept { return Quantiser::name; }
   void validate(const cache_shape& shape) const {
     if (rotation.matrices) rotation.matrices->validate(shape);
   }
   /// Bytes of the matrices; those that keys and values share count for both.
   [[nodiscard]] index_t settings_bytes() const noexcept {
     return rotation.matrices ? rotation.matrices->bytes() : 0;
+  }
+  /// The matrices, if there are any; see codec/description.hpp.
+  void put_settings(std::vector<std::byte>& out) const {
+    if (rotation.matrices) kvcache::detail::put_floats(rotation.matrices->all(), out);
   }
 
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
@@ -100,6 +122,9 @@ struct rotated_keys : rotated_rows<Quantiser, keys_in_order> {
   [[nodiscard]] rotated_keys at(index_t layer, index_t head) const {
     return {{{}, this->rotation.at(layer, head)}};
   }
+  static rotated_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
+    return {{{}, rotation_in(settings, shape)}};
+  }
   [[nodiscard]] static constexpr index_t prepared_floats(const block_geometry& g) noexcept {
     return kernel::prepared_query_floats(g.head_dim);
   }
@@ -125,6 +150,9 @@ struct rotated_values : rotated_rows<Quantiser, values_in_order> {
 
   [[nodiscard]] rotated_values at(index_t layer, index_t head) const {
     return {{{}, this->rotation.at(layer, head)}};
+  }
+  static rotated_values from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
+    return {{{}, rotation_in(settings, shape)}};
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,

@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,6 +54,8 @@ class rotation_matrices {
     return static_cast<index_t>(matrices_.size()) * index_t{sizeof(float)};
   }
 
+  /// [num_layers, num_kv_heads, head_dim, head_dim]
+  [[nodiscard]] std::span<const float> all() const noexcept { return matrices_; }
   [[nodiscard]] const float* at(index_t layer, index_t head) const noexcept {
     const index_t dim = shape_.head_dim;
     return matrices_.data() + (layer * shape_.num_kv_heads + head) * dim * dim;

@@ -34,6 +34,7 @@ namespace detail {
 template <int Bits>
 struct trellis_quantiser {
   static constexpr int bits = Bits;
+  static constexpr std::string_view name = Bits == 4 ? "trellis4" : (Bits == 3 ? "trellis3" : "trellis2");
 
   static constexpr const std::int8_t* table() noexcept {
     if constexpr (Bits == 2) {
@@ -93,7 +94,7 @@ using trellis_values = detail::rotated_values<detail::trellis_quantiser<Bits>>;
 
 template <int Bits>
 struct trellis : sides<trellis_keys<Bits>, trellis_values<Bits>> {
-  static constexpr std::string_view name = Bits == 4 ? "trellis4" : (Bits == 3 ? "trellis3" : "trellis2");
+  static constexpr std::string_view name = trellis_keys<Bits>::side_name();
 };
 
 static_assert(block_codec<trellis<4>> && block_codec<trellis<3>> && block_codec<trellis<2>>);

@@ -2,8 +2,10 @@
 // How failure is told: exhaustion is a status, a bad setup an exception, misuse an assert (core/assert.hpp).
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace kvcache::inline v0 {
 
@@ -46,6 +48,28 @@ class capacity_error : public std::runtime_error {
 
  private:
   status code_;
+};
+
+/// Bytes from outside that cannot be what they claim to be: a file, a stream, a value of a store. Whoever throws it has
+/// changed nothing.
+class load_error : public std::runtime_error {
+ public:
+  load_error(std::string source, std::uint64_t offset, std::string reason)
+      : std::runtime_error("kvcache: " + source + ": byte " + std::to_string(offset) + ": " + reason),
+        source_(std::move(source)),
+        offset_(offset),
+        reason_(std::move(reason)) {}
+
+  /// The file, or what stands for one.
+  [[nodiscard]] const std::string& source() const noexcept { return source_; }
+  /// Where in it what is wrong begins, in bytes.
+  [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+  [[nodiscard]] const std::string& reason() const noexcept { return reason_; }
+
+ private:
+  std::string source_;
+  std::uint64_t offset_;
+  std::string reason_;
 };
 
 /// Thrown by `check()` when a container's own books do not add up; the text names the rule that is broken.

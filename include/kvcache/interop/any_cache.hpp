@@ -70,6 +70,7 @@ class erased_cache_of final : public erased_cache {
  public:
   explicit erased_cache_of(Cache cache) : cache_(std::move(cache)) {}
 
+  [[nodiscard]] Cache& cache() noexcept { return cache_; }
   status try_append(index_t layer, std::span<const float> k, std::span<const float> v) override {
     return cache_.try_append(layer, k, v);
   }
@@ -158,6 +159,18 @@ class any_cache {
 
   /// What make_cache was given.
   [[nodiscard]] const std::string& spec() const noexcept { return spec_; }
+
+  /// The cache itself, if it is of this type; else null.
+  template <kv_cache Cache>
+  [[nodiscard]] Cache* get_if() noexcept {
+    auto* typed = dynamic_cast<detail::erased_cache_of<Cache>*>(cache_.get());
+    return typed != nullptr ? &typed->cache() : nullptr;
+  }
+  template <kv_cache Cache>
+  [[nodiscard]] const Cache* get_if() const noexcept {
+    auto* typed = dynamic_cast<detail::erased_cache_of<Cache>*>(cache_.get());
+    return typed != nullptr ? &typed->cache() : nullptr;
+  }
 
   [[nodiscard]] any_layer operator[](index_t layer) const noexcept {
     KVCACHE_ASSERT(0 <= layer && layer < shape().num_layers, "the layer must exist");

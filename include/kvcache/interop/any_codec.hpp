@@ -12,6 +12,7 @@
 #include <kvcache/codec/balanced.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/description.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/rotated.hpp>
@@ -29,6 +30,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -52,6 +54,8 @@ class erased_side {
 
   virtual void validate(const cache_shape& shape) const = 0;
   [[nodiscard]] virtual index_t settings_bytes() const noexcept = 0;
+  [[nodiscard]] virtual std::string_view side_name() const noexcept = 0;
+  virtual void put_settings(std::vector<std::byte>& out) const = 0;
   [[nodiscard]] virtual bool needs_whole_blocks() const noexcept = 0;
   [[nodiscard]] virtual index_t section_bytes(const block_geometry& g) const noexcept = 0;
   [[nodiscard]] virtual index_t row_bytes(const block_geometry& g) const noexcept = 0;
@@ -84,13 +88,17 @@ class erased_values : public erased_side {
 };
 
 /// \tparam Base  erased_keys or erased_values
-template <class Base, codec::side Side>
+template <class Base, codec::described_side Side>
 class erased_side_of : public Base {
  public:
   explicit erased_side_of(const Side& side) : side_(side) {}
 
   void validate(const cache_shape& shape) const override { kvcache::validate(side_, shape); }
   [[nodiscard]] index_t settings_bytes() const noexcept override { return kvcache::settings_bytes(side_); }
+  [[nodiscard]] std::string_view side_name() const noexcept override { return side_.side_name(); }
+  void put_settings([[maybe_unused]] std::vector<std::byte>& out) const override {
+    if constexpr (!std::is_empty_v<Side>) side_.put_settings(out);
+  }
   [[nodiscard]] bool needs_whole_blocks() const noexcept override { return side_.needs_whole_blocks; }
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept override {
     return side_.section_bytes(g);
@@ -164,6 +172,8 @@ struct any_side {
 
   void validate(const cache_shape& shape) const { erased->validate(shape); }
   [[nodiscard]] index_t settings_bytes() const noexcept { return erased->settings_bytes(); }
+  [[nodiscard]] std::string_view side_name() const noexcept { return erased->side_name(); }
+  void put_settings(std::vector<std::byte>& out) const { erased->put_settings(out); }
 
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
     return erased->section_bytes(g);
@@ -194,6 +204,9 @@ struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
   static any_keys of(const Keys& keys) {
     return any_keys(std::make_shared<kvcache::detail::erased_keys_of<Keys>>(keys));
   }
+  /// As they were described, those of any codec that make_codec knows. Defined in interop/codec_spec.hpp. Throws
+  /// shape_error.
+  static any_keys from_description(const side_description& described, const cache_shape& shape);
 
   [[nodiscard]] any_keys at(index_t layer, index_t head) const {
     any_keys here = *this;
@@ -225,6 +238,7 @@ struct any_values : kvcache::detail::any_side<kvcache::detail::erased_values> {
   static any_values of(const Values& values) {
     return any_values(std::make_shared<kvcache::detail::erased_values_of<Values>>(values));
   }
+  static any_values from_description(const side_description& described, const cache_shape& shape);
 
   [[nodiscard]] any_values at(index_t layer, index_t head) const {
     any_values here = *this;

@@ -21,6 +21,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <vector>
 
 namespace kvcache::inline v0 {
@@ -120,7 +121,33 @@ class codec_spec_reader {
   std::string_view spec_;
 };
 
+/// Side::of for the one of `known_codecs` whose side has that name.
+template <class AnySide, class... Codecs>
+AnySide any_side_from(codec_list<Codecs...>, const side_description& described, const cache_shape& shape) {
+  std::optional<AnySide> found;
+  const auto take_if = [&]<class Side>() {
+    if (!found && described.name == Side{}.side_name())
+      found = AnySide::of(side_from<Side>(described, shape));
+  };
+  if constexpr (std::is_same_v<AnySide, codec::any_keys>) {
+    (take_if.template operator()<typename Codecs::keys_type>(), ...);
+  } else {
+    (take_if.template operator()<typename Codecs::values_type>(), ...);
+  }
+  if (!found) throw shape_error("kvcache: there is no codec '" + described.name + "'");
+  return *found;
+}
+
 }  // namespace detail
+
+inline codec::any_keys codec::any_keys::from_description(const side_description& described,
+                                                         const cache_shape& shape) {
+  return kvcache::detail::any_side_from<any_keys>(kvcache::detail::known_codecs{}, described, shape);
+}
+inline codec::any_values codec::any_values::from_description(const side_description& described,
+                                                             const cache_shape& shape) {
+  return kvcache::detail::any_side_from<any_values>(kvcache::detail::known_codecs{}, described, shape);
+}
 
 /// The names of all codecs.
 inline std::vector<std::string> codec_names() {
