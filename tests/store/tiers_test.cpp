@@ -8,6 +8,7 @@
 
 #include <kvcache/store/blake2b.hpp>
 #include <kvcache/store/directory_tier.hpp>
+#include <kvcache/store/spill_to.hpp>
 #include <kvcache/store/tier_record.hpp>
 
 #include <csignal>
@@ -308,4 +309,31 @@ TEST_CASE("a record that claims more than is there takes no memory for it", "[st
   CHECK_FALSE(hit);
   CHECK(largest < 100'000);
   CHECK(tier->stats().damaged == 1);
+}
+
+TEST_CASE("a tier takes what a cache manager spills, each space apart", "[store]") {
+  struct space {
+    std::string_view model, adapter, tenant;
+  };
+  directory_place place;
+  auto tier = place.open();
+  store::spill_to spill(*tier);
+  const space spaces[] = {{"m", "a", "t"}, {"ma", "", "t"}, {"m", "", "at"}, {"", "", "mat"}, {"m", "a", ""}};
+  const path tokens{1, 2};
+  bytes out(30);
+  for (std::size_t i = 0; i < 5; ++i) {
+    CHECK_FALSE(spill.contains(spaces[i], tokens));
+    CHECK(spill.get(spaces[i], tokens, out) == -1);
+    REQUIRE(spill.put(spaces[i], tokens, tiers::payload_of(i, 0, 20 + i)));
+  }
+  for (std::size_t i = 0; i < 5; ++i) {
+    CHECK(spill.contains(spaces[i], tokens));
+    REQUIRE(spill.get(spaces[i], tokens, out) == static_cast<index_t>(20 + i));
+    const bytes payload = tiers::payload_of(i, 0, 20 + i);
+    CHECK(std::equal(payload.begin(), payload.end(), out.begin()));
+    CHECK(spill.get(spaces[i], tokens, std::span(out).first(19)) == -1);  // no room
+  }
+  CHECK(spill.erase(spaces[0], tokens));
+  CHECK_FALSE(spill.contains(spaces[0], tokens));
+  CHECK(spill.contains(spaces[1], tokens));
 }
