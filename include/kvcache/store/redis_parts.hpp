@@ -29,7 +29,7 @@ constexpr std::size_t num_redis_parts(std::uint64_t record_bytes) noexcept {
 /// How many parts a record has, by its first 48 bytes, which nobody has checked; 1 if that cannot be.
 /// \param max_payload_bytes  more than this cannot be
 inline std::size_t redis_parts_of(std::string_view fixed, std::uint64_t max_payload_bytes) noexcept {
-  record_fields fields;
+  tier_record_fields fields;
   if (fixed.size() != sizeof(fields)) return 1;
   std::memcpy(&fields, fixed.data(), sizeof(fields));
   if (fields.space_bytes > max_space_bytes || fields.num_tokens > max_path_tokens ||

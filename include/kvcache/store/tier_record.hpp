@@ -36,11 +36,11 @@ namespace detail {
 
 static_assert(std::endian::native == std::endian::little);
 
-inline constexpr std::size_t record_fixed_bytes = 48;
-inline constexpr std::string_view record_magic = "KVCTIER\n";
+inline constexpr std::size_t tier_record_fixed_bytes = 48;
+inline constexpr std::string_view tier_magic = "KVCTIER\n";
 
 /// The fixed part of a head, as it lies in a record.
-struct record_fields {
+struct tier_record_fields {
   char magic[8];
   std::uint32_t version;
   std::uint32_t head_crc;
@@ -50,7 +50,7 @@ struct record_fields {
   std::uint32_t payload_crc;
   std::uint32_t zero;
 };
-static_assert(sizeof(record_fields) == record_fixed_bytes);
+static_assert(sizeof(tier_record_fields) == tier_record_fixed_bytes);
 
 inline std::span<const std::byte> bytes_of(std::string_view text) noexcept {
   return std::as_bytes(std::span(text.data(), text.size()));
@@ -58,16 +58,16 @@ inline std::span<const std::byte> bytes_of(std::string_view text) noexcept {
 
 /// \pre both are within the limits of a key
 constexpr std::size_t record_head_bytes(std::size_t space_bytes, std::size_t num_tokens) noexcept {
-  const std::size_t bytes = record_fixed_bytes + space_bytes + 4 * num_tokens;
+  const std::size_t bytes = tier_record_fixed_bytes + space_bytes + 4 * num_tokens;
   return (bytes + record_alignment - 1) / record_alignment * record_alignment;
 }
 
 /// CRC32C of a head, whatever its checksum field has. \pre `head` has at least the fixed part
-inline std::uint32_t head_checksum(std::span<const std::byte> head) noexcept {
-  record_fields fields;
+inline std::uint32_t tier_head_checksum(std::span<const std::byte> head) noexcept {
+  tier_record_fields fields;
   std::memcpy(&fields, head.data(), sizeof(fields));
   fields.head_crc = 0;
-  return crc32c(head.subspan(record_fixed_bytes), crc32c(std::as_bytes(std::span(&fields, 1))));
+  return crc32c(head.subspan(tier_record_fixed_bytes), crc32c(std::as_bytes(std::span(&fields, 1))));
 }
 
 }  // namespace detail
@@ -111,8 +111,8 @@ inline std::string to_hex(const digest256& digest) {
 inline void write_record_head(const tier_key& key, std::span<const std::byte> payload,
                               std::vector<std::byte>& head) {
   head.assign(record_head_bytes(key), std::byte{0});
-  detail::record_fields fields{};
-  std::copy(detail::record_magic.begin(), detail::record_magic.end(), fields.magic);
+  detail::tier_record_fields fields{};
+  std::copy(detail::tier_magic.begin(), detail::tier_magic.end(), fields.magic);
   fields.version = record_version;
   fields.space_bytes = key.space.size();
   fields.num_tokens = key.tokens.size();
@@ -122,7 +122,7 @@ inline void write_record_head(const tier_key& key, std::span<const std::byte> pa
   std::byte* at = head.data() + sizeof(fields);
   if (!key.space.empty()) std::memcpy(at, key.space.data(), key.space.size());
   if (!key.tokens.empty()) std::memcpy(at + key.space.size(), key.tokens.data(), key.tokens.size_bytes());
-  fields.head_crc = detail::head_checksum(head);
+  fields.head_crc = detail::tier_head_checksum(head);
   std::memcpy(head.data(), &fields, sizeof(fields));
 }
 
@@ -143,10 +143,10 @@ struct record_check {
 /// \param bytes  at least the first record_head_bytes(key) bytes of the record, or all that there are
 /// \pre within_limits(key)
 inline record_check check_record_head(const tier_key& key, std::span<const std::byte> bytes) noexcept {
-  if (bytes.size() < detail::record_fixed_bytes) return {};
-  detail::record_fields fields;
+  if (bytes.size() < detail::tier_record_fixed_bytes) return {};
+  detail::tier_record_fields fields;
   std::memcpy(&fields, bytes.data(), sizeof(fields));
-  if (!std::equal(detail::record_magic.begin(), detail::record_magic.end(), fields.magic) ||
+  if (!std::equal(detail::tier_magic.begin(), detail::tier_magic.end(), fields.magic) ||
       fields.version != record_version)
     return {.state = record_state::foreign};
   if (fields.space_bytes > max_space_bytes || fields.num_tokens > max_path_tokens) return {};
@@ -154,7 +154,7 @@ inline record_check check_record_head(const tier_key& key, std::span<const std::
                                                            static_cast<std::size_t>(fields.num_tokens));
   if (head_bytes > bytes.size()) return {};
   const auto head = bytes.first(head_bytes);
-  if (detail::head_checksum(head) != fields.head_crc) return {};
+  if (detail::tier_head_checksum(head) != fields.head_crc) return {};
   const auto space = head.subspan(sizeof(fields), static_cast<std::size_t>(fields.space_bytes));
   const auto tokens =
       head.subspan(sizeof(fields) + space.size(), 4 * static_cast<std::size_t>(fields.num_tokens));
