@@ -3,7 +3,7 @@
 # need. Part of the installed package, and of the build.
 
 # kvcache_find_client(<lmdb|redis|zstd>): makes the target if the library is there, and sets kvcache_<client>_FOUND; else
-# kvcache_<client>_PACKAGE has what to install. KVCACHE_<CLIENT>_INCLUDE_DIR and KVCACHE_<CLIENT>_LIBRARY say where to look.
+# kvcache_<client>_PACKAGE has what to install. KVCACHE_<CLIENT>_INCLUDE_DIR and KVCACHE_<CLIENT>_LIBRARY say where it is; OFF: nowhere.
 macro(kvcache_find_client client)
   set(kvcache_lmdb_files lmdb.h lmdb liblmdb-dev)
   set(kvcache_redis_files hiredis/hiredis.h hiredis libhiredis-dev)

@@ -216,7 +216,7 @@ inline index_t redis_tier::get_all(std::span<const tier_key> keys, std::span<std
     if (!within_limits(keys[i])) continue;
     names[i] = name_of(keys[i]);
     commands.push_back({{{"GET"}, {names[i]}}, detail::redis_slot(names[i])});
-    readings.push_back({.index = i});
+    readings.emplace_back().index = i;
   }
   std::vector<reading> found;
   run(commands, [&](std::size_t i, const redisReply& reply) {
