@@ -106,6 +106,7 @@ class directory_tier {
   directory_options options_;
   tier_stats stats_;
   std::vector<std::byte> head_;
+  std::string writing_;  // the file *.tmp of the put under way
   std::uint64_t num_temporaries_ = 0;
 };
 
@@ -218,7 +219,7 @@ inline bool directory_tier::write_record(const tier_key& key, std::span<const st
   }
   write_record_head(key, payload, head_);
   const std::string path = path_of(key);
-  const std::string temporary = temporary_name(path);
+  const std::string& temporary = writing_ = temporary_name(path);
   const auto create = [&] { return detail::descriptor(temporary, O_WRONLY | O_CREAT | O_EXCL, file_mode()); };
   detail::descriptor file = create();
   if (!file && errno == ENOENT && make_folder(root_) && make_folder(path.substr(0, root_.size() + 2)))
@@ -290,7 +291,7 @@ inline std::uint64_t directory_tier::recount(std::vector<entry>* entries) {
       const auto charged = detail::charged_bytes(gone ? 0 : file->file_size(gone));
       if (gone) continue;
       if (file->path().extension() == ".tmp") {
-        if (used < too_old) (void)::unlink(file->path().c_str());
+        if (used < too_old && file->path() != writing_) (void)::unlink(file->path().c_str());
         continue;
       }
       total += charged;
