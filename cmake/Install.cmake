@@ -7,7 +7,7 @@ set(kvcache_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/kvcache")
 
 install(TARGETS kvcache EXPORT kvcache-targets
         FILE_SET HEADERS COMPONENT kvcache
-        FILE_SET clients COMPONENT kvcache
+        FILE_SET client_headers COMPONENT kvcache
         FILE_SET fragments COMPONENT kvcache)
 install(EXPORT kvcache-targets NAMESPACE kvcache:: DESTINATION "${kvcache_package_dir}"
         COMPONENT kvcache)
@@ -21,7 +21,7 @@ write_basic_package_version_file(
   COMPATIBILITY SameMinorVersion
   ARCH_INDEPENDENT)
 install(FILES "${PROJECT_BINARY_DIR}/kvcache-config.cmake" "${PROJECT_BINARY_DIR}/kvcache-config-version.cmake"
-              "${PROJECT_SOURCE_DIR}/cmake/Zstd.cmake"
+              "${PROJECT_SOURCE_DIR}/cmake/kvcache-clients.cmake"
         DESTINATION "${kvcache_package_dir}" COMPONENT kvcache)
 
 # From <prefix>/share/pkgconfig back to <prefix>, so that the installed tree can be moved.

@@ -7,7 +7,8 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/tools/setup.sh"
 
-kvcache_install g++ cmake ninja-build libeigen3-dev catch2 nlohmann-json3-dev libcli11-dev libzstd-dev pkg-config
+kvcache_install g++ cmake ninja-build libeigen3-dev catch2 nlohmann-json3-dev libcli11-dev pkg-config \
+  liblmdb-dev libhiredis-dev libzstd-dev redis-server libopenmpi-dev openmpi-bin
 kvcache_toolchain
 
 # Assertions on, those of the standard library too; optimised just enough for the tests to be quick (-O2 compiles half

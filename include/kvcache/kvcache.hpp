@@ -53,7 +53,12 @@
 #include <kvcache/store/mapped.hpp>
 #include <kvcache/store/recover.hpp>
 #include <kvcache/store/save.hpp>
+#include <kvcache/store/spill_to.hpp>
 #include <kvcache/version.hpp>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <kvcache/store/directory_tier.hpp>
+#endif
 
 #if __has_include(<Eigen/Core>)
 #include <kvcache/attention/multi_head_attention.hpp>

@@ -20,8 +20,13 @@ set(forbidden_store attention)
 set(may_use_eigen "^(attention/multi_head_attention|codec/low_rank|interop/[a-z0-9_]+)\\.hpp$")
 
 # Headers that need more than Eigen/Core and the standard library; kvcache.hpp leaves them out.
-set(optional_headers codec/low_rank.hpp interop/eigen_thread_pool.hpp interop/low_rank_spec.hpp interop/mpi.hpp store/lmdb.hpp
-    store/redis.hpp store/zstd.hpp)
+set(optional_headers codec/low_rank.hpp interop/eigen_thread_pool.hpp interop/low_rank_spec.hpp interop/mpi.hpp
+    store/lmdb_environment.hpp store/lmdb_tier.hpp store/redis_cluster.hpp store/redis_connection.hpp store/redis_parts.hpp
+    store/redis_tier.hpp store/zstd.hpp)
+
+# Client libraries, and the one header that each may be included by.
+set(clients "lmdb\\.h|hiredis/|zstd\\.h")
+set(may_use_clients "^store/(lmdb_environment|redis_connection|zstd)\\.hpp$")
 
 # Parts that several headers include, each inside a namespace of its own.
 set(fragments "^kernel/[a-z0-9_]+\\.inl$")
@@ -95,6 +100,8 @@ foreach(header IN LISTS headers)
       if(NOT header MATCHES "${may_use_eigen}")
         report("${header}: includes <${included}>; Eigen enters through multi_head_attention, low_rank and interop only")
       endif()
+    elseif(included MATCHES "^(${clients})" AND NOT header MATCHES "${may_use_clients}")
+      report("${header}: includes <${included}>; a client library enters through one header of store/ only")
     elseif(included MATCHES "^kvcache/(.*)$")
       set(target "${CMAKE_MATCH_1}")
       list(APPEND includes_of_${header} "${target}")

@@ -20,7 +20,7 @@ function(write_good_tree)
   write_header(attention/attend.hpp "${good_head}" "#include <kvcache/cache/concepts.hpp>\n")
   write_header(attention/multi_head_attention.hpp
     "${good_head}" "#include <kvcache/attention/attend.hpp>\n\n#include <Eigen/Core>\n")
-  write_header(store/redis.hpp "${good_head}" "#include <hiredis.h>\n")
+  write_header(store/redis_connection.hpp "${good_head}" "#include <hiredis/hiredis.h>\n")
   write_header(kvcache.hpp "${good_head}"
     "#include <kvcache/attention/multi_head_attention.hpp>\n#include <kvcache/cache/paged.hpp>\n")
 endfunction()
@@ -85,8 +85,12 @@ expect("a header nobody includes" "core/lost.hpp: not reachable from kvcache.hpp
 
 write_good_tree()
 write_header(kvcache.hpp "${good_head}" "#include <kvcache/attention/multi_head_attention.hpp>\n"
-  "#include <kvcache/cache/paged.hpp>\n#include <kvcache/store/redis.hpp>\n")
-expect("an optional header in the umbrella" "store/redis.hpp: needs another library")
+  "#include <kvcache/cache/paged.hpp>\n#include <kvcache/store/redis_connection.hpp>\n")
+expect("an optional header in the umbrella" "store/redis_connection.hpp: needs another library")
+
+write_good_tree()
+write_header(cache/paged.hpp "${good_head}" "#include <kvcache/cache/concepts.hpp>\n#include <lmdb.h>\n")
+expect("a container with a client library" "cache/paged.hpp: includes <lmdb.h>")
 
 write_good_tree()
 write_header(misc/odd.hpp "${good_head}")
