@@ -39,10 +39,11 @@ kvcache_present() {
     libbenchmark-dev) kvcache_has_header benchmark/benchmark.h ;;
     nlohmann-json3-dev) kvcache_has_header nlohmann/json.hpp ;;
     libcli11-dev) kvcache_has_header CLI/CLI.hpp ;;
+    openmpi-bin) command -v mpirun >/dev/null 2>&1 ;;
     liblmdb-dev) kvcache_has_header lmdb.h ;;
     libhiredis-dev) kvcache_has_header hiredis/hiredis.h ;;
     libzstd-dev) kvcache_has_header zstd.h ;;
-    redis-server) command -v redis-server >/dev/null 2>&1 || command -v valkey-server >/dev/null 2>&1 ;;
+
     lib*) command -v dpkg-query >/dev/null 2>&1 &&
       [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ] ;;
     *) command -v "$1" >/dev/null 2>&1 ;;
