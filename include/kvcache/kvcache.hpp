@@ -22,6 +22,7 @@
 #include <kvcache/codec/layer_descriptions.hpp>
 #include <kvcache/codec/low_rank_chooser.hpp>
 #include <kvcache/codec/low_rank_rows.hpp>
+#include <kvcache/codec/low_rank_settings.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/sealing.hpp>

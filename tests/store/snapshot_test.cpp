@@ -13,6 +13,7 @@
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/low_rank.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/interop/any_snapshot.hpp>
@@ -282,6 +283,18 @@ TEST_CASE("any_cache is saved, and made again from its file", "[store]") {
   any_cache plain = make_cache("paged/int8", shape);
   stored::append(plain, 20, random);
   require_same(plain, store::load<contiguous_cache<codec::int8>>(store::save(plain, {})).cache);
+}
+
+TEST_CASE("low_rank is saved with its bases", "[store]") {
+  test::random random;
+  chunked_cache<> exact(shape);
+  stored::append(exact, 60, random);
+  const auto bases = codec::low_rank_bases::fit_from(exact, {.rank = 3}, {.energy = 0.9, .by_layer = true});
+  chunked_cache<codec::low_rank> cache(shape, codec::low_rank(bases));
+  stored::append(cache, 60, random);
+  const bytes saved = store::save(cache, {});
+  require_same(cache, store::load<contiguous_cache<codec::low_rank>>(saved).cache);
+  require_same(cache, store::load_any(saved).cache);
 }
 
 TEMPLATE_TEST_CASE("a mapped snapshot is attended over as the sequence was", "[store]", codec::int8,

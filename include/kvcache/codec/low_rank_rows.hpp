@@ -14,6 +14,7 @@
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
+#include <kvcache/codec/low_rank_settings.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
@@ -27,8 +28,11 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace kvcache::inline v0::codec {
 
@@ -137,6 +141,12 @@ struct low_rank_rows : plain_side {
     }
   }
 
+  static constexpr std::string_view side_name() noexcept { return "low_rank"; }
+  /// The bases; see codec/low_rank_settings.hpp.
+  void put_settings(std::vector<std::byte>& out) const {
+    if (bases != nullptr) put_low_rank_settings(*bases, is_keys, out);
+  }
+
   /// Bytes of the bases of this side, of all heads.
   [[nodiscard]] index_t settings_bytes() const noexcept {
     if (bases == nullptr) return 0;
@@ -236,6 +246,10 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
   using groups = detail::key_groups;
   using group = detail::component_group;
 
+  /// Throws shape_error.
+  static low_rank_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
+    return {{{}, detail::low_rank_bases_from(settings, is_keys, shape)}};
+  }
   [[nodiscard]] low_rank_keys at(index_t layer, index_t head) const {
     return {{{}, this->bases, this->bases ? this->bases->keys(layer, head) : low_rank_basis{}}};
   }
@@ -328,6 +342,10 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
   using group = detail::component_group;
   static constexpr bool turns_sums = true;
 
+  /// Throws shape_error.
+  static low_rank_values from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
+    return {{{}, detail::low_rank_bases_from(settings, is_keys, shape)}};
+  }
   [[nodiscard]] low_rank_values at(index_t layer, index_t head) const {
     return {{{}, this->bases, this->bases ? this->bases->values(layer, head) : low_rank_basis{}}};
   }

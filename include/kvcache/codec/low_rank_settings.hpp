@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT
+// low_rank_settings: the bases of keys, or of values, as a side of low_rank writes them and is made from them again.
+//
+//   u32 1 where queries have a basis of their own | for each layer: u32 components in f32, bf16, 8, 4, 2 bits
+//   for each layer and head, in float: in [rank, head_dim] | out, where there is one, the same size | spreads [rank]
+//
+// Little-endian; see codec/description.hpp.
+#pragma once
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/codec/description.hpp>
+#include <kvcache/codec/low_rank_bases.hpp>
+#include <kvcache/codec/low_rank_layout.hpp>
+#include <kvcache/core/checked.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/core/types.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace kvcache::inline v0::codec::detail {
+
+inline low_rank_basis basis_at(const low_rank_bases& bases, bool is_keys, index_t layer, index_t head) {
+  return is_keys ? bases.keys(layer, head) : bases.values(layer, head);
+}
+
+/// Appends the settings of one side. Throws std::bad_alloc.
+inline void put_low_rank_settings(const low_rank_bases& bases, bool is_keys, std::vector<std::byte>& out) {
+  const cache_shape& shape = bases.shape();
+  const auto put_number = [&](index_t number) {
+    const auto narrow = static_cast<std::uint32_t>(number);
+    const auto* bytes = reinterpret_cast<const std::byte*>(&narrow);
+    out.insert(out.end(), bytes, bytes + sizeof narrow);
+  };
+  const low_rank_basis any = basis_at(bases, is_keys, 0, 0);
+  put_number(any.out != any.in ? 1 : 0);
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    const low_rank_layout& l = is_keys ? bases.key_layout(layer) : bases.value_layout(layer);
+    for (const index_t count : {l.f32, l.bf16, l.int8, l.bits4, l.bits2}) put_number(count);
+  }
+  std::vector<float> rows;
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    for (index_t head = 0; head < shape.num_kv_heads; ++head) {
+      const low_rank_basis basis = basis_at(bases, is_keys, layer, head);
+      const index_t rank = basis.layout->rank();
+      const block_geometry lanes{round_up(rank, key_lanes), shape.head_dim};
+      rows.clear();
+      const auto add_rows = [&](const float* matrix) {
+        for (index_t i = 0; i < rank; ++i) {
+          for (index_t d = 0; d < shape.head_dim; ++d)
+            rows.push_back(
+                matrix[is_keys ? block_order<float>::key_index(lanes, i, d) : i * shape.head_dim + d]);
+        }
+      };
+      add_rows(basis.in);
+      if (any.out != any.in) add_rows(basis.out);
+      rows.insert(rows.end(), basis.spreads, basis.spreads + rank);
+      kvcache::detail::put_floats(rows, out);
+    }
+  }
+}
+
+/// The bases that wrote these settings, without any for the other side. Throws shape_error where they cannot be.
+inline std::shared_ptr<const low_rank_bases> low_rank_bases_from(std::span<const std::byte> settings,
+                                                                 bool is_keys, const cache_shape& shape) {
+  const auto refuse = [] { throw shape_error("kvcache: the settings of low_rank have the wrong size"); };
+  const auto take_number = [&] {
+    std::uint32_t number = 0;
+    if (settings.size() < sizeof number) refuse();
+    std::memcpy(&number, settings.data(), sizeof number);
+    settings = settings.subspan(sizeof number);
+    return index_t{number};
+  };
+  const index_t weighted = take_number();
+  if (weighted > (is_keys ? 1 : 0)) throw shape_error("kvcache: low_rank: a flag is neither 0 nor 1");
+  std::vector<low_rank_layout> layouts;
+  index_t num_floats = 0;
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    low_rank_layout l;
+    for (index_t* count : {&l.f32, &l.bf16, &l.int8, &l.bits4, &l.bits2}) *count = take_number();
+    if (l.rank() < 1 || l.rank() > shape.head_dim)
+      throw shape_error("kvcache: low_rank: rank must be 1 to head_dim");
+    layouts.push_back(l);
+    num_floats = checked_add(num_floats,
+                             checked_mul(shape.num_kv_heads, l.rank(), (1 + weighted) * shape.head_dim + 1));
+  }
+  const std::vector<float> floats = kvcache::detail::floats_in(settings, num_floats);
+  low_rank_matrices made;
+  (is_keys ? made.key_layouts : made.value_layouts) = layouts;
+  const float* from = floats.data();
+  const auto take_floats = [&](std::vector<float>& to, index_t count) {
+    to.insert(to.end(), from, from + count);
+    from += count;
+  };
+  for (const low_rank_layout& l : layouts) {
+    for (index_t head = 0; head < shape.num_kv_heads; ++head) {
+      take_floats(is_keys ? made.keys_in : made.values, l.rank() * shape.head_dim);
+      if (weighted == 1) take_floats(made.keys_out, l.rank() * shape.head_dim);
+      take_floats(is_keys ? made.key_spreads : made.value_spreads, l.rank());
+    }
+  }
+  return std::make_shared<const low_rank_bases>(shape, made);
+}
+
+}  // namespace kvcache::inline v0::codec::detail
