@@ -2,17 +2,14 @@
 #include "serving/heap.hpp"
 #include "serving/tokens.hpp"
 
-#include <kvcache/attention/attend.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/serving/cache_manager.hpp>
 
 #include <array>
 #include <map>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <utility>
 
@@ -100,12 +97,6 @@ index_t converse(Manager& manager, const prefix_space& space, const tokens& path
   const bool computed = compute(manager, got.id, space, path) == status::ok;
   manager.release(got.id);
   return computed ? got.reused : -1;
-}
-
-tokens counted(index_t first, index_t count) {
-  tokens path;
-  for (index_t i = 0; i < count; ++i) path.push_back(static_cast<token_id>(first + i));
-  return path;
 }
 
 /// Calls a verb, and proves that bytes() changes as the heap does and stays within the budget.
@@ -556,56 +547,4 @@ TEST_CASE("times and attention are told to the observer", "[serving]") {
   CHECK(told.seconds == 0.5 * 2 * 2);  // two conversations, two layers
   CHECK(told.attended == 0.25);
   CHECK(manager.counts().of(rung::drop) == told.evicted);
-}
-
-TEST_CASE("threads share a manager behind one lock, and attend without it", "[serving][threads]") {
-  using manager_type = full_manager;
-  manager_type manager(warm_pool(shape, {.slab_bytes = 4096}), {.budget_bytes = 160'000},
-                       cold_pool(shape, {.slab_bytes = 4096}));
-  std::mutex lock;
-  index_t failures[3] = {}, done[3] = {};
-  const auto work = [&](std::size_t me) {
-    std::vector<float> q(row_size), out(row_size), k, v;
-    for (index_t round = 0; round < 60; ++round) {
-      const tokens path = [&] {
-        tokens t = counted(100 * (round % 5), 40);
-        for (const token_id x : counted(static_cast<index_t>(1000 * me), 20 + round % 7)) t.push_back(x);
-        return t;
-      }();
-      const auto size = static_cast<std::size_t>(path.size());
-      serving::acquired got;
-      const manager_type::cache_type* cache = nullptr;
-      bool computed = false;
-      {
-        const std::lock_guard guard(lock);
-        got = manager.acquire(spaces[0], path);
-        if (got.code != status::ok) continue;
-        computed = compute(manager, got.id, spaces[0], path) == status::ok;
-        cache = &manager.cache(got.id);
-      }
-      if (computed) {
-        // No lock: others fork, append, evict and re-encode meanwhile.
-        q.assign(row_size, 1.0F);
-        for (int i = 0; i < 3; ++i) attend(std::span<const float>(q), (*cache)[0], std::span<float>(out));
-        k.resize(size * row_size);
-        v.resize(k.size());
-        (*cache)[1].copy_out(0, cache->size(), k, v);
-        const auto want = rows(spaces[0], path, 1, 0, false);
-        for (std::size_t i = 0; i < k.size(); ++i) failures[me] += std::abs(k[i] - want[i]) > 1.5F ? 1 : 0;
-        ++done[me];
-      }
-      const std::lock_guard guard(lock);
-      manager.release(got.id);
-    }
-  };
-  std::thread a(work, 0), b(work, 1), c(work, 2);
-  a.join();
-  b.join();
-  c.join();
-  manager.check();
-  for (int i = 0; i < 3; ++i) {
-    CHECK(failures[i] == 0);
-    CHECK(done[i] > 30);
-  }
-  CHECK(manager.num_live() == 0);
 }

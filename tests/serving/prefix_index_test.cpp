@@ -178,12 +178,6 @@ void run_script(MakeCache make, float tolerance, int num_steps) {
 using pool_type = page_pool<codec::bf16>;
 using sealed = codec::exact_tail<codec::int8, 16>;
 
-tokens counted(index_t first, index_t count) {
-  tokens path;
-  for (index_t i = 0; i < count; ++i) path.push_back(static_cast<token_id>(first + i));
-  return path;
-}
-
 }  // namespace
 
 TEMPLATE_TEST_CASE("a random script finds what a plain list of sequences finds, in a pool", "[serving]",

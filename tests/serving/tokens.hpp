@@ -79,6 +79,13 @@ inline index_t common(std::span<const token_id> a, std::span<const token_id> b) 
   return std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
 }
 
+/// first, first + 1, ...
+inline tokens counted(index_t first, index_t count) {
+  tokens path;
+  for (index_t i = 0; i < count; ++i) path.push_back(static_cast<token_id>(first + i));
+  return path;
+}
+
 /// A prompt that often begins like one before it.
 inline tokens some_prompt(test::random& random, const std::vector<tokens>& earlier, index_t longest) {
   tokens path;

@@ -102,7 +102,8 @@ using paged_cache = sequence_cache<Codec, paged_storage>;
 /// Pages for any number of sequences of one shape and codec.
 ///
 /// Pages are freed when the last sequence that refers to them goes; memory when pool and sequences are all gone.
-/// Threads: attending over a sequence may run while other sequences of the pool change, are forked or destroyed, and while
+/// Threads: attending over a sequence may run while other sequences of the pool change, are forked or
+/// destroyed, and while
 /// it is forked itself. Whatever changes the pool or a sequence needs a lock of the caller's, one for all of the pool.
 template <block_codec Codec = codec::bf16>
 class page_pool {

@@ -10,7 +10,8 @@
 //   manager.release(got.id);
 //
 // With a second pool of a smaller codec, and a tier to spill to:
-//   cache_manager<page_pool<>, eviction::lru, page_pool<codec::rotated<4>>, my_tier> manager(pool, options, cold, &tier);
+//   cache_manager<page_pool<>, eviction::lru, page_pool<codec::rotated<4>>, my_tier>
+//       manager(pool, options, cold, &tier);
 #pragma once
 
 #include <kvcache/cache/paged.hpp>
@@ -66,10 +67,12 @@ struct manager_use {
   index_t sequences = 0;  ///< live ones' lists, tails and tokens
 };
 
-/// Threads: none inside; every member needs the caller's lock. Attention over a sequence, and reading it in any other way,
+/// Threads: none inside; every member needs the caller's lock. Attention over a sequence, and reading it in
+/// any other way,
 /// needs none while nothing is appended to that sequence: references from cache() stay until its release.
 ///
-/// The pool, the cold pool and their budgets are the manager's from now on: nobody else takes pages from them. Not counted
+/// The pool, the cold pool and their budgets are the manager's from now on: nobody else takes pages from them.
+/// Not counted
 /// is what re-encoding and spilling work in, a few hundred rows of one sequence, and policies that have no `bytes()`.
 /// What was re-encoded comes back with the errors of the cold pool's codec, and keeps them.
 template <class Pool, eviction::block_policy Policy = eviction::lru, class ColdPool = no_cold_pool,
@@ -106,7 +109,8 @@ class cache_manager {
                                  index_t most = all);
 
   /// Whether a prompt and so many new tokens could be held if all that is released went, live sequences counted as
-  /// they are. Says no rather than yes where it does not know. O(pages of live sequences); false without memory to think.
+  /// they are. Says no rather than yes where it does not know. O(pages of live sequences); false without
+  /// memory to think.
   [[nodiscard]] bool fits(index_t prompt_tokens, index_t new_tokens) const;
 
   /// Notes which tokens the rows after the prompt belong to; before or after they are appended.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // live_sequence: a sequence of a cache_manager that is in use, and how it gets at what is stored in another form.
 //
-//   prompt   | found as it is: forked | found in the cold pool: decoded | found in the tier: restored | to be computed |
+//   prompt   | stored as it is: forked | in the cold pool: decoded | in the tier: restored | to be computed |
 #pragma once
 
 #include <kvcache/cache/recoded.hpp>

@@ -76,7 +76,8 @@ class prefix_victim;
 /// Sequences by their tokens. Neither copied nor moved: leases refer to it.
 ///
 /// Threads: none inside; every member, and the end of a lease, needs the caller's lock, the same that guards the pool.
-/// Attention over a sequence that a match gave needs no lock: see page_pool. Every change that throws leaves it as it was.
+/// Attention over a sequence that a match gave needs no lock: see page_pool. Every change that throws leaves
+/// it as it was.
 template <kv_cache Cache, eviction::block_policy Policy = eviction::lru>
 class prefix_index {
   using tree_type = detail::prefix_tree<Cache>;

@@ -19,8 +19,8 @@
 namespace kvcache::inline v0::serving {
 
 struct ladder_options {
-  /// What is tried on a block, first to last. A rung that is not there is not climbed, nor is what stands behind refuse; so
-  /// {rung::refuse} keeps everything that was ever released.
+  /// What is tried on a block, first to last. A rung that is not there is not climbed, nor is what stands
+  /// behind refuse; so {rung::refuse} keeps everything that was ever released.
   std::array<rung, num_rungs> rungs = {rung::drop, rung::recode, rung::spill, rung::refuse};
   double high = 0.95;  ///< part of the limit at which it begins
   double low = 0.85;   ///< part of the limit down to which it frees, so that it does not begin again at once

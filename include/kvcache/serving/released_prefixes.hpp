@@ -226,7 +226,8 @@ bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::take_one(From& f
   return false;
 }
 
-/// Hands a block to the tier, unless that has it. One that is not whole could not be found again, and is not handed over.
+/// Hands a block to the tier, unless that has it. One that is not whole could not be found again, and is not
+/// handed over.
 template <class Pool, class Policy, class ColdPool, class Tier, class Observer>
 template <class Victim>
 bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::spill([[maybe_unused]] const Victim& victim) {

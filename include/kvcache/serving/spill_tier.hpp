@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // spill_tier: where a cache_manager puts blocks that it has no memory for; and what it puts there.
 //
-//   value   | magic | element bytes | tokens | layers | row | checksum |  layer 0: keys, values | layer 1: keys, values | ..
+//   value   | magic | element bytes | tokens | layers | row | checksum |  layer 0: keys, values | layer 1: ...
 //   key     a prefix_space, and all tokens up to the end of the block
 #pragma once
 
