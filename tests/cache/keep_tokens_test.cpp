@@ -51,6 +51,8 @@ void* limited(std::size_t bytes, std::size_t alignment) {
 }  // namespace
 
 void* operator new(std::size_t bytes) { return limited(bytes, 16); }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
 void* operator new[](std::size_t bytes) { return limited(bytes, 16); }
 void* operator new(std::size_t bytes, std::align_val_t to) {
   return limited(bytes, static_cast<std::size_t>(to));

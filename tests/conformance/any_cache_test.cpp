@@ -7,10 +7,13 @@
 
 #include "conformance/caches.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <set>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 using namespace conformance;
 
@@ -182,6 +185,47 @@ TEST_CASE("attention layers run on any_cache", "[conformance]") {
   auto any = kvcache::make_cache("paged/bf16", small);
   auto typed = kvcache::page_pool<codec::bf16>(small).sequence();
   REQUIRE(attention.forward(x, any[1]) == attention.forward(x, typed[1]));
+}
+
+TEST_CASE("tokens are kept and weights added up as in the typed container", "[conformance]") {
+  test::random random;
+  for (const char* spec : {"paged/int8", "chunked/k=channel4,v=rotated4,sinks=2,tail=16"}) {
+    auto any = kvcache::make_cache(spec, small);
+    const index_t width = small.num_kv_heads * small.head_dim;
+    for (index_t layer = 0; layer < small.num_layers; ++layer)
+      any[layer].append(random.floats(100 * width), random.floats(100 * width));
+    const kvcache::keep_limits limits = any.keep_limits();
+    std::vector<index_t> tokens;
+    for (index_t t = 0; t < 100; ++t) {
+      if (t < limits.pinned || t >= 50 || (t < limits.whole_blocks ? t / small.block_size != 1 : t % 3 != 0))
+        tokens.push_back(t);
+    }
+    std::vector<float> k(static_cast<std::size_t>(100 * width)), v(k.size());
+    any[1].copy_out(0, 100, k, v);
+    const auto fork = any.fork();
+    const auto result = any.keep_tokens(tokens, kvcache::keep_positions::original);
+    REQUIRE(result.code == kvcache::status::ok);
+    REQUIRE(result.num_forgotten == 100 - std::ssize(tokens));
+    any.check();
+    std::vector<float> k_now(tokens.size() * static_cast<std::size_t>(width)), v_now(k_now.size());
+    any[1].copy_out(0, any.size(), k_now, v_now);
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      REQUIRE(any.positions()[static_cast<index_t>(i)] == tokens[i]);
+      const auto at = static_cast<index_t>(i) * width;
+      REQUIRE(std::equal(k_now.begin() + at, k_now.begin() + at + width, k.begin() + tokens[i] * width));
+      REQUIRE(std::equal(v_now.begin() + at, v_now.begin() + at + width, v.begin() + tokens[i] * width));
+    }
+    REQUIRE(fork.size() == 100);
+
+    const std::vector<float> q = random.floats(2 * width);
+    std::vector<float> out(q.size()), lse(static_cast<std::size_t>(2 * small.num_kv_heads));
+    attend(q, any[1], out, {.lse = lse});
+    std::vector<float> weights(tokens.size(), 0.0F);
+    add_token_weights(q, any[1], lse, weights);
+    double sum = 0;
+    for (const float w : weights) sum += static_cast<double>(w);
+    REQUIRE(std::fabs(sum - static_cast<double>(lse.size())) < 1e-3);  // every row adds up to 1
+  }
 }
 
 TEST_CASE("a spec that is not known is refused with a list of what there is", "[conformance]") {

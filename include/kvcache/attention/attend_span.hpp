@@ -93,11 +93,11 @@ struct block_tokens {
   const std::byte* next_block;  ///< read after it, or null
   token_range tokens;
   index_t base;                                ///< token of slot 0
+  index_t num_scores;                          ///< count, rounded up to what kernels take
   std::span<const position_segment> segments;  ///< that the tokens lie in
   bool exact;                                  ///< in the encoding of codec::bf16, whatever the codec
 
   [[nodiscard]] index_t count() const noexcept { return tokens.last - base; }
-  [[nodiscard]] index_t num_scores() const noexcept { return round_up(count(), key_lanes); }
 };
 
 /// Dot products to logits: soft cap, ALiBi, mask.
@@ -107,10 +107,9 @@ inline void finish_scores(const span_context& c, const query_tile& tile, index_t
   const index_t position = tile.positions[query];
   const auto head = static_cast<std::size_t>(tile.first_head + row % tile.group_size);
   const float slope = c.alibi_slopes.empty() ? 0.0F : c.alibi_slopes[head];
-  if (c.visible.soft_cap() != 0.0F) c.kernels->soft_cap(scores, in.num_scores(), c.visible.soft_cap());
+  if (c.visible.soft_cap() != 0.0F) c.kernels->soft_cap(scores, in.num_scores, c.visible.soft_cap());
   c.visible.add_alibi(position, in.segments, slope, in.tokens, in.base, scores);
-  c.visible.hide(tile.first_query + query, position, in.segments, in.tokens, in.base, in.num_scores(),
-                 scores);
+  c.visible.hide(tile.first_query + query, position, in.segments, in.tokens, in.base, in.num_scores, scores);
 }
 
 /// \param queries  as the codec prepared them
@@ -124,7 +123,7 @@ void attend_block(const Codec& codec, const span_context& c, const block_geometr
     float* row_scores = scores + r * g.block_size;
     finish_scores(c, tile, r, in, row_scores);
     const float rescale =
-        c.kernels->softmax(row_scores, in.num_scores(), state.rows[static_cast<std::size_t>(r)]);
+        c.kernels->softmax(row_scores, in.num_scores, state.rows[static_cast<std::size_t>(r)]);
     if (rescale != 1.0F) {
       const index_t dim = c.geometry.head_dim;
       for (float* all : {all_sums.plain, all_sums.turned}) {
@@ -184,7 +183,13 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       const auto sees = [&](index_t position) { return c.visible.any(position, in_block, tokens); };
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
-      block_tokens in{blocks.data[b], blocks.data[b + 1], tokens, base, in_block, false};
+      block_tokens in{blocks.data[b],
+                      blocks.data[b + 1],
+                      tokens,
+                      base,
+                      (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes,
+                      in_block,
+                      false};
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;
@@ -245,7 +250,7 @@ void weigh_span(const Codec& codec, const span_context& c, const query_tile& til
           float* row = scores + r * g.block_size;
           finish_scores(c, tile, r, in, row);
           kernel::softmax_row all{lse[r], 0.0F};
-          const float rescale = c.kernels->softmax(row, in.num_scores(), all);  // not 1: rounding passed lse
+          const float rescale = c.kernels->softmax(row, in.num_scores, all);  // not 1: rounding passed lse
           for (index_t t = in.tokens.first; t < in.tokens.last; ++t) weights[t] += row[t - in.base] / rescale;
         }
       });

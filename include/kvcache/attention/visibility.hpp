@@ -39,11 +39,11 @@ class visibility {
   /// Whether the query sees any of `tokens`, which lie in `segments`. May say yes where it should say no.
   [[nodiscard]] bool any(index_t query_position, std::span<const position_segment> segments,
                          token_range tokens) const noexcept {
-    bool is_seen = !k_positions_.empty();
-    if (is_seen) return true;
+    if (!k_positions_.empty()) return true;
+    if (segments.size() == 1) return any_part(query_position, segments.front(), tokens);
+    bool is_seen = false;
     for_each_part(segments, tokens, [&](const position_segment& segment, token_range part) {
-      const token_range seen = window_of(query_position, segment);
-      is_seen |= part.first < seen.last && (part.last > seen.first || part.first < options_->sinks);
+      is_seen |= any_part(query_position, segment, part);
     });
     return is_seen;
   }
@@ -78,6 +78,12 @@ class visibility {
 
  private:
   static constexpr float hidden = -std::numeric_limits<float>::infinity();
+
+  [[nodiscard]] bool any_part(index_t query_position, const position_segment& segment,
+                              token_range tokens) const noexcept {
+    const token_range seen = window_of(query_position, segment);
+    return tokens.first < seen.last && (tokens.last > seen.first || tokens.first < options_->sinks);
+  }
 
   /// hide for tokens of one segment, and no others.
   void hide_part(index_t query, index_t query_position, const position_segment& segment, token_range tokens,
