@@ -10,6 +10,7 @@
 //                                       then the top bit of line 8u + j in bit j
 #pragma once
 
+#include <kvcache/block/quads.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/types.hpp>
 
@@ -68,6 +69,44 @@ struct packed_order {
     }
   }
 
+  /// Stores codes[4 * i ...] at line first_line + i, from its byte 4 * slot on: a row of keys. Where a whole unit of lines is
+  /// the row's, nothing has to be read. \param codes  [4 * num_lines], below 2^Bits
+  static void put_row_of_keys(std::byte* packed, index_t first_line, index_t slot, const std::uint8_t* codes,
+                              index_t num_lines) noexcept {
+    for (index_t i = 0; i < num_lines;) {
+      const index_t line = first_line + i;
+      if (line % lines_per_unit == 0 && i + lines_per_unit <= num_lines) {
+        std::byte* to = packed + line / lines_per_unit * unit_bytes + 4 * slot;
+        put_unit<std::uint32_t, 4>(codes + 4 * i, [to](index_t packed_line, std::uint32_t word) {
+          std::memcpy(to + packed_line * packed_line_bytes, &word, sizeof(word));
+        });
+        i += lines_per_unit;
+      } else {
+        put_four(packed, line * packed_line_bytes + 4 * slot, word_at<std::uint32_t>(codes + 4 * i));
+        ++i;
+      }
+    }
+  }
+
+  /// Stores codes[i] at byte_index + 4 * i: a row of values. \param codes  below 2^Bits
+  static void put_row_of_values(std::byte* packed, index_t byte_index, const std::uint8_t* codes,
+                                index_t count) noexcept {
+    constexpr index_t dims_per_unit = lines_per_unit * packed_line_bytes / 4;
+    index_t done = 0;
+    if (byte_index % (4 * dims_per_unit) < 4) {
+      const index_t slot = byte_index % 4;
+      std::byte* to = packed + byte_index / (4 * dims_per_unit) * unit_bytes;
+      for (; done + dims_per_unit <= count; done += dims_per_unit, to += unit_bytes) {
+        put_unit<detail::byte_vector, 16>(codes + done, [&](index_t packed_line, detail::byte_vector bytes) {
+          std::uint8_t sixteen[16];
+          std::memcpy(sixteen, &bytes, sizeof(bytes));
+          put_in_quads(to + packed_line * packed_line_bytes, slot, sixteen);
+        });
+      }
+    }
+    put_every_fourth(packed, byte_index + 4 * done, codes + done, count - done);
+  }
+
   /// Stores four adjacent codes, one in each byte of `codes`, the first in memory order.
   /// \pre byte_index is a multiple of 4
   static void put_four(std::byte* packed, index_t byte_index, std::uint32_t codes) noexcept {
@@ -75,6 +114,40 @@ struct packed_order {
   }
 
  private:
+  template <class Word>
+  static Word word_at(const std::uint8_t* codes) noexcept {
+    Word word;
+    std::memcpy(&word, codes, sizeof(word));
+    return word;
+  }
+
+  /// Packs what one word of each line of a unit holds: store(packed line, word). Shifts stay within a byte.
+  /// \param codes  for each line `Stride` codes, of which a word is made
+  template <class Word, index_t Stride, class Store>
+  static void put_unit(const std::uint8_t* codes, Store store) noexcept {
+    const auto line = [codes](index_t i) { return word_at<Word>(codes + Stride * i); };
+    if constexpr (Bits == 4) {
+      store(0, line(0) | line(1) << 4);
+    } else if constexpr (Bits == 2) {
+      store(0, line(0) | line(1) << 2 | line(2) << 4 | line(3) << 6);
+    } else {
+      const Word ones = word_of<Word>(1);
+      const Word low = word_of<Word>(3);
+      Word packed[3] = {};
+      for (index_t i = 0; i < 8; ++i) {
+        packed[i / 4] |= (line(i) & low) << (2 * (i % 4));
+        packed[2] |= (line(i) >> 2 & ones) << i;
+      }
+      for (index_t i = 0; i < 3; ++i) store(i, packed[i]);
+    }
+  }
+  template <class Word>
+  static Word word_of(std::uint8_t byte) noexcept {
+    Word word;
+    std::memset(&word, byte, sizeof(word));
+    return word;
+  }
+
   static constexpr unsigned low_mask = Bits == 4 ? 15U : 3U;
 
   struct place {

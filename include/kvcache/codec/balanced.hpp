@@ -12,6 +12,7 @@
 #include <kvcache/codec/channel_scaled.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/gaussian_codebook.hpp>
+#include <kvcache/codec/lanes.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/codec/sealing.hpp>
@@ -26,6 +27,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 
 namespace kvcache::inline v0::codec {
@@ -48,9 +50,15 @@ class channel_statistics {
   channel_statistics(const block_geometry& g, index_t count, const_rows rows, float inverse_unit)
       : dim_(g.head_dim), count_(count), rows_(rows), inverse_unit_(inverse_unit) {
     means_.fill(0.0F);
-    for (index_t t = 0; t < count; ++t)
-      for_each_dim(
-          [&, row = rows.row(t)](std::size_t i) { means_[i] += row[i] / static_cast<float>(count_); });
+    float* means = means_.data();
+    const auto num_rows = static_cast<float>(count_);
+    for (index_t t = 0; t < count; ++t) {
+      const float* row = rows.row(t);
+      for_each_lane(
+          dim_,
+          [=](index_t d) { store_four(means + d, load_four(means + d) + load_four(row + d) / num_rows); },
+          [=](index_t d) { means[d] += row[d] / num_rows; });
+    }
     for_each_dim([&](std::size_t i) { means_[i] = to_float(to_finite_bfloat16(means_[i])); });
     weights_.fill(1.0F);
     constexpr int rounds = 3;
@@ -61,6 +69,7 @@ class channel_statistics {
   }
 
   [[nodiscard]] float mean(index_t dim) const noexcept { return means_[static_cast<std::size_t>(dim)]; }
+  [[nodiscard]] const float* means() const noexcept { return means_.data(); }
   /// Root mean square of what is left of a channel, in units.
   [[nodiscard]] float spread(index_t dim) const noexcept {
     return std::sqrt(squares_[static_cast<std::size_t>(dim)]);
@@ -78,10 +87,19 @@ class channel_statistics {
     for (index_t t = 0; t < count_; ++t) {
       const float* row = rows_.row(t);
       const float weight = weights_[static_cast<std::size_t>(t)] / static_cast<float>(count_);
-      for_each_dim([&](std::size_t i) {
-        const float x = (row[i] - means_[i]) * inverse_unit_;
-        squares_[i] += weight * x * x;
-      });
+      const float* means = means_.data();
+      float* squares = squares_.data();
+      const float inverse_unit = inverse_unit_;
+      for_each_lane(
+          dim_,
+          [=](index_t d) {
+            const four_floats x = (load_four(row + d) - load_four(means + d)) * inverse_unit;
+            store_four(squares + d, load_four(squares + d) + weight * x * x);
+          },
+          [=](index_t d) {
+            const float x = (row[d] - means[d]) * inverse_unit;
+            squares[d] += weight * x * x;
+          });
     }
   }
 
@@ -92,10 +110,21 @@ class channel_statistics {
     for (index_t t = 0; t < count_; ++t) {
       const float* row = rows_.row(t);
       std::array<float, 16> parts{};
-      for_each_dim([&](std::size_t i) {
+      four_floats sums[4] = {};
+      index_t d = 0;
+      for (; d + 16 <= dim_; d += 16) {
+        for (index_t i = 0; i < 4; ++i) {
+          const index_t at = d + 4 * i;
+          const four_floats x = (load_four(row + at) - load_four(means_.data() + at)) * inverse_unit_;
+          sums[i] += x * x * load_four(inverse.data() + at);
+        }
+      }
+      std::memcpy(parts.data(), sums, sizeof(sums));
+      for (; d < dim_; ++d) {
+        const auto i = static_cast<std::size_t>(d);
         const float x = (row[i] - means_[i]) * inverse_unit_;
         parts[i % parts.size()] += x * x * inverse[i];
-      });
+      }
       float sum = 0;
       for (const float part : parts) sum += part;
       weights_[static_cast<std::size_t>(t)] = sum > 0 ? static_cast<float>(dim_) / sum : 0.0F;
@@ -133,10 +162,15 @@ struct balanced_side : Base {
     code_row row_codes;
     for (index_t t = 0; t < count; ++t) {
       const float* from = rows.row(t);
-      for (index_t d = 0; d < g.head_dim; ++d) {
-        const auto i = static_cast<std::size_t>(d);
-        row[i] = (from[d] - statistics.mean(d)) * inverse_scales[i];
-      }
+      const float* means = statistics.means();
+      const float* inverse = inverse_scales.data();
+      float* to = row.data();
+      for_each_lane(
+          g.head_dim,
+          [=](index_t d) {
+            store_four(to + d, (load_four(from + d) - load_four(means + d)) * load_four(inverse + d));
+          },
+          [=](index_t d) { to[d] = (from[d] - means[d]) * inverse[d]; });
       const float scale =
           kernels.low_bit.nearest(row.data(), g.head_dim, balanced_traits<Bits>::book, row_codes.data());
       set_scale(section + Base::rows::token_scales_offset(g), first + t, to_finite_bfloat16(scale));

@@ -51,7 +51,7 @@ class by_layer : public detail::by_layer_options<Codec> {
 
   /// One codec for every layer, however many there are.
   by_layer() : by_layer(Codec{}) {}
-  explicit by_layer(const Codec& everywhere) : by_layer(std::vector<Codec>{everywhere}, {}) {}
+  by_layer(const Codec& everywhere) : by_layer(std::vector<Codec>{everywhere}, {}) {}
 
   /// \param layers  [num_layers]. Throws shape_error if there are none.
   explicit by_layer(const std::vector<Codec>& layers) : by_layer(layers, identity(layers.size())) {}
@@ -95,6 +95,10 @@ class by_layer : public detail::by_layer_options<Codec> {
         .codecs[s.of_layer.empty() ? 0
                                    : static_cast<std::size_t>(s.of_layer[static_cast<std::size_t>(layer)])];
   }
+  /// Those that occur, and which of them each layer has; where that list is empty, all have the first.
+  [[nodiscard]] const std::vector<Codec>& codecs() const noexcept { return settings_->codecs; }
+  [[nodiscard]] const std::vector<index_t>& of_layer() const noexcept { return settings_->of_layer; }
+
   [[nodiscard]] decltype(auto) at(index_t layer, index_t head) const {
     return codec_at(of(layer), layer, head);
   }

@@ -11,6 +11,7 @@
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/channel_scaled.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/lanes.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/scales.hpp>
@@ -26,6 +27,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 
 namespace kvcache::inline v0::codec {
@@ -64,11 +66,19 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
     std::copy_n(rows.row(0), g.head_dim, largest.begin());
     for (index_t t = 1; t < count; ++t) {
       const float* row = rows.row(t);
-      for (index_t d = 0; d < g.head_dim; ++d) {
-        const auto i = static_cast<std::size_t>(d);
-        least[i] = std::min(least[i], row[d]);
-        largest[i] = std::max(largest[i], row[d]);
-      }
+      float* low = least.data();
+      float* high = largest.data();
+      detail::for_each_lane(
+          g.head_dim,
+          [=](index_t d) {
+            const detail::four_floats x = detail::load_four(row + d);
+            detail::store_four(low + d, detail::least_of(detail::load_four(low + d), x));
+            detail::store_four(high + d, detail::largest_of(detail::load_four(high + d), x));
+          },
+          [=](index_t d) {
+            low[d] = std::min(low[d], row[d]);
+            high[d] = std::max(high[d], row[d]);
+          });
     }
     detail::channel_floats middles;
     detail::channel_floats inverse_steps;
@@ -79,10 +89,17 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
     detail::code_row row_codes;
     for (index_t t = 0; t < count; ++t) {
       const float* row = rows.row(t);
-      for (index_t d = 0; d < g.head_dim; ++d) {
-        const auto i = static_cast<std::size_t>(d);
-        row_codes[i] = code_of((row[d] - middles[i]) * inverse_steps[i]);
-      }
+      const float* middle = middles.data();
+      const float* inverse_step = inverse_steps.data();
+      std::uint8_t* codes = row_codes.data();
+      detail::for_each_lane(
+          g.head_dim,
+          [=](index_t d) {
+            put_four_codes((detail::load_four(row + d) - detail::load_four(middle + d)) *
+                               detail::load_four(inverse_step + d),
+                           codes + d);
+          },
+          [=](index_t d) { codes[d] = code_of((row[d] - middle[d]) * inverse_step[d]); });
       base::rows::codes::put(g, section, first + t, row_codes.data());
     }
   }
@@ -109,6 +126,16 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
     // rounds to nearest even: what is left in the low bits of the mantissa is the whole number
     const float shifted = bounded + 0x1.8p23F;
     return static_cast<std::uint8_t>((std::bit_cast<std::uint32_t>(shifted) + traits::below) & 0xffU);
+  }
+  /// The same, four at a time.
+  static void put_four_codes(detail::four_floats steps, std::uint8_t* codes) noexcept {
+    const auto all = [](float x) { return detail::four_floats{x, x, x, x}; };
+    const detail::four_floats bounded =
+        detail::least_of(detail::largest_of(steps, all(static_cast<float>(-traits::below))),
+                         all(static_cast<float>(traits::below - 1)));
+    const auto words = reinterpret_cast<detail::four_words>(bounded + all(0x1.8p23F)) + traits::below;
+    const auto bytes = __builtin_convertvector(words & 0xff, detail::four_bytes);
+    std::memcpy(codes, &bytes, sizeof(bytes));
   }
 };
 

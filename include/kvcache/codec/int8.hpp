@@ -9,6 +9,7 @@
 #pragma once
 
 #include <kvcache/block/order.hpp>
+#include <kvcache/block/quads.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/description.hpp>
@@ -127,8 +128,11 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
       }
       const detail::byte_row row(kernels, key, g.head_dim);
       set_scale(section + scales_offset(g), t, row.scale);
-      for (index_t d = 0; d < g.head_dim; d += order::pack)
-        std::memcpy(keys + order::key_index(g, t, d), &row.bytes[static_cast<std::size_t>(d)], order::pack);
+      std::int8_t* to = keys + order::key_index(g, t, 0);  // its words lie a line apart
+      const std::int8_t* const end = row.bytes.data() + g.head_dim;
+      for (const std::int8_t* from = row.bytes.data(); from < end;
+           from += order::pack, to += key_lanes * order::pack)
+        std::memcpy(to, from, order::pack);
     }
   }
   void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t first,
@@ -172,12 +176,17 @@ struct int8_values : detail::int8_rows<detail::values_in_order> {
 
   static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
                      index_t count, const_rows rows) {
-    auto* values = reinterpret_cast<std::int8_t*>(section);
     for (index_t t = first; t < first + count; ++t) {
       const detail::byte_row row(kernels, rows.row(t - first), g.head_dim);
       set_scale(section + scales_offset(g), t, row.scale);
-      std::int8_t* to = values + order::value_index(g, t, 0);
-      for (index_t d = 0; d < g.head_dim; ++d) to[d * order::pack] = row.bytes[static_cast<std::size_t>(d)];
+      std::byte* quads = section + order::value_index(g, t / order::pack * order::pack, 0);
+      const index_t slot = t % order::pack;
+      index_t d = 0;
+      for (; d + 16 <= g.head_dim; d += 16)
+        put_in_quads(quads + d * order::pack, slot,
+                     reinterpret_cast<const std::uint8_t*>(&row.bytes[static_cast<std::size_t>(d)]));
+      for (; d < g.head_dim; ++d)
+        quads[d * order::pack + slot] = static_cast<std::byte>(row.bytes[static_cast<std::size_t>(d)]);
     }
   }
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,

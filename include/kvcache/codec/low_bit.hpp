@@ -76,7 +76,7 @@ struct keys_in_order {
   static constexpr index_t index(const block_geometry& g, index_t token, index_t dim) noexcept {
     return order::key_index(g, token, dim);
   }
-  /// \pre token is a multiple of 16
+  /// Where the group of a token begins.
   static constexpr index_t line(const block_geometry& g, index_t token) noexcept {
     return token / key_lanes * order::key_packs(g);
   }
@@ -91,11 +91,7 @@ struct keys_in_order {
   template <class Packed>
   static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) {
     for (index_t d = g.head_dim; d % order::pack != 0; ++d) codes[d] = 0;
-    for (index_t d = 0; d < g.head_dim; d += order::pack) {
-      std::uint32_t four;
-      std::memcpy(&four, codes + d, sizeof(four));
-      Packed::put_four(section, index(g, token, d), four);
-    }
+    Packed::put_row_of_keys(section, line(g, token), token % key_lanes, codes, order::key_packs(g));
   }
 };
 
@@ -119,7 +115,7 @@ struct values_in_order {
   }
   template <class Packed>
   static void put(const block_geometry& g, std::byte* section, index_t token, const std::uint8_t* codes) {
-    Packed::put_every_fourth(section, index(g, token, 0), codes, g.head_dim);
+    Packed::put_row_of_values(section, index(g, token, 0), codes, g.head_dim);
   }
 };
 

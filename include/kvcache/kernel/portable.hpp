@@ -190,7 +190,12 @@ struct element {
     const auto* in = reinterpret_cast<const Element*>(keys);
     for (index_t t = first; t < first + count; ++t) {
       float* row = rows.row(t - first);
-      for (index_t d = 0; d < g.head_dim; ++d) row[d] = to_float(in[order::key_index(g, t, d)]);
+      const Element* from = in + order::key_index(g, t, 0);  // the next pack lies a line further
+      index_t d = 0;
+      for (; d + order::pack <= g.head_dim; d += order::pack, from += key_lanes * order::pack) {
+        for (index_t i = 0; i < order::pack; ++i) row[d + i] = to_float(from[i]);
+      }
+      for (; d < g.head_dim; ++d) row[d] = to_float(*from++);
     }
   }
 
@@ -199,7 +204,8 @@ struct element {
     const auto* in = reinterpret_cast<const Element*>(values);
     for (index_t t = first; t < first + count; ++t) {
       float* row = rows.row(t - first);
-      for (index_t d = 0; d < g.head_dim; ++d) row[d] = to_float(in[order::value_index(g, t, d)]);
+      const Element* from = in + order::value_index(g, t, 0);
+      for (index_t d = 0; d < g.head_dim; ++d, from += order::pack) row[d] = to_float(*from);
     }
   }
 

@@ -3,16 +3,27 @@
 // it: bytes are widened to floats. What multiplies bytes as they are (avx512_int8.inl) takes encoding from here only.
 
 KVCACHE_TARGET inline float largest(const float* row, index_t count) {
-  vec max = zero();
-  vec nothing = zero();  // x - x is zero for finite x, else NaN
+  vec max[2] = {zero(), zero()};
+  vec nothing[2] = {zero(), zero()};  // x * 0 is zero for finite x, else NaN
   index_t i = 0;
-  for (; i + key_lanes <= count; i += key_lanes) {
-    const vec x = load(row + i);
-    max = larger(max, magnitude(x));
-    nothing = add(nothing, sub(x, x));
+  for (; i + 2 * key_lanes <= count; i += 2 * key_lanes) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const vec x = load(row + i + j * key_lanes);
+      max[j] = larger(max[j], magnitude(x));
+      nothing[j] = fma(x, zero(), nothing[j]);
+    }
   }
-  const float rest = portable::largest(row + i, count - i);
-  return std::max(largest_of(max), rest) + (sum_of(nothing) + (rest - rest));
+  if (i + key_lanes <= count) {
+    const vec x = load(row + i);
+    max[0] = larger(max[0], magnitude(x));
+    nothing[0] = fma(x, zero(), nothing[0]);
+    i += key_lanes;
+  }
+  const float most = largest_of(larger(max[0], max[1]));
+  const bool finite = all_finite(add(nothing[0], nothing[1]));
+  const float rest = i < count ? portable::largest(row + i, count - i) : 0.0F;
+  return finite ? std::max(most, rest) + (rest - rest) : std::numeric_limits<float>::quiet_NaN();
 }
 
 KVCACHE_TARGET inline void quantize(const float* row, index_t count, float scale, std::int8_t* out) {

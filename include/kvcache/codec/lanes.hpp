@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: MIT
+// lanes: four numbers at a time in the registers of any processor, for what whole blocks are measured with when they are
+// encoded. Each lane does what a loop over single numbers would do, in the same order: the same bits.
+#pragma once
+
+#include <kvcache/core/types.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kvcache::inline v0::codec::detail {
+
+using four_floats [[gnu::vector_size(16)]] = float;
+using four_words [[gnu::vector_size(16)]] = std::int32_t;
+using four_bytes [[gnu::vector_size(4)]] = std::uint8_t;
+
+inline constexpr index_t num_lanes = 4;
+
+inline four_floats load_four(const float* from) noexcept {
+  four_floats loaded;
+  std::memcpy(&loaded, from, sizeof(loaded));
+  return loaded;
+}
+inline void store_four(float* to, four_floats numbers) noexcept {
+  std::memcpy(to, &numbers, sizeof(numbers));
+}
+
+/// mask ? a : b, lane by lane; a mask is what a comparison gives.
+inline four_floats choose(four_words mask, four_floats a, four_floats b) noexcept {
+  return reinterpret_cast<four_floats>((mask & reinterpret_cast<four_words>(a)) |
+                                       (~mask & reinterpret_cast<four_words>(b)));
+}
+/// As std::min(a, b) and std::max(a, b), of zeros and NaN too.
+inline four_floats least_of(four_floats a, four_floats b) noexcept { return choose(b < a, b, a); }
+inline four_floats largest_of(four_floats a, four_floats b) noexcept { return choose(a < b, b, a); }
+
+/// Calls four(d) for d = 0, 4, ... as far as four numbers are left of `count`, and one(d) for those behind them.
+template <class Four, class One>
+void for_each_lane(index_t count, Four four, One one) {
+  index_t d = 0;
+  for (; d + num_lanes <= count; d += num_lanes) four(d);
+  for (; d < count; ++d) one(d);
+}
+
+}  // namespace kvcache::inline v0::codec::detail
