@@ -168,8 +168,9 @@ void journal_row(benchmark::State& state, index_t kv_len, index_t sync_every) {
   const noise rows(q_heads * shape.head_dim);
   const index_t width = shape.num_kv_heads * shape.head_dim;
   const noise kv(width);
-  std::vector<store::token_id> ids(static_cast<std::size_t>(kv_len));
-  store::journal log(folder.file("live.kvj"), cache, {.tokens = ids}, {.sync_every = sync_every});
+  store::identity who;
+  who.tokens.resize(static_cast<std::size_t>(kv_len));
+  store::journal log(folder.file("live.kvj"), cache, who, {.sync_every = sync_every});
   std::vector<float> out(static_cast<std::size_t>(q_heads * shape.head_dim));
   constexpr index_t steps = 64;
   index_t token = kv_len;
