@@ -40,28 +40,12 @@
 #endif
 
 using namespace kvcache;
+using stored::append_exactly;
 
 namespace {
 
 using bytes = std::vector<std::byte>;
 using sealing = codec::exact_sinks<codec::exact_tail<codec::mixed<codec::channel<4>, codec::int8>, 16>, 2>;
-
-/// Numbers that bfloat16 has, the same on every machine, of tokens that have been there.
-template <class Cache>
-void append_exactly(Cache& cache, index_t count) {
-  const cache_shape& shape = cache.shape();
-  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-    std::vector<float> k(static_cast<std::size_t>(count * shape.num_kv_heads * shape.head_dim));
-    std::vector<float> v(k.size());
-    for (std::size_t i = 0; i < k.size(); ++i) {
-      k[i] = static_cast<float>(static_cast<int>((i * 37 + static_cast<std::size_t>(layer) * 11) % 61) - 30) /
-             16;
-      v[i] =
-          static_cast<float>(static_cast<int>((i * 23 + static_cast<std::size_t>(layer) * 7) % 53) - 26) / 32;
-    }
-    cache[layer].append(k, v);
-  }
-}
 
 template <class Codec>
 chunked_cache<Codec> small_cache(const cache_shape& shape, index_t count) {

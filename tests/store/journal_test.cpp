@@ -21,8 +21,10 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <span>
@@ -357,6 +359,81 @@ TEST_CASE("a write that fails is repeated, and nothing of it stays", "[store]") 
   const auto found = store::recover<cache_type>(log.file());
   CHECK(found.damaged_bytes == 0);
   CHECK(state_of(found.cache, found.about.who.tokens) == state_of(s.cache, s.ids));
+}
+
+TEST_CASE("a forged journal is refused or a sequence that keeps its invariants", "[store]") {
+  using cache_type = chunked_cache<sealing>;
+  session<cache_type> s{cache_type({1, 1, 4, 16})};
+  test::random random;
+  history<cache_type> h(s, random, 8, 16);
+  const bytes file = h.log.file();
+  int recovered = 0;
+  const auto try_recover = [&](bytes forged) {
+    stored::repair_journal(forged);
+    try {
+      auto found =
+          store::recover<cache_type>(std::span<const std::byte>(forged), {.slack_limit_bytes = 1 << 14});
+      found.cache.check();
+      (void)state_of(found.cache, found.about.who.tokens);
+      found.cache.truncate(found.cache.size() / 2);
+      ++recovered;
+    } catch (const load_error&) {
+    }
+  };
+  for (std::size_t i = 0; i < file.size(); ++i) {
+    bytes forged = file;
+    forged[i] ^= static_cast<std::byte>(i % 3 == 0 ? 0xff : 1U << (i % 8));
+    try_recover(forged);
+  }
+  for (const auto& [start, state] : h.states) {  // numbers of headers and tables
+    for (std::size_t at = start; at + 8 <= std::min<std::size_t>(file.size(), start + 256); at += 8) {
+      for (const std::uint64_t value :
+           {std::uint64_t{0}, std::uint64_t{1} << 20, std::uint64_t{1} << 56, ~std::uint64_t{0}}) {
+        bytes forged = file;
+        std::memcpy(forged.data() + at, &value, 8);
+        try_recover(forged);
+      }
+    }
+  }
+  CHECK(recovered > 100);
+}
+
+// KVCACHE_WRITE_FIXTURES=1 writes that of a new version; files of released versions are never written again.
+TEST_CASE("a journal of format version 1 is read, and written in the same bytes", "[store]") {
+  using cache_type = chunked_cache<sealing>;
+  const std::filesystem::path path = KVCACHE_TESTS_DIR "/store/fixtures/v1_journal.kvj";
+  cache_type cache({2, 1, 4, 16});
+  disk_log log;
+  store::journal<cache_type> journal(std::make_unique<recorded_output>(log), cache, {.model = "model"},
+                                     {.every = 16});
+  const auto append = [&](index_t count) {
+    stored::append_exactly(cache, count);
+    std::vector<token_id> ids;
+    for (index_t i = cache.size() - count; i < cache.size(); ++i) ids.push_back(static_cast<token_id>(7 * i));
+    journal.append(ids);
+  };
+  append(20);
+  append(25);
+  journal.truncate(30);
+  append(30);
+  cache.shift(3, 9, -1);
+  journal.flush();
+  bytes now = log.file();
+  if (std::getenv("KVCACHE_WRITE_FIXTURES") != nullptr)
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(now.data()), static_cast<std::streamsize>(now.size()));
+
+  std::ifstream stream(path, std::ios::binary);
+  bytes released = store::read_all(stream);
+  const auto found = store::recover<cache_type>(std::span<const std::byte>(released));
+  CHECK(found.damaged_bytes == 0);
+  stored::require_same(cache, found.cache);
+  CHECK(found.about.who.tokens.back() == 7 * 59);
+  for (bytes* file : {&released, &now}) {
+    std::fill_n(file->begin() + 20, 4, std::byte{0});  // the version of the library that wrote it
+    stored::repair_journal(*file);
+  }
+  CHECK(released == now);
 }
 
 #if defined(__unix__)

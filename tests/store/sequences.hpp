@@ -5,13 +5,12 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
+#include "store/repair.hpp"
+
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
-#include <kvcache/store/crc32c.hpp>
 
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
 #include <span>
 #include <vector>
 
@@ -55,27 +54,20 @@ void require_same(const A& a, const B& b) {
   REQUIRE(std::vector(sa.begin(), sa.end()) == std::vector(sb.begin(), sb.end()));
 }
 
-/// Makes every checksum of a file right for what it has now: what damage alone never does, and malice may.
-inline void repair(std::vector<std::byte>& file) {
-  const auto number = [&]<class Number>(std::size_t at, Number) {
-    Number value{};
-    if (at <= file.size() && sizeof(value) <= file.size() - at)
-      std::memcpy(&value, file.data() + at, sizeof(value));
-    return value;
-  };
-  const auto put = [&](std::size_t at, std::uint32_t value) {
-    if (at + 4 <= file.size()) std::memcpy(file.data() + at, &value, 4);
-  };
-  const auto bytes = std::span<const std::byte>(file);
-  const std::uint64_t table_end = number(24, std::uint64_t{});
-  for (std::size_t entry = 64; entry + 64 <= table_end && entry + 64 <= file.size(); entry += 64) {
-    const std::uint64_t offset = number(entry + 8, std::uint64_t{});
-    const std::uint64_t size = number(entry + 16, std::uint64_t{});
-    if (offset <= file.size() && size <= file.size() - offset)
-      put(entry + 32, kvcache::store::crc32c(bytes.subspan(offset, size)));
+/// Numbers that bfloat16 has, the same on every machine and in every run: what fixtures are made of.
+template <class Cache>
+void append_exactly(Cache& cache, index_t count) {
+  const cache_shape& shape = cache.shape();
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    const auto n = static_cast<std::size_t>(layer);
+    std::vector<float> k(static_cast<std::size_t>(count * shape.num_kv_heads * shape.head_dim));
+    std::vector<float> v(k.size());
+    for (std::size_t i = 0; i < k.size(); ++i) {
+      k[i] = static_cast<float>(static_cast<int>((i * 37 + n * 11) % 61) - 30) / 16;
+      v[i] = static_cast<float>(static_cast<int>((i * 23 + n * 7) % 53) - 26) / 32;
+    }
+    cache[layer].append(k, v);
   }
-  put(60, 0);
-  if (table_end <= file.size()) put(60, kvcache::store::crc32c(bytes.first(table_end)));
 }
 
 }  // namespace stored
