@@ -2,12 +2,15 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
+#include "examples/allocation_watch.hpp"
 #include "examples/temporary_folder.hpp"
 #include "store/tier_conformance.hpp"
 
 #include <kvcache/store/lmdb_tier.hpp>
 
 #include <csignal>
+#include <fstream>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -72,6 +75,9 @@ TEST_CASE("an LMDB file does what every tier does", "[store]") {
   SECTION("processes, with little room") {
     place.options.map_bytes = 1_MiB;
     tiers::serves_processes_at_once(place, 3, 1000);
+  }
+  SECTION("no memory") {
+    tiers::misses_without_memory(place, [](long n) { model_files::allocations_until_failure = n; });
   }
   SECTION("kills") { tiers::survives_kills(place, 25); }
 }
