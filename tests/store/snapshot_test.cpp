@@ -13,6 +13,7 @@
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/low_rank_rows.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/interop/any_snapshot.hpp>
@@ -28,6 +29,7 @@
 #include <span>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -230,6 +232,46 @@ TEST_CASE("settings of a codec are saved, and another codec or shape is refused"
   CHECK(
       store::load<with_tail>(store::save(chunked_cache<codec::bf16>(shape), {})).cache.codec().tail_tokens ==
       0);
+}
+
+namespace {
+
+/// codec::low_rank, without what finds bases and needs Eigen.
+struct low_rank : codec::sides<codec::low_rank_keys, codec::low_rank_values> {
+  static constexpr std::string_view name = "low_rank";
+};
+
+}  // namespace
+
+TEST_CASE("bases of low_rank are saved with the blocks", "[store]") {
+  test::random random;
+  const bool two_matrices = GENERATE(false, true);
+  codec::low_rank_matrices made;
+  made.key_layout = {.f32 = 1, .bf16 = 2, .int8 = 5, .bits4 = 9};
+  made.value_layout = {.bf16 = 3, .bits2 = 4};
+  made.keys_in = random.floats(4 * 17 * 24);
+  if (two_matrices) made.keys_out = random.floats(4 * 17 * 24);
+  made.values = random.floats(4 * 7 * 24);
+  for (int i = 0; i < 4 * 17; ++i) made.key_spreads.push_back(random.uniform(0.1F, 2));
+  for (int i = 0; i < 4 * 7; ++i) made.value_spreads.push_back(random.uniform(0.1F, 2));
+  low_rank settings;
+  settings.keys.bases = settings.values.bases = std::make_shared<const codec::low_rank_bases>(shape, made);
+  chunked_cache<low_rank> cache(shape, settings);
+  stored::append(cache, 37, random);
+  const bytes saved = store::save(cache, {});
+  auto again = store::load<contiguous_cache<low_rank>>(saved).cache;
+  require_same(cache, again);
+  const auto q = random.floats(48);
+  std::vector<float> out(48);
+  std::vector<float> expected(48);
+  attend(q, cache[1], expected);
+  attend(q, again[1], out);
+  CHECK(out == expected);
+  test::random a(1);
+  test::random b(1);
+  stored::append(cache, 9, a);
+  stored::append(again, 9, b);
+  CHECK(store::save(cache, {}) == store::save(again, {}));
 }
 
 TEST_CASE("a snapshot of another model, tokenizer or rotation is refused", "[store]") {

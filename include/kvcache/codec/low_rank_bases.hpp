@@ -9,6 +9,7 @@
 #pragma once
 
 #include <kvcache/block/order.hpp>
+#include <kvcache/codec/description.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/memory.hpp>
@@ -20,6 +21,7 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <span>
@@ -78,6 +80,13 @@ class low_rank_bases {
   static std::shared_ptr<const low_rank_bases> fit_from(const Cache& cache, const low_rank_options& keys,
                                                         const low_rank_options& values,
                                                         std::span<const float> query_moments = {});
+
+  /// The settings of one side, keys or values, and bases of that side made from them; the other side is of no use then.
+  /// See codec/description.hpp and docs/format.md. from_settings throws shape_error.
+  void put_settings(bool of_keys, std::vector<std::byte>& out) const;
+  static std::shared_ptr<const low_rank_bases> from_settings(bool of_keys,
+                                                             std::span<const std::byte> settings,
+                                                             const cache_shape& shape);
 
   [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
   [[nodiscard]] const low_rank_layout& key_layout() const noexcept { return key_layout_; }
@@ -188,6 +197,67 @@ inline low_rank_bases::low_rank_bases(const cache_shape& shape, const low_rank_m
     std::copy_n(matrices.values.begin() + head * value_rank * dim, value_rank * dim, to);
     put_spreads(matrices.value_spreads, head, value_rank, to + matrix_floats(value_layout_));
   }
+}
+
+inline void low_rank_bases::put_settings(bool of_keys, std::vector<std::byte>& out) const {
+  const low_rank_layout& layout = of_keys ? key_layout_ : value_layout_;
+  const bool two = of_keys && weighted_;
+  const std::array<std::int64_t, 6> numbers = {layout.f32,   layout.bf16,  layout.int8,
+                                               layout.bits4, layout.bits2, two ? 1 : 0};
+  const auto bytes = std::as_bytes(std::span(numbers));
+  out.insert(out.end(), bytes.begin(), bytes.end());
+  const index_t rank = layout.rank();
+  const block_geometry g{round_up(rank, key_lanes), shape_.head_dim};
+  std::vector<float> row(static_cast<std::size_t>(shape_.head_dim));
+  const auto put = [&](auto of_head) {  // [rank, head_dim] of all heads
+    for (index_t head = 0; head < num_heads(); ++head) {
+      const float* matrix = of_head(head);
+      for (index_t i = 0; i < rank; ++i) {
+        for (index_t d = 0; d < shape_.head_dim; ++d)
+          row[static_cast<std::size_t>(d)] =
+              matrix[of_keys ? block_order<float>::key_index(g, i, d) : i * shape_.head_dim + d];
+        kvcache::detail::put_floats(row, out);
+      }
+    }
+  };
+  const auto basis = [&](index_t head) {
+    return of_keys ? keys(head / shape_.num_kv_heads, head % shape_.num_kv_heads)
+                   : values(head / shape_.num_kv_heads, head % shape_.num_kv_heads);
+  };
+  put([&](index_t head) { return basis(head).in; });
+  if (two) put([&](index_t head) { return basis(head).out; });
+  for (index_t head = 0; head < num_heads(); ++head)
+    kvcache::detail::put_floats({basis(head).spreads, static_cast<std::size_t>(rank)}, out);
+}
+
+inline std::shared_ptr<const low_rank_bases> low_rank_bases::from_settings(
+    bool of_keys, std::span<const std::byte> settings, const cache_shape& shape) {
+  std::array<std::int64_t, 6> numbers{};
+  if (settings.size() < sizeof(numbers)) throw shape_error("kvcache: low_rank: the settings end too early");
+  std::memcpy(numbers.data(), settings.data(), sizeof(numbers));
+  for (const std::int64_t n : numbers) {
+    if (n < 0 || n > shape.head_dim)
+      throw shape_error("kvcache: low_rank: a group has 0 to head_dim components");
+  }
+  const low_rank_layout layout{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+  const bool two = of_keys && numbers[5] != 0;
+  const index_t heads = checked_mul(shape.num_layers, shape.num_kv_heads);
+  const index_t spreads_size = checked_mul(heads, layout.rank());
+  const index_t matrix_size = checked_mul(spreads_size, shape.head_dim);
+  const std::vector<float> floats = kvcache::detail::floats_in(
+      settings.subspan(sizeof(numbers)), checked_add(checked_mul(matrix_size, two ? 2 : 1), spreads_size));
+  const auto part = [&](index_t first, index_t count) {
+    return std::vector<float>(floats.begin() + first, floats.begin() + first + count);
+  };
+  low_rank_matrices made;
+  (of_keys ? made.key_layout : made.value_layout) = layout;
+  (of_keys ? made.keys_in : made.values) = part(0, matrix_size);
+  if (two) made.keys_out = part(matrix_size, matrix_size);
+  (of_keys ? made.key_spreads : made.value_spreads) = part(matrix_size * (two ? 2 : 1), spreads_size);
+  (of_keys ? made.value_layout : made.key_layout).f32 = 1;
+  (of_keys ? made.values : made.keys_in).resize(static_cast<std::size_t>(checked_mul(heads, shape.head_dim)));
+  (of_keys ? made.value_spreads : made.key_spreads).assign(static_cast<std::size_t>(heads), 1.0F);
+  return std::make_shared<const low_rank_bases>(shape, made);
 }
 
 }  // namespace kvcache::inline v0::codec

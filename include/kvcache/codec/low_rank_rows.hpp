@@ -27,7 +27,10 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <span>
+#include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace kvcache::inline v0::codec {
 
@@ -125,6 +128,12 @@ struct low_rank_rows : plain_side {
   std::shared_ptr<const low_rank_bases> bases = nullptr;
   low_rank_basis basis = {};  ///< of the head that this is for; see at()
 
+  [[nodiscard]] static constexpr std::string_view side_name() noexcept { return "low_rank"; }
+  /// The bases of this side; see codec/description.hpp.
+  void put_settings(std::vector<std::byte>& out) const {
+    if (bases != nullptr) bases->put_settings(is_keys, out);
+  }
+
   /// Throws shape_error where there are no bases, or those of another model.
   void validate(const cache_shape& shape) const {
     if (bases == nullptr) throw shape_error("kvcache: low_rank needs bases; see low_rank_bases::fit");
@@ -212,6 +221,9 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
   using groups = detail::key_groups;
   using group = detail::component_group;
 
+  static low_rank_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
+    return {{{}, settings.empty() ? nullptr : low_rank_bases::from_settings(true, settings, shape), {}}};
+  }
   [[nodiscard]] low_rank_keys at(index_t layer, index_t head) const {
     return {{{}, this->bases, this->bases ? this->bases->keys(layer, head) : low_rank_basis{}}};
   }
@@ -303,6 +315,9 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
   using group = detail::component_group;
   static constexpr bool turns_sums = true;
 
+  static low_rank_values from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
+    return {{{}, settings.empty() ? nullptr : low_rank_bases::from_settings(false, settings, shape), {}}};
+  }
   [[nodiscard]] low_rank_values at(index_t layer, index_t head) const {
     return {{{}, this->bases, this->bases ? this->bases->values(layer, head) : low_rank_basis{}}};
   }
