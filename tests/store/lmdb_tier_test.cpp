@@ -74,7 +74,8 @@ TEST_CASE("an LMDB file does what every tier does", "[store]") {
   SECTION("processes") { tiers::serves_processes_at_once(place, 4, 1500); }
   SECTION("processes, with little room") {
     place.options.map_bytes = 1_MiB;
-    tiers::serves_processes_at_once(place, 3, 1000);
+    // A reader that is not scheduled keeps freed pages, so that a change may find none.
+    tiers::serves_processes_at_once(place, 3, 1000, false);
   }
   SECTION("no memory") {
     tiers::misses_without_memory(place, [](long n) { model_files::allocations_until_failure = n; });
