@@ -8,7 +8,8 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/tools/setup.sh"
 
-kvcache_install g++ cmake ninja-build libeigen3-dev libbenchmark-dev python3
+kvcache_install g++ cmake ninja-build libeigen3-dev libbenchmark-dev python3 liblmdb-dev libhiredis-dev \
+  redis-server
 kvcache_toolchain
 kvcache_build bench -DCMAKE_BUILD_TYPE=Release "-DKVCACHE_WERROR=${CI:-OFF}" -DKVCACHE_BUILD_BENCH=ON \
   -DKVCACHE_BUILD_TESTS=OFF -DKVCACHE_BUILD_EXAMPLES=OFF

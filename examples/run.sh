@@ -9,7 +9,7 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/tools/setup.sh"
 
-kvcache_install g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev
+kvcache_install g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev liblmdb-dev libhiredis-dev
 kvcache_toolchain
 program=generate
 if [ "$#" -gt 0 ] && [ -e "$root/examples/$1.cpp" ]; then

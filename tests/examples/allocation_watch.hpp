@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The largest single allocation while a watch is alive. Include in exactly one file of a test: it replaces
+// The largest single allocation while a watch is alive, and one that fails on purpose. Include in exactly one file of a test: it replaces
 // the global operator new. Eigen allocates past it, so what it allocates is bounded by the sizes the loaders
 // have checked.
 #pragma once
@@ -11,7 +11,8 @@
 
 namespace model_files {
 
-inline std::size_t largest_allocation = 0;  // bytes
+inline std::size_t largest_allocation = 0;   // bytes
+inline long allocations_until_failure = -1;  // that succeed, then one fails; negative: all succeed
 
 class allocation_watch {
  public:
@@ -23,6 +24,8 @@ class allocation_watch {
 
 // Not inlined, or g++ sees malloc and delete meet and warns.
 [[gnu::noinline]] void* operator new(std::size_t size) {
+  if (model_files::allocations_until_failure >= 0 && model_files::allocations_until_failure-- == 0)
+    throw std::bad_alloc();
   model_files::largest_allocation = std::max(model_files::largest_allocation, size);
   if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
   throw std::bad_alloc();

@@ -69,9 +69,17 @@ inline int free_port() {
 
 class redis_server {
  public:
-  explicit redis_server(std::vector<std::string> options = {})
-      : options_(std::move(options)), port_(free_port()) {
-    start();
+  explicit redis_server(std::vector<std::string> options = {}) : options_(std::move(options)) {
+    for (int attempt = 1;; ++attempt) {
+      port_ = free_port();
+      try {
+        start();
+        return;
+      } catch (const std::runtime_error&) {  // somebody else took the port first
+        stop();
+        if (attempt == 3) throw;
+      }
+    }
   }
   redis_server(const redis_server&) = delete;
   redis_server& operator=(const redis_server&) = delete;
@@ -158,7 +166,7 @@ class redis_server {
 
  private:
   std::vector<std::string> options_;
-  int port_;
+  int port_ = 0;
   ::pid_t process_ = -1;
   model_files::temporary_folder folder_;
 };

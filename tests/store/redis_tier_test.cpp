@@ -101,6 +101,9 @@ TEST_CASE("a Redis server does what every tier does", "[store]") {
   SECTION("limits") { tiers::refuses_long_keys(place); }
   SECTION("damage") { tiers::misses_what_is_damaged(place); }
   SECTION("processes") { tiers::serves_processes_at_once(place, 4, 600); }
+  SECTION("no memory") {
+    tiers::misses_without_memory(place, [](long n) { model_files::allocations_until_failure = n; });
+  }
   SECTION("kills") { tiers::survives_kills(place, 10); }
 }
 

@@ -234,8 +234,6 @@ TEST_CASE("settings of a codec are saved, and another codec or shape is refused"
       0);
 }
 
-namespace {
-
 TEST_CASE("bases of low_rank are saved with the blocks", "[store]") {
   test::random random;
   const bool two_matrices = GENERATE(false, true);

@@ -133,6 +133,9 @@ TEST_CASE("a directory does what every tier does", "[store]") {
     tiers::serves_processes_at_once(place, 3, 800);
     CHECK(place.on_disk().first <= 40_KiB);
   }
+  SECTION("no memory") {
+    tiers::misses_without_memory(place, [](long n) { model_files::allocations_until_failure = n; });
+  }
   SECTION("kills") {
     place.options.stale_after = std::chrono::seconds(0);
     place.options.budget_bytes = 60_KiB;

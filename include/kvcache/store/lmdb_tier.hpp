@@ -231,7 +231,8 @@ inline bool lmdb_tier::put(std::string_view space, std::span<const std::uint32_t
     if (freed == 0) stats_.evicted += evicted_now_;
   }
   if (error == 0) touched_.clear();
-  ++(error == 0 ? stats_.puts : stats_.errors);
+  // A reader that stands still keeps all pages that were freed since it began.
+  ++(error == 0 ? stats_.puts : error == MDB_MAP_FULL ? stats_.refused : stats_.errors);
   return error == 0;
 }
 

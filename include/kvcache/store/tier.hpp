@@ -38,7 +38,7 @@ struct tier_stats {
   index_t hits = 0;
   index_t misses = 0;
   index_t puts = 0;         ///< that are kept
-  index_t refused = 0;      ///< puts of keys or payloads beyond the limits
+  index_t refused = 0;      ///< puts beyond the limits, or that no room could be made for
   index_t damaged = 0;      ///< records that failed a checksum or ended too early; erased
   index_t foreign = 0;      ///< records of another key or program under this name; erased
   index_t evicted = 0;      ///< records that made room for others
