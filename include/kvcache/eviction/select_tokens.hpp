@@ -38,8 +38,8 @@ struct token_selection {
 /// \return        indices of tokens, ascending, the newest one among them; all of them if they fit. At most `budget`, unless
 ///                protected units are more.
 /// O(size log size). Throws std::bad_alloc.
-[[nodiscard]] std::vector<index_t> select_tokens(std::span<const float> scores,
-                                                 const token_selection& selection);
+[[nodiscard]] inline std::vector<index_t> select_tokens(std::span<const float> scores,
+                                                        const token_selection& selection);
 
 namespace detail {
 
