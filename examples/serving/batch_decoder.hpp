@@ -107,10 +107,11 @@ matrix batch_decoder::step(std::span<Sequence> sequences, std::span<const batch_
   for (index_t i = 0, to = 0; i < std::ssize(rows); ++i)
     if (rows[static_cast<std::size_t>(i)].wants_logits) wanted.row(to++) = x.row(i);
   const matrix& output = config_.tied_embeddings ? weights_.embedding : weights_.output;
-  return by_tiles(wanted, [&](const matrix& part) {
-           return llama::linear(llama::rms_norm(part, weights_.final_norm, config_.norm_eps), output,
-                                executor);
-         })
+  return by_tiles(wanted,
+                  [&](const matrix& part) {
+                    return llama::linear(llama::rms_norm(part, weights_.final_norm, config_.norm_eps), output,
+                                         executor);
+                  })
       .topRows(num_wanted);
 }
 

@@ -26,9 +26,9 @@ struct command_line {
   std::string policy = "lru";
   std::string budget = "24MiB";
   index_t budget_bytes = 0;
-  bool recode = false;   ///< re-encode what was not used for long as int8, before anything is dropped
-  bool verify = false;   ///< run every conversation alone as well
-  bool compare = true;   ///< serve once more without reuse
+  bool recode = false;  ///< re-encode what was not used for long as int8, before anything is dropped
+  bool verify = false;  ///< run every conversation alone as well
+  bool compare = true;  ///< serve once more without reuse
 };
 
 namespace detail {

@@ -11,7 +11,7 @@
 #include <bit>
 #include <cstdint>
 #include <span>
-#include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace serving {
@@ -90,9 +90,13 @@ class conversation {
   std::uint64_t fingerprint_ = 0xCBF29CE484222325U;
 };
 
+struct workload {
+  std::vector<std::vector<token_id>> systems;
+  std::vector<conversation> conversations;
+};
+
 /// Pieces of `text`, which has at least one token.
-[[nodiscard]] inline std::vector<conversation> make_conversations(const workload_options& options,
-                                                                  std::span<const index_t> text) {
+[[nodiscard]] inline workload make_workload(const workload_options& options, std::span<const index_t> text) {
   llama::splitmix64 random(options.seed);
   const auto piece = [&](index_t size) {
     std::vector<token_id> tokens;
@@ -100,14 +104,13 @@ class conversation {
     for (index_t i = 0; i < size; ++i) tokens.push_back(static_cast<token_id>(text[at++ % text.size()]));
     return tokens;
   };
-  std::vector<std::vector<token_id>> systems;
-  for (index_t i = 0; i < options.num_system_prompts; ++i) systems.push_back(piece(options.system_size));
-  std::vector<conversation> made;
+  workload made;
+  for (index_t i = 0; i < options.num_system_prompts; ++i) made.systems.push_back(piece(options.system_size));
   for (index_t i = 0; i < options.num_conversations; ++i) {
     std::vector<std::vector<token_id>> turns;
     for (index_t t = 0; t < options.num_turns; ++t) turns.push_back(piece(options.user_size));
-    made.emplace_back(systems[static_cast<std::size_t>(i % options.num_system_prompts)], std::move(turns),
-                      options.answer_size, random.next());
+    made.conversations.emplace_back(made.systems[static_cast<std::size_t>(i % options.num_system_prompts)],
+                                    std::move(turns), options.answer_size, random.next());
   }
   return made;
 }

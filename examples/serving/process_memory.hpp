@@ -14,6 +14,10 @@
 #include <string>
 #include <string_view>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace serving {
 
 using kvcache::index_t;
@@ -40,6 +44,18 @@ inline constexpr bool has_sanitizer = false;
     std::getline(status, name);
   }
   return std::nullopt;
+}
+
+/// Of pools that are measured: so much that malloc gives it back to the system at once when it is freed.
+inline constexpr index_t measured_slab_bytes = index_t{1} << 19;
+
+/// To be called once, at the beginning: what is freed and large goes back to the system and is not taken for what is
+/// there anyway; what is small stays, and is not taken for growth.
+inline void prepare_to_measure() {
+#ifdef __GLIBC__
+  (void)mallopt(M_MMAP_THRESHOLD, measured_slab_bytes / 2);
+  (void)mallopt(M_TRIM_THRESHOLD, 1 << 28);
+#endif
 }
 
 /// Growth of the process's resident memory since it was made.

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <optional>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -32,10 +31,11 @@ class live_line {
     constexpr double every = 0.1;  // seconds
     if (!shown_ || f.seconds < next_) return;
     next_ = f.seconds + every;
-    const double reused = f.asked > 0 ? 100.0 * static_cast<double>(f.reused) / static_cast<double>(f.asked) : 0;
-    std::fprintf(stderr, "\r\033[K%s: %td finished, %td in the batch, %td waiting | %.1f of %.1f MiB | %.0f tokens/s | %.0f %% reused",
+    std::fprintf(stderr,
+                 "\r\033[K%s: %td finished, %td in the batch, %td waiting | %.1f of %.1f MiB | %.0f tokens/s "
+                 "| %.0f %% reused",
                  title_, f.finished, f.active, f.waiting, mib(f.held), mib(f.budget),
-                 static_cast<double>(f.written) / std::max(f.seconds, 1e-9), reused);
+                 static_cast<double>(f.written) / std::max(f.seconds, 1e-9), 100 * f.hit_rate());
     std::fflush(stderr);
   }
 
@@ -85,7 +85,7 @@ inline void write_table(std::ostream& out, const std::vector<served>& ways) {
   row("  with waiting, ms, median",
       [&](const served& w) { return milliseconds(quantile(w.figures.first_token_waited, 0.5)); });
   row("hit rate, % of prompt tokens",
-      [](const served& w) { return llama::formatted("%.1f", 100 * w.metrics.hit_rate().value_or(0)); });
+      [](const served& w) { return llama::formatted("%.1f", 100 * w.figures.hit_rate()); });
   row("evictions", [&](const served& w) {
     return count(w.metrics.at(rung::drop).count + w.metrics.at(rung::recode).count +
                  w.metrics.at(rung::spill).count);

@@ -4,6 +4,7 @@
 //
 //   waiting -> acquire: what is stored, reserve: room for the rest -> active, some rows of every step -> release -> waiting
 //
+// System prompts are read before the first user comes; the manager stores a prefix when a sequence is released.
 // A step gives one row to each sequence that is writing, and the rows that are left to prompts that are being read.
 #pragma once
 
@@ -13,8 +14,10 @@
 
 #include <kvcache/core/status.hpp>
 #include <kvcache/serving/cache_manager.hpp>
+#include <kvcache/serving/prefix_node.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <ctime>
 #include <deque>
 #include <functional>
@@ -40,26 +43,33 @@ struct server_options {
 struct serving_figures {
   double seconds = 0;
   index_t steps = 0;
-  index_t rows = 0;     ///< tokens computed
-  index_t written = 0;  ///< tokens of answers
-  index_t asked = 0;    ///< tokens of prompts
-  index_t reused = 0;   ///< of those, found in the cache
-  std::vector<double> first_token{};        ///< seconds from acquire to the first token, of each turn
+  index_t rows = 0;                          ///< tokens computed
+  index_t written = 0;                       ///< tokens of answers
+  index_t asked = 0;                         ///< tokens of prompts
+  index_t reused = 0;                        ///< of those, found in the cache
+  std::vector<double> first_token{};         ///< seconds from acquire to the first token, of each turn
   std::vector<double> first_token_waited{};  ///< the same from when the user had finished
-  index_t peak_counted = 0;                 ///< bytes of the manager
-  std::optional<index_t> peak_process{};    ///< bytes, growth of the process
-  index_t finished = 0;                     ///< conversations
+  index_t peak_counted = 0;                  ///< bytes of the manager
+  std::optional<index_t> peak_process{};     ///< bytes, growth of the process
+  index_t finished = 0;                      ///< conversations
   index_t active = 0, waiting = 0;
   index_t budget = 0, held = 0;  ///< bytes
+
+  /// 0 to 1; system prompts that were read ahead are not asked for.
+  [[nodiscard]] double hit_rate() const noexcept {
+    return asked > 0 ? static_cast<double>(reused) / static_cast<double>(asked) : 0;
+  }
 };
 
 template <class Manager>
 class server {
  public:
-  server(const batch_decoder& model, Manager& manager, std::span<conversation> conversations,
-         const server_options& options)
+  /// \param systems  prompts that conversations begin with
+  server(const batch_decoder& model, Manager& manager, std::span<const std::vector<token_id>> systems,
+         std::span<conversation> conversations, const server_options& options)
       : model_(model),
         manager_(manager),
+        systems_(systems),
         conversations_(conversations),
         options_(options),
         think_(options.seed) {
@@ -70,6 +80,8 @@ class server {
   /// Throws std::runtime_error if the budget does not hold one of them.
   serving_figures run(const std::function<void(const serving_figures&)>& watch) {
     start_ = cpu_seconds();
+    if (options_.reuse)
+      for (const auto& system : systems_) read(system);
     for (std::size_t i = 0; i < conversations_.size(); ++i) waiting_.push_back({i, start_});
     while (!waiting_.empty() || !active_.empty()) {
       admit();
@@ -83,6 +95,8 @@ class server {
 
  private:
   using id_type = kvcache::serving::sequence_id;
+
+  static constexpr kvcache::serving::prefix_space space{.model = "the one there is"};
 
   struct turn {
     std::size_t who;
@@ -103,6 +117,24 @@ class server {
     }
   };
 
+  /// Computes a prompt, and leaves it to whoever begins with it.
+  void read(std::span<const token_id> prompt) {
+    const auto got = manager_.acquire(space, prompt);
+    if (got.code != kvcache::status::ok) return;  // then those who need it compute it
+    if (manager_.reserve(got.id, std::ssize(prompt) - got.reused) != kvcache::status::ok)
+      return manager_.drop(got.id);
+    active_turn alone{&manager_, got.id, {}, 0};
+    while (alone.cache().size() < std::ssize(prompt)) {
+      const auto left = prompt.subspan(static_cast<std::size_t>(alone.cache().size()));
+      std::vector<batch_row> rows;
+      for (const token_id t : left.first(std::min(left.size(), static_cast<std::size_t>(options_.max_rows))))
+        rows.push_back({.token = static_cast<index_t>(t)});
+      (void)model_.step(std::span(&alone, 1), std::span<const batch_row>(rows));
+      figures_.rows += std::ssize(rows);
+    }
+    manager_.release(got.id);
+  }
+
   /// Takes in whoever fits, in the order of waiting.
   void admit() {
     while (!waiting_.empty() && std::ssize(active_) < options_.max_active) {
@@ -119,8 +151,7 @@ class server {
     if (!manager_.fits(size, c.answer_size())) return false;
     const double now = cpu_seconds();
     // The last token is always computed: its logits are what the answer begins with.
-    const auto got =
-        manager_.acquire({.model = "bundled"}, c.tokens(), options_.reuse ? size - 1 : index_t{0});
+    const auto got = manager_.acquire(space, c.tokens(), options_.reuse ? size - 1 : index_t{0});
     if (got.code != kvcache::status::ok) return false;
     if (manager_.reserve(got.id, size - got.reused + c.answer_size()) != kvcache::status::ok) {
       manager_.release(got.id);
@@ -147,8 +178,8 @@ class server {
       const auto& tokens = conversations_[active_[s].of.who].tokens();
       const auto first = tokens.size() - static_cast<std::size_t>(missing[s]);
       for (index_t i = 0; i < count; ++i)
-        rows.push_back({static_cast<index_t>(tokens[first + static_cast<std::size_t>(i)]), s,
-                        i + 1 == missing[s]});
+        rows.push_back(
+            {static_cast<index_t>(tokens[first + static_cast<std::size_t>(i)]), s, i + 1 == missing[s]});
     }
     const double begun = cpu_seconds();
     const matrix logits = model_.step(std::span(active_), std::span<const batch_row>(rows));
@@ -203,6 +234,7 @@ class server {
 
   const batch_decoder& model_;
   Manager& manager_;
+  std::span<const std::vector<token_id>> systems_;
   std::span<conversation> conversations_;
   server_options options_;
   llama::splitmix64 think_;
