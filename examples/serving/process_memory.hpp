@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT
+// What the operating system says this process has in memory: the most since a moment, to hold against what was counted.
+//
+// On Linux: VmHWM of /proc/self/status, set back to what is resident by writing 5 to /proc/self/clear_refs. Where that
+// is not allowed, what is resident whenever somebody looks. Elsewhere, and under AddressSanitizer and its kin, which keep
+// memory that was freed, nothing is known.
+#pragma once
+
+#include <kvcache/core/types.hpp>
+
+#include <algorithm>
+#include <fstream>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+namespace serving {
+
+using kvcache::index_t;
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+inline constexpr bool has_sanitizer = true;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(memory_sanitizer) || __has_feature(thread_sanitizer)
+inline constexpr bool has_sanitizer = true;
+#else
+inline constexpr bool has_sanitizer = false;
+#endif
+#else
+inline constexpr bool has_sanitizer = false;
+#endif
+
+/// A field of /proc/self/status in bytes; nothing where there is none.
+[[nodiscard]] inline std::optional<index_t> status_bytes(std::string_view field) {
+  std::ifstream status("/proc/self/status");
+  std::string name;
+  while (status >> name) {
+    index_t kilobytes = 0;
+    if (name == field && status >> kilobytes) return kilobytes * 1024;
+    std::getline(status, name);
+  }
+  return std::nullopt;
+}
+
+/// Of pools that are measured: so much that malloc gives it back to the system at once when it is freed.
+inline constexpr index_t measured_slab_bytes = index_t{1} << 19;
+
+/// To be called once, at the beginning: what is freed and large goes back to the system and is not taken for what is
+/// there anyway; what is small stays, and is not taken for growth.
+inline void prepare_to_measure() {
+#ifdef __GLIBC__
+  (void)mallopt(M_MMAP_THRESHOLD, measured_slab_bytes / 2);
+  (void)mallopt(M_TRIM_THRESHOLD, 1 << 28);
+#endif
+}
+
+/// Growth of the process's resident memory since it was made.
+class process_memory {
+ public:
+  process_memory() {
+    if (has_sanitizer) return;
+    {
+      std::ofstream reset("/proc/self/clear_refs");
+      reset << "5" << std::flush;
+      marks_ = static_cast<bool>(reset);
+    }
+    before_ = status_bytes("VmRSS:");
+  }
+
+  /// To be called often where the system keeps no mark.
+  void look() {
+    if (!before_ || marks_) return;
+    seen_ = std::max(seen_, status_bytes("VmRSS:").value_or(0));
+  }
+
+  /// The most so far, in bytes.
+  [[nodiscard]] std::optional<index_t> peak() const {
+    if (!before_) return std::nullopt;
+    const index_t most = marks_ ? status_bytes("VmHWM:").value_or(0) : seen_;
+    return std::max(most - *before_, index_t{0});
+  }
+
+ private:
+  bool marks_ = false;
+  std::optional<index_t> before_;
+  index_t seen_ = 0;
+};
+
+}  // namespace serving
