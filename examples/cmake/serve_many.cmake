@@ -5,7 +5,8 @@ cmake_minimum_required(VERSION 3.24)
 
 # run(<exit code> <regular expression that stdout + stderr must match> <argument>...)
 function(run expected_code pattern)
-  execute_process(COMMAND "${PROGRAM}" ${ARGN} OUTPUT_VARIABLE printed ERROR_VARIABLE errors
+  execute_process(COMMAND "${PROGRAM}" ${ARGN}
+    OUTPUT_VARIABLE printed ERROR_VARIABLE errors
     RESULT_VARIABLE code)
   if(NOT code EQUAL expected_code)
     message(FATAL_ERROR "serve_many ${ARGN}\nended with ${code}, not ${expected_code}\n${printed}${errors}")
@@ -17,7 +18,7 @@ function(run expected_code pattern)
   set(errors "${errors}" PARENT_SCOPE)
 endfunction()
 
-# number(<variable> <name of a row>): the first cell of a row of the table, without its commas; "not" where it is not known
+# number(<variable> <row>): the first cell of a row of the table, without its commas; "not" where it is not known
 function(number variable row)
   if(NOT printed MATCHES "\n *${row} +([0-9.,]+|not|-)")
     message(FATAL_ERROR "no row '${row}'\n${printed}")

@@ -2,8 +2,8 @@
 // What the operating system says this process has in memory: the most since a moment, to hold against what was counted.
 //
 // On Linux: VmHWM of /proc/self/status, set back to what is resident by writing 5 to /proc/self/clear_refs. Where that
-// is not allowed, what is resident whenever somebody looks. Elsewhere, and under AddressSanitizer and its kin, which keep
-// memory that was freed, nothing is known.
+// is not allowed, what is resident whenever somebody looks. Elsewhere, and under AddressSanitizer and its kin, which
+// keep memory that was freed, nothing is known.
 #pragma once
 
 #include <kvcache/core/types.hpp>
@@ -49,8 +49,8 @@ inline constexpr bool has_sanitizer = false;
   return std::nullopt;
 }
 
-/// Memory for the slabs of pools that goes back to the system at once when it is freed, whatever its size: malloc may keep
-/// it, and what one cache has left behind would hide what the next one takes.
+/// Memory for the slabs of pools that goes back to the system at once when it is freed, whatever its size: malloc may
+/// keep it, and what one cache has left behind would hide what the next one takes.
 class mapped_memory final : public std::pmr::memory_resource {
  private:
 #ifdef __linux__
