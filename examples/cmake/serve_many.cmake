@@ -27,8 +27,8 @@ function(number variable row)
   set(${variable} "${value}" PARENT_SCOPE)
 endfunction()
 
-set(small --model "${MODEL}" --conversations 10 --turns 2 --system-prompts 2 --system-tokens 128 --user-tokens 120 --answer-tokens 4
-  --no-compare)
+set(small --model "${MODEL}" --conversations 10 --turns 2 --system-prompts 2 --system-tokens 128
+  --user-tokens 120 --answer-tokens 4 --no-compare)
 run(0 "identical to running alone: 10 of 10 conversations" ${small} --budget 4MiB --verify)
 if(NOT errors STREQUAL "")
   message(FATAL_ERROR "the line that changes is for terminals only\n${errors}")
