@@ -48,7 +48,8 @@ using serving::index_t;
 using pool_type = page_pool<kvcache::codec::bf16>;
 using cold_pool_type = page_pool<kvcache::codec::int8>;
 
-constexpr index_t block_size = 16;  // tokens; what conversations share is shared by whole blocks
+constexpr index_t block_size = 16;       // tokens; what conversations share is shared by whole blocks
+constexpr index_t slab_bytes = 1 << 19;  // small beside the budget: memory goes back by whole slabs
 
 /// Serves conversations that have just begun to their ends.
 template <class Policy>
@@ -58,8 +59,10 @@ serving::served serve(const char* name, const serving::batch_decoder& model, con
       kvcache::serving::cache_manager<pool_type, Policy, cold_pool_type, kvcache::serving::no_spill_tier,
                                       kvcache::serving::metrics_recorder>;
   const auto shape = llama::cache_shape_of(model.config(), block_size);
-  const pool_type pool(shape, {.slab_bytes = serving::measured_slab_bytes});
-  const cold_pool_type cold(shape, {.slab_bytes = serving::measured_slab_bytes});
+  serving::mapped_memory mapped;
+  const kvcache::pool_options slabs{.memory = &mapped, .slab_bytes = slab_bytes};
+  const pool_type pool(shape, slabs);
+  const cold_pool_type cold(shape, slabs);
   kvcache::serving::manager_options manage{.budget_bytes = options.budget_bytes};
   if (!options.recode) manage.ladder.rungs = {rung::drop, rung::refuse, rung::recode, rung::spill};
   manager_type manager(pool, manage, cold);
@@ -99,8 +102,7 @@ index_t size_bytes(const serving::batch_decoder& model, index_t num_tokens) {
 /// How many conversations came out as they do alone, to the last bit.
 index_t count_identical(const serving::batch_decoder& model, const std::vector<conversation>& begun,
                         const std::vector<conversation>& ended) {
-  pool_type pool(llama::cache_shape_of(model.config(), block_size),
-                 {.slab_bytes = serving::measured_slab_bytes});
+  pool_type pool(llama::cache_shape_of(model.config(), block_size), {.slab_bytes = slab_bytes});
   index_t same = 0;
   for (std::size_t i = 0; i < begun.size(); ++i)
     same += serving::run_alone(model, begun[i], pool.sequence()) == ended[i] ? 1 : 0;
@@ -162,7 +164,6 @@ int run(const command_line& options) {
 int main(int argc, char** argv) {
   try {
     int exit_code = 0;
-    serving::prepare_to_measure();
     const auto options = serving::parse_command_line(argc, argv, exit_code);
     return options ? run(*options) : exit_code;
   } catch (const serving::usage_error& error) {

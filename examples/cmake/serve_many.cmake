@@ -5,7 +5,8 @@ cmake_minimum_required(VERSION 3.24)
 
 # run(<exit code> <regular expression that stdout + stderr must match> <argument>...)
 function(run expected_code pattern)
-  execute_process(COMMAND "${PROGRAM}" --model "${MODEL}" ${ARGN} OUTPUT_VARIABLE printed ERROR_VARIABLE errors
+  execute_process(COMMAND "${PROGRAM}" ${ARGN}
+    OUTPUT_VARIABLE printed ERROR_VARIABLE errors
     RESULT_VARIABLE code)
   if(NOT code EQUAL expected_code)
     message(FATAL_ERROR "serve_many ${ARGN}\nended with ${code}, not ${expected_code}\n${printed}${errors}")
@@ -17,7 +18,7 @@ function(run expected_code pattern)
   set(errors "${errors}" PARENT_SCOPE)
 endfunction()
 
-# number(<variable> <name of a row>): the first cell of a row of the table, without its commas; "not" where it is not known
+# number(<variable> <row>): the first cell of a row of the table, without its commas; "not" where it is not known
 function(number variable row)
   if(NOT printed MATCHES "\n *${row} +([0-9.,]+|not|-)")
     message(FATAL_ERROR "no row '${row}'\n${printed}")
@@ -26,8 +27,8 @@ function(number variable row)
   set(${variable} "${value}" PARENT_SCOPE)
 endfunction()
 
-set(small --conversations 10 --turns 2 --system-prompts 2 --system-tokens 128 --user-tokens 120 --answer-tokens 4
-  --no-compare)
+set(small --model "${MODEL}" --conversations 10 --turns 2 --system-prompts 2 --system-tokens 128
+  --user-tokens 120 --answer-tokens 4 --no-compare)
 run(0 "identical to running alone: 10 of 10 conversations" ${small} --budget 4MiB --verify)
 if(NOT errors STREQUAL "")
   message(FATAL_ERROR "the line that changes is for terminals only\n${errors}")
@@ -53,5 +54,5 @@ run(2 "--policy" --policy fifo)
 run(2 "--budget" --budget 1KiB)
 run(2 "--conversations" --conversations 0)
 run(2 "--seed" --seed -1)
-run(2 "context" --turns 40)
+run(2 "context" --model "${MODEL}" --turns 40)
 run(1 "nowhere" --model "${MODEL}/nowhere")

@@ -22,7 +22,7 @@ using kvcache::serving::token_id;
 /// All sizes in tokens.
 struct workload_options {
   index_t num_conversations = 48;
-  index_t num_turns = 4;
+  index_t num_turns = 3;
   index_t num_system_prompts = 4;
   index_t system_size = 384;
   index_t user_size = 48;

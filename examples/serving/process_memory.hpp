@@ -2,20 +2,23 @@
 // What the operating system says this process has in memory: the most since a moment, to hold against what was counted.
 //
 // On Linux: VmHWM of /proc/self/status, set back to what is resident by writing 5 to /proc/self/clear_refs. Where that
-// is not allowed, what is resident whenever somebody looks. Elsewhere, and under AddressSanitizer and its kin, which keep
-// memory that was freed, nothing is known.
+// is not allowed, what is resident whenever somebody looks. Elsewhere, and under AddressSanitizer and its kin, which
+// keep memory that was freed, nothing is known.
 #pragma once
 
 #include <kvcache/core/types.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <fstream>
+#include <memory_resource>
+#include <new>
 #include <optional>
 #include <string>
 #include <string_view>
 
-#ifdef __GLIBC__
-#include <malloc.h>
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace serving {
@@ -46,17 +49,31 @@ inline constexpr bool has_sanitizer = false;
   return std::nullopt;
 }
 
-/// Of pools that are measured: so much that malloc gives it back to the system at once when it is freed.
-inline constexpr index_t measured_slab_bytes = index_t{1} << 19;
-
-/// To be called once, at the beginning: what is freed and large goes back to the system and is not taken for what is
-/// there anyway; what is small stays, and is not taken for growth.
-inline void prepare_to_measure() {
-#ifdef __GLIBC__
-  (void)mallopt(M_MMAP_THRESHOLD, measured_slab_bytes / 2);
-  (void)mallopt(M_TRIM_THRESHOLD, 1 << 28);
+/// Memory for the slabs of pools that goes back to the system at once when it is freed, whatever its size: malloc may
+/// keep it, and what one cache has left behind would hide what the next one takes.
+class mapped_memory final : public std::pmr::memory_resource {
+ private:
+#ifdef __linux__
+  void* do_allocate(std::size_t num_bytes, std::size_t /*alignment: that of a page of memory*/) override {
+    void* at = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) throw std::bad_alloc();
+    return at;
+  }
+  void do_deallocate(void* at, std::size_t num_bytes, std::size_t /*alignment*/) override {
+    (void)munmap(at, num_bytes);
+  }
+#else
+  void* do_allocate(std::size_t num_bytes, std::size_t alignment) override {
+    return std::pmr::new_delete_resource()->allocate(num_bytes, alignment);
+  }
+  void do_deallocate(void* at, std::size_t num_bytes, std::size_t alignment) override {
+    std::pmr::new_delete_resource()->deallocate(at, num_bytes, alignment);
+  }
 #endif
-}
+  [[nodiscard]] bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override {
+    return this == &other;
+  }
+};
 
 /// Growth of the process's resident memory since it was made.
 class process_memory {

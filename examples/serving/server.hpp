@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Continuous batching over a cache_manager: whoever has a turn to answer waits until there is room, joins the batch between
-// two steps, and leaves it with the last token of the answer, which leaves the cache to whoever begins alike.
+// Continuous batching over a cache_manager: whoever has a turn to answer waits until there is room, joins the batch
+// between two steps, and leaves it with the last token of the answer, which leaves the cache to whoever begins alike.
 //
-//   waiting -> acquire: what is stored, reserve: room for the rest -> active, some rows of every step -> release -> waiting
+//   waiting -> acquire: what is stored; reserve: room for the rest -> active: some rows of a step -> release -> waiting
 //
 // System prompts are read before the first user comes; the manager stores a prefix when a sequence is released.
 // A step gives one row to each sequence that is writing, and the rows that are left to prompts that are being read.
