@@ -91,7 +91,7 @@ leg_neon() {
   aarch64-linux-gnu-g++ "${flags[@]}" -c tests/support/main.cpp -o build/neon/main.o
   aarch64-linux-gnu-g++ "${flags[@]}" -c cmake/kernels.cpp -o build/neon/kernels.o
   # shellcheck disable=SC2016 # expanded by the inner shell
-  printf '%s\n' tests/core/half_test.cpp tests/codec/*_test.cpp tests/kernel/*_test.cpp \
+  printf '%s\n' tests/core/half_test.cpp tests/store/crc32c_test.cpp tests/codec/*_test.cpp tests/kernel/*_test.cpp \
     tests/attention/{adversarial,attend,attend_sizes,determinism,golden,shift}_test.cpp \
     tests/conformance/{verbs,sequences}_test.cpp |
     xargs -P "$(kvcache_jobs)" -I '{}' bash -euc '
@@ -119,6 +119,6 @@ leg_threads() { cmake --workflow --preset gcc-tsan; }
 leg_examples() { sh examples/run.sh --tokens 64; }
 
 # The benchmarks build, run and end in a report: a few rows only, whose figures mean nothing.
-leg_bench() { KVCACHE_BENCH_RING_MIB=4 sh bench/run.sh --benchmark_min_time=0.001 --benchmark_filter='kv_len:512|tokens:1/|blocks:1000/'; }
+leg_bench() { KVCACHE_BENCH_RING_MIB=4 KVCACHE_BENCH_STORE_MIB=8 sh bench/run.sh --benchmark_min_time=0.001 --benchmark_filter='kv_len:512|tokens:1/|blocks:1000/'; }
 
 "leg_$1"
