@@ -11,6 +11,7 @@
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <filesystem>
 #include <iostream>
@@ -91,8 +92,8 @@ void run(const options& given) {
       if (visible && unit != given.units.front()) continue;
       for (const double share : shares) {
         settings.push_back({share, unit, visible});
-        titles.push_back("1/" + std::to_string(static_cast<index_t>(1 / share + 0.5)) +
-                         (unit > 1 ? " blocks" : "") + (visible ? " seen" : ""));
+        titles.push_back("1/" + std::to_string(std::lround(1 / share)) + (unit > 1 ? " blocks" : "") +
+                         (visible ? " seen" : ""));
       }
     }
   }

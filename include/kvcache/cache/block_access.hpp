@@ -150,7 +150,8 @@ struct block_access {
 
   /// The sequence has these blocks from now on. \pre prepare() was ok, and each is_possible()
   template <class Cache>
-  static void finish(Cache& cache, const std::vector<layer_blocks>& layers, position_map positions) noexcept {
+  static void finish(Cache& cache, const std::vector<layer_blocks>& layers,
+                     position_map&& positions) noexcept {
     index_t most = 0;
     for (std::size_t i = 0; i < layers.size(); ++i) {
       cache.sizes_[i] = layers[i].size;

@@ -157,7 +157,7 @@ codec_description describe(const Codec& codec) {
 /// The codec that describes itself so. Throws shape_error that says what is different, or what its settings lack.
 template <described_codec Codec>
 Codec make_described(const codec_description& described, const cache_shape& shape) {
-  const Codec made = [&] {
+  Codec made = [&] {
     if constexpr (self_describing_codec<Codec>) {
       return Codec::from_description(described, shape);
     } else {

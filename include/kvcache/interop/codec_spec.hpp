@@ -71,7 +71,7 @@ std::optional<any_codec> find_codec(codec_list<Codecs...>, std::string_view name
 /// Where a reader finds codecs; interop/low_rank_spec.hpp has one that knows more.
 struct known_codec_source {
   /// Behind the options that every reader knows.
-  static constexpr std::string_view more_options = "";
+  static constexpr std::string_view more_options = {};
 
   [[nodiscard]] static std::optional<codec::any_keys> keys(std::string_view name) {
     const auto found = find_codec(known_codecs{}, name);

@@ -90,12 +90,12 @@ inline constexpr std::array measured_quality = {
 
 inline constexpr std::array measured_speed = {
     speed_figures{"bf16", "bf16", {1, 1, 1, 1}, {}},  // by definition
-    speed_figures{"int8", "int8", {1.2, 1.4, 1.5, 1.5}, 1.6},
-    speed_figures{"rotated4", "rotated4", {2.1, 2.4, 2.5, 2.3}, 4.6},
+    speed_figures{"int8", "int8", {1.2, 1.4, 1.5, 1.5}, 1.2},
+    speed_figures{"rotated4", "rotated4", {2.1, 2.4, 2.5, 2.3}, 3.2},
     speed_figures{"rotated2", "rotated2", {2.4, 2.6, 2.6, 2.6}, {}},
-    speed_figures{"channel4", "rotated4", {1.6, 2.0, 1.7, 1.7}, 6.9},
+    speed_figures{"channel4", "rotated4", {1.6, 2.0, 1.7, 1.7}, 4.8},
     speed_figures{"channel3", "rotated3", {1.5, 1.9, 1.6, 1.6}, {}},
-    speed_figures{"balanced2", "rotated2", {1.7, 1.8, 1.5, 1.6}, 12.0},
+    speed_figures{"balanced2", "rotated2", {1.7, 1.8, 1.5, 1.6}, 6.6},
     speed_figures{"trellis4", "trellis4", {1.2, 1.6, 1.7, 1.6}, 51.0},
     speed_figures{"trellis2", "trellis2", {1.2, 1.3, 1.5, 1.5}, 56.0}};
 // clang-format on

@@ -35,7 +35,8 @@ struct prefix_space {
   std::string_view adapter = {};  ///< LoRA or the like
   std::string_view tenant = {};   ///< or any salt: who must not learn what others have asked
 
-  friend auto operator<=>(const prefix_space&, const prefix_space&) = default;
+  friend auto operator<=>(const prefix_space&,
+                          const prefix_space&) = default;  // NOLINT(modernize-use-nullptr)
 };
 
 namespace detail {
