@@ -10,6 +10,7 @@
 #include <kvcache/serving/observer.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <ostream>
 #include <string>
@@ -58,7 +59,7 @@ struct served {
 [[nodiscard]] inline double quantile(std::vector<double> values, double part) {
   std::sort(values.begin(), values.end());
   const auto last = static_cast<double>(values.size() - 1);
-  return values[static_cast<std::size_t>(part * last + 0.5)];
+  return values[static_cast<std::size_t>(std::lround(part * last))];
 }
 
 /// A column for each way of serving.

@@ -41,6 +41,7 @@ class layout_chooser {
     const std::vector<layout_chooser> layers = one_for_each_layer();
     if (options_.bits_per_value != 0) return shared_out(layers, for_all);
     std::vector<low_rank_layout> chosen;
+    chosen.reserve(layers.size());
     for (const layout_chooser& layer : layers) chosen.push_back(stored(layer.rank_for_energy()));
     return chosen;
   }

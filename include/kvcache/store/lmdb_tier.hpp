@@ -43,7 +43,7 @@ class lmdb_tier {
   /// Makes the folder when it is not there. Throws shape_error for a map below 1 MiB; a file that cannot be opened is no
   /// error here: it is counted, everything misses, and it is tried again once a second.
   /// \pre no other lmdb_tier of this process has the folder open, under whatever name
-  explicit lmdb_tier(std::filesystem::path folder, lmdb_options options = {});
+  explicit lmdb_tier(const std::filesystem::path& folder, lmdb_options options = {});
 
   /// Calls use(payload) where it lies in the map, verified; aligned to nothing, and gone when `use` returns, which may not
   /// call this tier. Nothing is copied and no memory taken. O(record).
@@ -93,7 +93,7 @@ class lmdb_tier {
 
 static_assert(tier<lmdb_tier>);
 
-inline lmdb_tier::lmdb_tier(std::filesystem::path folder, lmdb_options options)
+inline lmdb_tier::lmdb_tier(const std::filesystem::path& folder, lmdb_options options)
     : folder_(folder.string()), options_(options) {
   if (options_.map_bytes < 1_MiB) throw shape_error("kvcache: lmdb_tier: the map must have at least 1 MiB");
   touched_.reserve(most_touched);

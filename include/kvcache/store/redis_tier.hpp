@@ -94,7 +94,7 @@ class redis_tier {
   void run(std::span<const detail::routed_command> commands, OnReply on_reply);
 
   index_t get_all(std::span<const tier_key> keys, std::span<std::vector<std::byte>> outs);
-  void read_first(const tier_key& key, std::string_view bytes, std::vector<std::byte>& out, reading& r);
+  void read_first(const tier_key& key, std::string_view text, std::vector<std::byte>& out, reading& r);
   bool read_others(std::span<const std::string> names, std::span<std::vector<std::byte>> outs,
                    std::span<reading> readings);
   index_t put_all(std::span<const tier_key> keys, std::span<const std::span<const std::byte>> payloads);
