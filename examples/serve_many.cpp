@@ -57,6 +57,7 @@ constexpr index_t slab_bytes = 1 << 19;  // small beside the budget: memory goes
 /// What happens to the block of the policy's choice.
 kvcache::serving::ladder_options ladder_of(const command_line& options) {
   kvcache::serving::ladder_options ladder;
+  if (options.recode) ladder.high = 0.85, ladder.low = 0.75;  // room for both forms at once
   if (options.recode && !options.spill.empty()) {
     ladder.rungs = {rung::recode, rung::spill, rung::drop, rung::refuse};
   } else if (options.recode) {
@@ -78,10 +79,11 @@ serving::served serve(const char* name, const serving::batch_decoder& model, con
                                       kvcache::serving::metrics_recorder>;
   const auto shape = llama::cache_shape_of(model.config(), block_size);
   serving::mapped_memory mapped;
-  // A slab with a page in use stays with its pool. Of one page each, they go from one pool to the other.
+  // A slab with a page in use stays with its pool. Of one page each, or few, they go from one pool to the other.
   const kvcache::pool_options slabs{.memory = &mapped, .slab_bytes = options.recode ? 1 : slab_bytes};
+  const kvcache::pool_options cold_slabs{.memory = &mapped, .slab_bytes = slab_bytes / 4};
   const pool_type pool(shape, slabs);
-  const cold_pool_type cold(shape, slabs);
+  const cold_pool_type cold(shape, cold_slabs);
   std::optional<serving::spill_folder> spilled;
   if (!options.spill.empty()) spilled.emplace(options.spill);
   manager_type manager(pool, {.budget_bytes = options.budget_bytes, .ladder = ladder_of(options)}, cold,

@@ -67,6 +67,15 @@ if(NOT left STREQUAL "")
   message(FATAL_ERROR "files were left behind: ${left}")
 endif()
 
+# Re-encoding comes before dropping where it is asked for, also of conversations that share most of what they have.
+run(0 "re-encoding" ${small} --budget 4MiB --recode)
+number(before "re-encoded, bytes before")
+number(after "re-encoded, bytes after")
+number(counted "peak, counted, bytes")
+if(NOT before GREATER 0 OR NOT after GREATER 0 OR NOT after LESS before OR counted GREATER budget)
+  message(FATAL_ERROR "nothing was re-encoded, or more held than the budget\n${printed}")
+endif()
+
 # Too little for one conversation is said, not tried for ever.
 run(1 "does not hold" ${small} --budget 256KiB)
 
