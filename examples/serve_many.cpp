@@ -5,6 +5,7 @@
 //
 //   serve_many
 //   serve_many --conversations 96 --budget 16MiB --policy s3_fifo --verify
+//   serve_many --budget 8MiB --spill /tmp/spilled --verify     what is evicted goes to files, and comes back
 #include "serving/alone.hpp"
 #include "serving/batch_decoder.hpp"
 #include "serving/command_line.hpp"
@@ -12,6 +13,7 @@
 #include "serving/process_memory.hpp"
 #include "serving/report.hpp"
 #include "serving/server.hpp"
+#include "serving/spill_folder.hpp"
 
 #include "llama/load_model.hpp"
 #include "llama/tokenizer.hpp"
@@ -32,6 +34,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -51,28 +54,51 @@ using cold_pool_type = page_pool<kvcache::codec::int8>;
 constexpr index_t block_size = 16;       // tokens; what conversations share is shared by whole blocks
 constexpr index_t slab_bytes = 1 << 19;  // small beside the budget: memory goes back by whole slabs
 
+/// What happens to the block of the policy's choice.
+kvcache::serving::ladder_options ladder_of(const command_line& options) {
+  kvcache::serving::ladder_options ladder;
+  if (options.recode) ladder.high = 0.85, ladder.low = 0.75;  // room for both forms at once
+  if (options.recode && !options.spill.empty()) {
+    ladder.rungs = {rung::recode, rung::spill, rung::drop, rung::refuse};
+  } else if (options.recode) {
+    ladder.rungs = {rung::recode, rung::drop, rung::refuse, rung::spill};
+  } else if (!options.spill.empty()) {
+    ladder.rungs = {rung::spill, rung::drop, rung::refuse, rung::recode};
+  } else {
+    ladder.rungs = {rung::drop, rung::refuse, rung::recode, rung::spill};
+  }
+  return ladder;
+}
+
 /// Serves conversations that have just begun to their ends.
 template <class Policy>
 serving::served serve(const char* name, const serving::batch_decoder& model, const command_line& options,
                       serving::workload& work, bool reuse) {
   using manager_type =
-      kvcache::serving::cache_manager<pool_type, Policy, cold_pool_type, kvcache::serving::no_spill_tier,
+      kvcache::serving::cache_manager<pool_type, Policy, cold_pool_type, serving::spill_folder,
                                       kvcache::serving::metrics_recorder>;
   const auto shape = llama::cache_shape_of(model.config(), block_size);
   serving::mapped_memory mapped;
-  const kvcache::pool_options slabs{.memory = &mapped, .slab_bytes = slab_bytes};
+  // A slab with a page in use stays with its pool. Of one page each, or few, they go from one pool to the other.
+  const kvcache::pool_options slabs{.memory = &mapped, .slab_bytes = options.recode ? 1 : slab_bytes};
+  const kvcache::pool_options cold_slabs{.memory = &mapped, .slab_bytes = slab_bytes / 4};
   const pool_type pool(shape, slabs);
-  const cold_pool_type cold(shape, slabs);
-  kvcache::serving::manager_options manage{.budget_bytes = options.budget_bytes};
-  if (!options.recode) manage.ladder.rungs = {rung::drop, rung::refuse, rung::recode, rung::spill};
-  manager_type manager(pool, manage, cold);
+  const cold_pool_type cold(shape, cold_slabs);
+  std::optional<serving::spill_folder> spilled;
+  if (!options.spill.empty()) spilled.emplace(options.spill);
+  manager_type manager(pool, {.budget_bytes = options.budget_bytes, .ladder = ladder_of(options)}, cold,
+                       spilled ? &*spilled : nullptr);
   serving::server_options how = options.server;
   how.reuse = reuse;
+  how.maps_files = spilled.has_value();
   serving::live_line line(name);
   serving::server<manager_type> server(model, manager, work.systems, work.conversations, how);
+  if (spilled) spilled->watch = [&] { server.look(); };
   auto figures = server.run([&](const serving::serving_figures& f) { line(f); });
   manager.check();
-  return {name, std::move(figures), manager.observer().values};
+  std::optional<serving::spill_figures> through;
+  if (spilled) through = spilled->figures();
+  return {name, std::move(figures), manager.observer().values, through};
 }
 
 serving::served serve_by(const std::string& policy, const char* name, const serving::batch_decoder& model,
@@ -144,13 +170,20 @@ int run(const command_line& options) {
   std::cout << options.workload.num_conversations << " conversations of " << options.workload.num_turns
             << " turns, " << options.workload.total_size() << " tokens each at the end, "
             << llama::with_commas(all_bytes) << " bytes of keys and values; policy " << options.policy
-            << (options.recode ? ", re-encoding" : "") << "\n\n";
+            << (options.recode ? ", re-encoding" : "");
+  if (!options.spill.empty()) std::cout << ", spilling (" << serving::spill_folder::kind << ")";
+  std::cout << "\n\n";
   serving::write_table(std::cout, ways);
+  if (!options.spill.empty())
+    std::cout << "\nOf the process: its anonymous memory (RssAnon), looked at after every step and every "
+                 "block that\n"
+                 "goes or comes. Pages of files that the system lends, and takes back at will, are apart.\n";
   bool good = true;
   if (options.verify) {
     const index_t same = count_identical(model, begun.conversations, ended.conversations);
     std::cout << "\nidentical to running alone: " << same << " of " << options.workload.num_conversations
               << " conversations\n";
+    if (options.recode) std::cout << "(what was re-encoded comes back with errors: texts may differ)\n";
     good = same == options.workload.num_conversations &&
            (!options.compare || ended_without.conversations == ended.conversations);
     good = good || options.recode;  // which loses something, as was asked for

@@ -46,6 +46,36 @@ if(NOT process STREQUAL "not" AND process GREATER most)
   message(FATAL_ERROR "the process took more than 5 % above the budget\n${printed}")
 endif()
 
+# What is evicted goes to files and comes back as it was. The tier is not part of the budget, nor is what its client
+# library works in: LMDB has half a MiB.
+file(REMOVE_RECURSE "${SCRATCH}")
+run(0 "identical to running alone: 10 of 10 conversations" ${small} --budget 4MiB --verify --spill "${SCRATCH}")
+foreach(what IN ITEMS "spilled, blocks" "spilled, bytes" "brought back, blocks" "brought back, bytes")
+  number(passed "${what}")
+  if(NOT passed GREATER 0)
+    message(FATAL_ERROR "${what}: none\n${printed}")
+  endif()
+endforeach()
+number(counted "peak, counted, bytes")
+number(process "peak, of the process, bytes")
+math(EXPR most "${budget} * 105 / 100 + 1048576")
+if(counted GREATER budget OR (NOT process STREQUAL "not" AND process GREATER most))
+  message(FATAL_ERROR "more was held than the budget\n${printed}")
+endif()
+file(GLOB left "${SCRATCH}/*")
+if(NOT left STREQUAL "")
+  message(FATAL_ERROR "files were left behind: ${left}")
+endif()
+
+# Re-encoding comes before dropping where it is asked for, also of conversations that share most of what they have.
+run(0 "re-encoding" ${small} --budget 4MiB --recode)
+number(before "re-encoded, bytes before")
+number(after "re-encoded, bytes after")
+number(counted "peak, counted, bytes")
+if(NOT before GREATER 0 OR NOT after GREATER 0 OR NOT after LESS before OR counted GREATER budget)
+  message(FATAL_ERROR "nothing was re-encoded, or more held than the budget\n${printed}")
+endif()
+
 # Too little for one conversation is said, not tried for ever.
 run(1 "does not hold" ${small} --budget 256KiB)
 

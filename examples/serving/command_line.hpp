@@ -26,9 +26,10 @@ struct command_line {
   std::string policy = "lru";
   std::string budget = "24MiB";
   index_t budget_bytes = 0;
-  bool recode = false;  ///< re-encode what was not used for long as int8, before anything is dropped
-  bool verify = false;  ///< run every conversation alone as well
-  bool compare = true;  ///< serve once more without reuse
+  bool recode = false;          ///< re-encode what was not used for long as int8, before anything is dropped
+  std::filesystem::path spill;  ///< folder for what is evicted; empty: it is dropped
+  bool verify = false;          ///< run every conversation alone as well
+  bool compare = true;          ///< serve once more without reuse
 };
 
 namespace detail {
@@ -74,6 +75,9 @@ inline void check(const command_line& given) {
       ->capture_default_str();
   app.add_flag("--recode", given.recode,
                "re-encode cold sequences as int8 before dropping any: texts may then differ");
+  app.add_option(
+      "--spill", given.spill,
+      "put what is evicted into files in this folder, and bring it back; they go when the run ends");
   app.add_flag("--verify,!--no-verify", given.verify, "run every conversation alone as well, and compare");
   app.add_flag("--compare,!--no-compare", given.compare, "serve once more without reuse (default: yes)");
   app.add_option("--seed", w.seed, "of texts, answers and thinking times")

@@ -4,6 +4,9 @@
 // On Linux: VmHWM of /proc/self/status, set back to what is resident by writing 5 to /proc/self/clear_refs. Where that
 // is not allowed, what is resident whenever somebody looks. Elsewhere, and under AddressSanitizer and its kin, which
 // keep memory that was freed, nothing is known.
+//
+// Where files are mapped, those are apart: resident is also what the system has read ahead of them, which it takes back
+// when it wants. Then it is RssAnon, whenever somebody looks, as the system keeps no mark of that; and RssFile.
 #pragma once
 
 #include <kvcache/core/types.hpp>
@@ -78,33 +81,44 @@ class mapped_memory final : public std::pmr::memory_resource {
 /// Growth of the process's resident memory since it was made.
 class process_memory {
  public:
-  process_memory() {
+  /// \param maps_files  while it is watched
+  explicit process_memory(bool maps_files = false) : field_(maps_files ? "RssAnon:" : "VmRSS:") {
     if (has_sanitizer) return;
-    {
+    if (maps_files) {
+      files_before_ = status_bytes("RssFile:");
+    } else {
       std::ofstream reset("/proc/self/clear_refs");
       reset << "5" << std::flush;
       marks_ = static_cast<bool>(reset);
     }
-    before_ = status_bytes("VmRSS:");
+    before_ = status_bytes(field_);
   }
 
   /// To be called often where the system keeps no mark.
   void look() {
     if (!before_ || marks_) return;
-    seen_ = std::max(seen_, status_bytes("VmRSS:").value_or(0));
+    seen_ = std::max(seen_, status_bytes(field_).value_or(0));
+    if (files_before_) files_seen_ = std::max(files_seen_, status_bytes("RssFile:").value_or(0));
   }
 
-  /// The most so far, in bytes.
+  /// The most so far, in bytes; without that of files where those are mapped.
   [[nodiscard]] std::optional<index_t> peak() const {
     if (!before_) return std::nullopt;
     const index_t most = marks_ ? status_bytes("VmHWM:").value_or(0) : seen_;
     return std::max(most - *before_, index_t{0});
   }
 
+  /// The most so far of files, in bytes; nothing where they are not apart.
+  [[nodiscard]] std::optional<index_t> files_peak() const {
+    if (!files_before_) return std::nullopt;
+    return std::max(files_seen_ - *files_before_, index_t{0});
+  }
+
  private:
+  std::string_view field_;
   bool marks_ = false;
-  std::optional<index_t> before_;
-  index_t seen_ = 0;
+  std::optional<index_t> before_, files_before_;
+  index_t seen_ = 0, files_seen_ = 0;
 };
 
 }  // namespace serving

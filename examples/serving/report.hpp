@@ -5,6 +5,7 @@
 #include "llama/console.hpp"
 #include "llama/text_table.hpp"
 #include "serving/server.hpp"
+#include "serving/spill_folder.hpp"
 
 #include <kvcache/serving/metrics.hpp>
 #include <kvcache/serving/observer.hpp>
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -53,6 +55,7 @@ struct served {
   std::string name;
   serving_figures figures;
   kvcache::serving::metrics metrics;
+  std::optional<spill_figures> spilled{};  ///< nothing without a tier
 };
 
 /// The value that `part` of `values` do not exceed. \pre values is not empty
@@ -92,6 +95,17 @@ inline void write_table(std::ostream& out, const std::vector<served>& ways) {
                  w.metrics.at(rung::spill).count);
   });
   row("  re-encoded", [&](const served& w) { return count(w.metrics.recodes); });
+  row("  re-encoded, bytes before", [&](const served& w) { return count(w.metrics.recoded_bytes_before); });
+  row("  re-encoded, bytes after", [&](const served& w) { return count(w.metrics.recoded_bytes_after); });
+  if (std::any_of(ways.begin(), ways.end(), [](const served& w) { return w.spilled.has_value(); })) {
+    const auto through = [&](const char* name, index_t spill_figures::*what) {
+      row(name, [&](const served& w) { return w.spilled ? llama::with_commas((*w.spilled).*what) : "-"; });
+    };
+    through("  spilled, blocks", &spill_figures::blocks_out);
+    through("  spilled, bytes", &spill_figures::bytes_out);
+    through("brought back, blocks", &spill_figures::blocks_back);
+    through("brought back, bytes", &spill_figures::bytes_back);
+  }
   row("refused for now", [&](const served& w) { return count(w.metrics.at(rung::refuse).count); });
   row("budget, bytes", [](const served& w) { return llama::with_commas(w.figures.budget); });
   row("peak, counted, bytes", [](const served& w) { return llama::with_commas(w.figures.peak_counted); });
@@ -104,6 +118,10 @@ inline void write_table(std::ostream& out, const std::vector<served>& ways) {
                                               static_cast<double>(w.figures.budget))
                : std::string("-");
   });
+  if (std::any_of(ways.begin(), ways.end(), [](const served& w) { return w.figures.peak_files.has_value(); }))
+    row("peak, of mapped files, bytes", [](const served& w) {
+      return w.figures.peak_files ? llama::with_commas(*w.figures.peak_files) : std::string("-");
+    });
   out << table;
 }
 

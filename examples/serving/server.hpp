@@ -36,6 +36,7 @@ struct server_options {
   index_t max_active = 16;  ///< sequences in the batch
   index_t max_rows = 64;    ///< tokens of a step, at least max_active
   bool reuse = true;        ///< false: every prompt is computed from its beginning
+  bool maps_files = false;  ///< whether the manager has a tier in files
   std::uint64_t seed = 1;   ///< of how long users think
 };
 
@@ -51,6 +52,7 @@ struct serving_figures {
   std::vector<double> first_token_waited{};  ///< the same from when the user had finished
   index_t peak_counted = 0;                  ///< bytes of the manager
   std::optional<index_t> peak_process{};     ///< bytes, growth of the process
+  std::optional<index_t> peak_files{};       ///< bytes of mapped files, where those are not in peak_process
   index_t finished = 0;                      ///< conversations
   index_t active = 0, waiting = 0;
   index_t budget = 0, held = 0;  ///< bytes
@@ -72,7 +74,8 @@ class server {
         systems_(systems),
         conversations_(conversations),
         options_(options),
-        think_(options.seed) {
+        think_(options.seed),
+        memory_(options.maps_files) {
     figures_.budget = manager.budget();
   }
 
@@ -92,6 +95,9 @@ class server {
     }
     return figures_;
   }
+
+  /// Looks at the memory of the process; run() does it after every step.
+  void look() { memory_.look(); }
 
  private:
   using id_type = kvcache::serving::sequence_id;
@@ -229,7 +235,9 @@ class server {
     figures_.waiting = std::ssize(waiting_);
     figures_.held = manager_.bytes();
     figures_.peak_counted = std::max(figures_.peak_counted, figures_.held);
-    if (active_.empty() && waiting_.empty()) figures_.peak_process = memory_.peak();
+    if (!active_.empty() || !waiting_.empty()) return;
+    figures_.peak_process = memory_.peak();
+    figures_.peak_files = memory_.files_peak();
   }
 
   const batch_decoder& model_;

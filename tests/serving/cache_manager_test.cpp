@@ -395,6 +395,31 @@ TEST_CASE("nothing is re-encoded twice without a use between", "[serving]") {
   CHECK(recalled == 1);
 }
 
+TEST_CASE("what many begin with does not keep them from being re-encoded", "[serving]") {
+  full_manager manager(warm_pool(shape, {.slab_bytes = 1}),
+                       {.budget_bytes = 400'000, .ladder = {.high = 0.8, .low = 0.6}},
+                       cold_pool(shape, {.slab_bytes = 1}));
+  const auto path_of = [](index_t i) {
+    tokens path = counted(0, 640);
+    for (const token_id t : counted(100'000 + 1000 * i, 40)) path.push_back(t);
+    return path;
+  };
+  for (index_t i = 0; i < 80; ++i) {
+    REQUIRE(converse(manager, spaces[0], path_of(i), 1.0F) >= (i > 0 ? 640 : 0));
+    manager.check();
+  }
+  CHECK(manager.counts().of(rung::recode) > 10);
+  CHECK(manager.observer().recoded == manager.counts().of(rung::recode));  // each took less afterwards
+  // One of those is found whole.
+  index_t recalled = 0;
+  for (index_t i = 79; i >= 0 && recalled == 0; --i) {
+    const index_t reused = converse(manager, spaces[0], path_of(i), 1.0F);
+    recalled = manager.observer().decided(decision::recall);
+    if (recalled > 0) CHECK(reused == 680);
+  }
+  CHECK(recalled == 1);
+}
+
 TEST_CASE("the limit grows where hits are few and there is memory, unless told not to", "[serving]") {
   for (const bool adapt : {true, false}) {
     plain_manager manager(warm_pool(shape, {.slab_bytes = 1}),

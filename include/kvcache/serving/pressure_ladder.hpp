@@ -22,8 +22,10 @@ struct ladder_options {
   /// What is tried on a block, first to last. A rung that is not there is not climbed, nor is what stands
   /// behind refuse; so {rung::refuse} keeps everything that was ever released.
   std::array<rung, num_rungs> rungs = {rung::drop, rung::recode, rung::spill, rung::refuse};
-  double high = 0.95;  ///< part of the limit at which it begins
-  double low = 0.85;   ///< part of the limit down to which it frees, so that it does not begin again at once
+  /// Part of the limit at which it begins. Re-encoding needs what it writes free between here and the budget, in
+  /// slabs of few pages: those with a page in use stay with their pool.
+  double high = 0.95;
+  double low = 0.85;  ///< part of the limit down to which it frees, so that it does not begin again at once
 
   bool adapt =
       true;  ///< the three decisions below, told to the observer; off: rungs as they are, limit == budget

@@ -249,7 +249,8 @@ bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::spill([[maybe_un
   }
 }
 
-/// Stores the victim's sequence in the cold pool as well, if that takes less than it frees.
+/// Stores the victim's sequence in the cold pool as well, if what it has alone takes less there than it frees. What it
+/// shares is stored there once, for all that begin alike and will follow it.
 template <class Pool, class Policy, class ColdPool, class Tier, class Observer>
 template <class Victim>
 bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::recode([[maybe_unused]] Victim& victim) {
@@ -261,7 +262,9 @@ bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::recode([[maybe_u
       const auto held = cold.index.hold(space, path);
       const index_t known = cold.index.longest(space, path);
       const index_t new_pages = cold.pages_for(size) - known / cold.pool.shape().block_size;
-      const index_t takes = new_pages * cold.pool.page_bytes() + cold.sequence_bytes;
+      const index_t alone_from = std::max(known, victim.alone_from());
+      const index_t alone_pages = cold.pages_for(size) - alone_from / cold.pool.shape().block_size;
+      const index_t takes = alone_pages * cold.pool.page_bytes() + cold.sequence_bytes;
       const index_t own_pages = warm.pages_for(size) - victim.alone_from() / warm.pool.shape().block_size;
       const index_t frees = own_pages * warm.pool.page_bytes() + victim.sequence().own_bytes();
       if (takes >= frees) {
@@ -286,7 +289,8 @@ bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::recode([[maybe_u
         auto lean = hit.sequence ? std::move(*hit.sequence) : cold.pool.sequence();
         kvcache::detail::append_tokens(victim.sequence(), lean, hit.size, size);
         hit.held.release();
-        after = lean.own_bytes() + (cold.pool.num_in_use() - pages_before) * cold.pool.page_bytes();
+        const index_t pages = std::min(cold.pool.num_in_use() - pages_before, alone_pages);
+        after = lean.own_bytes() + pages * cold.pool.page_bytes();
         (void)cold.index.insert(space, path, std::move(lean));
       }
       tell_recode(observer, frees, after);
