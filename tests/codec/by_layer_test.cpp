@@ -351,6 +351,11 @@ TEST_CASE("codecs for other layers than the shape has are refused", "[codec]") {
   CHECK_THROWS_AS(kvcache::page_pool<layered>(small, {}, three), kvcache::shape_error);
   CHECK(three.tail_tokens == 7);
   CHECK(three.sink_tokens == 3);
+  // Where every layer has the first, the others are not described: no file could say of which layers.
+  const layered first({int8, kvcache::make_codec("channel4")}, {});
+  CHECK(kvcache::describe(first) == kvcache::describe(int8));
+  CHECK_NOTHROW(kvcache::make_described<layered>(kvcache::describe(first), small));
+  CHECK(first.codecs().size() == 1);
   const auto ends = layered::ends(5, 2, 1, int8, bf16);
   const kvcache::block_geometry g = kvcache::geometry_of(small);
   for (index_t layer = 0; layer < 5; ++layer)

@@ -61,6 +61,7 @@ class by_layer : public detail::by_layer_options<Codec> {
   /// Tail and sinks, where there are such settings, are the longest of any codec. Throws shape_error if an index is wrong.
   by_layer(std::vector<Codec> codecs, std::vector<index_t> of_layer) {
     if (codecs.empty()) throw shape_error("kvcache: by_layer needs a codec");
+    if (of_layer.empty()) codecs.erase(codecs.begin() + 1, codecs.end());  // no layer has them
     for (const index_t i : of_layer) {
       if (i < 0 || i >= static_cast<index_t>(codecs.size()))
         throw shape_error("kvcache: by_layer: a layer names codec " + std::to_string(i) + " of " +
