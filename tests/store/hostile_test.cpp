@@ -166,6 +166,9 @@ TEST_CASE("a snapshot that asks for more memory than it has bytes gets it only i
   CHECK(store::load<chunked_cache<codec::bf16>>(long_layer).cache.layer_size(7) == 1600);
   CHECK_THROWS_AS(store::load<chunked_cache<codec::bf16>>(long_layer, {.slack_limit_bytes = 1 << 20}),
                   load_error);
+  chunked_cache<codec::bf16> target(uneven.shape());
+  CHECK_THROWS_AS(store::load_into(target, long_layer, {.slack_limit_bytes = 1 << 20}), load_error);
+  CHECK_NOTHROW(store::load_into(target, long_layer));
 }
 
 TEST_CASE("a sequence that cannot be replaced stays what it was", "[store]") {

@@ -208,7 +208,7 @@ bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::take_one(From& f
     const rung r = ladder.at_step(i);
     if (r == rung::recode) {
       if constexpr (has_cold && std::is_same_v<From, warm_type>) {
-        if (!recode(*victim)) continue;
+        if (&from != &warm || !recode(*victim)) continue;  // the cold pool may be of the same type
         std::move(*victim).take();
       } else {
         continue;

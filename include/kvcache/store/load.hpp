@@ -271,6 +271,7 @@ load_into(Cache& cache, const byte_source& source, const load_options& options =
   detail::require_same_kind(source, file.about, cache);
   Cache fresh = detail::access::empty_like(cache);
   detail::loading(source, detail::header_bytes, [&] { detail::check_fit(fresh, file.about); });
+  detail::check_memory(source, file, fresh, options);
   detail::read_layers(source, file, options, fresh);
   cache = std::move(fresh);
   return std::move(file.about);
