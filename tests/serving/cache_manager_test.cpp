@@ -396,7 +396,6 @@ TEST_CASE("nothing is re-encoded twice without a use between", "[serving]") {
   CHECK(recalled == 1);
 }
 
-<<<<<<< HEAD
 TEST_CASE("what many begin with does not keep them from being re-encoded", "[serving]") {
   full_manager manager(warm_pool(shape, {.slab_bytes = 1}),
                        {.budget_bytes = 400'000, .ladder = {.high = 0.8, .low = 0.6}},
@@ -420,7 +419,8 @@ TEST_CASE("what many begin with does not keep them from being re-encoded", "[ser
     if (recalled > 0) CHECK(reused == 680);
   }
   CHECK(recalled == 1);
-=======
+}
+
 TEST_CASE("the cold pool may be of the type of the warm one", "[serving]") {
   const codec::exact_tail<codec::int8, 16> lean(codec::int8{}, 0);
   alike_manager manager(
@@ -433,7 +433,6 @@ TEST_CASE("the cold pool may be of the type of the warm one", "[serving]") {
   CHECK(manager.counts().of(rung::recode) > 5);
   CHECK(manager.counts().of(rung::recode) <= 100);  // what is cold is dropped, not re-encoded
   CHECK(manager.counts().of(rung::drop) > 5);
->>>>>>> reader
 }
 
 TEST_CASE("the limit grows where hits are few and there is memory, unless told not to", "[serving]") {
