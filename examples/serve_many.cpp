@@ -5,7 +5,7 @@
 //
 //   serve_many
 //   serve_many --conversations 96 --budget 16MiB --policy s3_fifo --verify
-//   serve_many --budget 8MiB --spill /tmp/spilled --verify     what is evicted goes to files, and comes back
+//   serve_many --budget 8MiB --spill spilled --verify     what is evicted goes to files, and comes back
 #include "serving/alone.hpp"
 #include "serving/batch_decoder.hpp"
 #include "serving/command_line.hpp"

@@ -2,8 +2,8 @@
 // Two processes and one prompt: the first computes its keys and values and puts them into a tier, the second finds them
 // there, and shows how long each way takes to the first token.
 //
-//   shared_tier --tier directory --at /tmp/prefixes
-//   shared_tier --tier lmdb --at /tmp/prefixes
+//   shared_tier --tier directory --at prefixes
+//   shared_tier --tier lmdb --at prefixes
 //   shared_tier --tier redis --at 127.0.0.1:6379            several addresses, with commas, are a cluster
 #include "llama/command_line.hpp"
 #include "llama/decoder.hpp"

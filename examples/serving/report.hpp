@@ -106,7 +106,7 @@ inline void write_table(std::ostream& out, const std::vector<served>& ways) {
     through("brought back, blocks", &spill_figures::blocks_back);
     through("brought back, bytes", &spill_figures::bytes_back);
   }
-  row("refused for now", [&](const served& w) { return count(w.metrics.at(rung::refuse).count); });
+  row("refused", [&](const served& w) { return count(w.metrics.at(rung::refuse).count); });
   row("budget, bytes", [](const served& w) { return llama::with_commas(w.figures.budget); });
   row("peak, counted, bytes", [](const served& w) { return llama::with_commas(w.figures.peak_counted); });
   row("peak, of the process, bytes", [](const served& w) {
