@@ -8,14 +8,12 @@
 #include "llama/decoder.hpp"
 #include "llama/generation.hpp"
 #include "llama/load_model.hpp"
+#include "llama/model_identity.hpp"
 #include "llama/sampler.hpp"
 #include "llama/tokenizer.hpp"
 
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/codec/exact.hpp>
-#include <kvcache/interop/rope_identity.hpp>
-#include <kvcache/store/crc32c.hpp>
-#include <kvcache/store/file.hpp>
 #include <kvcache/store/journal.hpp>
 #include <kvcache/store/recover.hpp>
 
@@ -46,17 +44,6 @@ struct options {
   std::uint64_t seed = 1;
 };
 
-/// What must be the same for keys and values of one run to be of use in the next.
-kvcache::store::identity identity_of(const options& from, const llama::model_config& config) {
-  const std::filesystem::path weights =
-      std::filesystem::is_directory(from.model) ? from.model / "model.safetensors" : from.model;
-  const kvcache::store::file_source file(weights);
-  std::vector<std::byte> bytes(static_cast<std::size_t>(file.size()));
-  file.read(0, bytes);
-  return {.model = "crc32c " + std::to_string(kvcache::store::crc32c(bytes)),
-          .rope = kvcache::store::rope_identity_of(config.rope)};
-}
-
 /// A text, the cache of its tokens, and their journal. The same steps at any time: a prompt in pieces, then token by token.
 class session {
  public:
@@ -66,7 +53,7 @@ class session {
         tokens_(std::move(prompt)),
         prompt_size_(static_cast<index_t>(tokens_.size())),
         cache_(llama::cache_shape_of(model.config())) {
-    const kvcache::store::identity who = identity_of(from, model.config());
+    const kvcache::store::identity who = llama::identity_of(from.model, model.config());
     const kvcache::store::journal_options settings{.every = from.every};
     if (!std::filesystem::exists(from.journal)) {
       log_.emplace(from.journal, cache_, who, settings);

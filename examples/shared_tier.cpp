@@ -9,15 +9,13 @@
 #include "llama/decoder.hpp"
 #include "llama/generation.hpp"
 #include "llama/load_model.hpp"
+#include "llama/model_identity.hpp"
 #include "llama/sampler.hpp"
 #include "llama/tokenizer.hpp"
 
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/codec/exact.hpp>
-#include <kvcache/interop/rope_identity.hpp>
-#include <kvcache/store/crc32c.hpp>
 #include <kvcache/store/directory_tier.hpp>
-#include <kvcache/store/file.hpp>
 #include <kvcache/store/load.hpp>
 #include <kvcache/store/save.hpp>
 #ifdef SHARED_TIER_LMDB
@@ -57,22 +55,11 @@ struct options {
   index_t num_tokens = 768;  // of the prompt
 };
 
-/// Everything that must be the same for keys and values of one process to be of use in another.
-kvcache::store::identity identity_of(const options& from, const llama::model_config& config) {
-  const std::filesystem::path weights =
-      std::filesystem::is_directory(from.model) ? from.model / "model.safetensors" : from.model;
-  const kvcache::store::file_source file(weights);
-  std::vector<std::byte> bytes(static_cast<std::size_t>(file.size()));
-  file.read(0, bytes);
-  return {.model = "crc32c " + std::to_string(kvcache::store::crc32c(bytes)),
-          .rope = kvcache::store::rope_identity_of(config.rope)};
-}
-
 /// The model, and a prompt that both processes have.
 struct task {
   explicit task(const options& from)
       : model(llama::load_model(from.model)),
-        who(identity_of(from, model.config())),
+        who(llama::identity_of(from.model, model.config())),
         space(who.model + "/bf16") {
     std::string text = "ROMEO:\n";
     if (std::ifstream sample(from.model / "sample.txt"); sample)
