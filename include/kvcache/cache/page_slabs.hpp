@@ -219,9 +219,7 @@ inline index_t page_slabs::growth_bytes(index_t new_pages) const noexcept {
 }
 
 inline void page_slabs::check(std::span<const std::uint32_t> counted) const {
-  const auto require = [](bool holds, const char* rule) {
-    if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
-  };
+  using kvcache::detail::require;
   require(std::equal(counted.begin(), counted.end(), ref_counts_.begin(), ref_counts_.end()),
           "every page's reference count is the number of tables that name it");
   std::vector<bool> listed(pages_.size(), false);

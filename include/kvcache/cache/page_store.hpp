@@ -265,9 +265,7 @@ inline index_t page_store::growth_bytes(index_t new_pages, index_t table_pages,
 }
 
 inline void page_store::check() const {
-  const auto require = [](bool holds, const char* rule) {
-    if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
-  };
+  using kvcache::detail::require;
   std::vector<std::uint32_t> counted(slabs_.num_ids(), 0);
   index_t entries = 0;
   for (const auto& known : tables_) {

@@ -223,9 +223,7 @@ class sealing_blocks {
 
   void check(std::span<const index_t> sizes) const {
     if (!seals_) return direct_.check(sizes);
-    const auto require = [](bool holds, const char* rule) {
-      if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
-    };
+    using kvcache::detail::require;
     for (index_t layer = 0; layer < shape().num_layers; ++layer) {
       const layer_state& s = state(layer);
       const index_t size = sizes[static_cast<std::size_t>(layer)];

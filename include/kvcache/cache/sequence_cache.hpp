@@ -368,9 +368,7 @@ void sequence_cache<Codec, Storage>::end_step(bool commit) noexcept {
 
 template <block_codec Codec, block_storage Storage>
 void sequence_cache<Codec, Storage>::check() const {
-  const auto require = [](bool holds, const char* rule) {
-    if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
-  };
+  using kvcache::detail::require;
   require(static_cast<index_t>(sizes_.size()) == shape_.num_layers, "one size per layer");
   require(std::all_of(sizes_.begin(), sizes_.end(), [](index_t n) { return n >= 0; }),
           "sizes are not negative");

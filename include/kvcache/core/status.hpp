@@ -78,4 +78,13 @@ class invariant_error : public std::logic_error {
   using std::logic_error::logic_error;
 };
 
+namespace detail {
+
+/// What `check()` members prove. Throws invariant_error with the rule where it does not hold.
+inline void require(bool holds, const char* rule) {
+  if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
+}
+
+}  // namespace detail
+
 }  // namespace kvcache::inline v0

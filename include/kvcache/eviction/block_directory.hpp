@@ -208,9 +208,7 @@ inline void block_directory::erase_bucket(std::size_t at) noexcept {
 }
 
 inline void block_directory::check() const {
-  const auto require = [](bool holds, const char* rule) {
-    if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
-  };
+  using kvcache::detail::require;
   index_t used = 0, present = 0, pinned = 0;
   std::vector<std::uint32_t> children(entries_.size(), 0);
   for (std::size_t i = 0; i < entries_.size(); ++i) {

@@ -82,9 +82,7 @@ class block_queues {
 
   /// Proves links and sizes against each other. O(slots). Throws invariant_error.
   void check() const {
-    const auto require = [](bool holds, const char* rule) {
-      if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
-    };
+    using kvcache::detail::require;
     std::array<index_t, NumQueues> members{}, in_line{};
     for (const link_pair& l : links_) {
       require(l.queue != none || !l.in_line, "what is in line is in a queue");

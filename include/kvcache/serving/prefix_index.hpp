@@ -14,6 +14,7 @@
 
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/core/assert.hpp>
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -178,12 +179,12 @@ class prefix_index {
   }
   lease pin(block held) noexcept {
     policy_.pin(held->first);
-    if (held->second.pins++ == 0) ++num_pinned_;
+    ++held->second.pins;
     return lease(*this, held);
   }
   void unpin(block held) noexcept {
     policy_.unpin(held->first);
-    if (--held->second.pins == 0) --num_pinned_;
+    --held->second.pins;
   }
   void use(block used) noexcept {
     used->second.last_use = now_;
@@ -197,8 +198,7 @@ class prefix_index {
   counted_memory memory_;
   tree_type tree_;
   Policy policy_;
-  index_t now_ = 0;         // lookups
-  index_t num_pinned_ = 0;  // blocks
+  index_t now_ = 0;  // lookups
 };
 
 template <class Index>
@@ -282,7 +282,7 @@ bool prefix_index<Cache, Policy>::insert(const prefix_space& space, std::span<co
     return false;
   }
   const index_t block_size = tree_.block_size();
-  make_room((size + block_size - 1) / block_size - known.size / block_size);
+  make_room(ceil_div(size, block_size) - known.size / block_size);
   const auto [n, replaced] = tree_.add(space, known, tokens, now_, cache);
   // Nothing below can fail.
   use_path(known);
@@ -392,7 +392,7 @@ void prefix_index<Cache, Policy>::check() const {
   }
   detail::require(policy_.size() == static_cast<index_t>(tree_.blocks().size()),
                   "the policy has no other block");
-  detail::require(pinned == num_pinned_ && policy_.num_pinned() == pinned, "pins are counted");
+  detail::require(policy_.num_pinned() == pinned, "pins are counted");
 }
 
 }  // namespace kvcache::inline v0::serving

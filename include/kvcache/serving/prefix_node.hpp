@@ -101,9 +101,7 @@ inline index_t common_prefix(std::span<const token_id> a, std::span<const token_
   return static_cast<index_t>(same);
 }
 
-inline void require(bool holds, const char* rule) {
-  if (!holds) throw invariant_error(std::string("kvcache: ") + rule);
-}
+using kvcache::detail::require;
 
 template <class Cache>
 struct prefix_node;
