@@ -185,8 +185,8 @@ struct int8_values : detail::int8_rows<detail::values_in_order> {
       for (; d + 16 <= g.head_dim; d += 16)
         put_in_quads(quads + d * order::pack, slot,
                      reinterpret_cast<const std::uint8_t*>(&row.bytes[static_cast<std::size_t>(d)]));
-      for (; d < g.head_dim; ++d)
-        quads[d * order::pack + slot] = static_cast<std::byte>(row.bytes[static_cast<std::size_t>(d)]);
+      for (std::byte* to = quads + d * order::pack + slot; d < g.head_dim; ++d, to += order::pack)
+        *to = static_cast<std::byte>(row.bytes[static_cast<std::size_t>(d)]);
     }
   }
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
