@@ -12,12 +12,12 @@
 #include <kvcache/codec/channel_scaled.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/gaussian_codebook.hpp>
-#include <kvcache/codec/lanes.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/sides.hpp>
 #include <kvcache/core/half.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -53,11 +53,8 @@ class channel_statistics {
     float* means = means_.data();
     const auto num_rows = static_cast<float>(count_);
     for (index_t t = 0; t < count; ++t) {
-      const float* row = rows.row(t);
-      for_each_lane(
-          dim_,
-          [=](index_t d) { store_four(means + d, load_four(means + d) + load_four(row + d) / num_rows); },
-          [=](index_t d) { means[d] += row[d] / num_rows; });
+      lanes::transform(
+          dim_, means, [=](auto mean, auto x) { return mean + x / num_rows; }, means, rows.row(t));
     }
     for_each_dim([&](std::size_t i) { means_[i] = to_float(to_finite_bfloat16(means_[i])); });
     weights_.fill(1.0F);
@@ -90,16 +87,11 @@ class channel_statistics {
       const float* means = means_.data();
       float* squares = squares_.data();
       const float inverse_unit = inverse_unit_;
-      for_each_lane(
-          dim_,
-          [=](index_t d) {
-            const four_floats x = (load_four(row + d) - load_four(means + d)) * inverse_unit;
-            store_four(squares + d, load_four(squares + d) + weight * x * x);
-          },
-          [=](index_t d) {
-            const float x = (row[d] - means[d]) * inverse_unit;
-            squares[d] += weight * x * x;
-          });
+      const auto add_square = [=](auto sum, auto number, auto mean) {
+        const auto x = (number - mean) * inverse_unit;
+        return sum + weight * x * x;
+      };
+      lanes::transform(dim_, squares, add_square, squares, row, means);
     }
   }
 
@@ -110,13 +102,14 @@ class channel_statistics {
     for (index_t t = 0; t < count_; ++t) {
       const float* row = rows_.row(t);
       std::array<float, 16> parts{};
-      four_floats sums[4] = {};
+      lanes::four_floats sums[4] = {};
       index_t d = 0;
       for (; d + 16 <= dim_; d += 16) {
         for (index_t i = 0; i < 4; ++i) {
           const index_t at = d + 4 * i;
-          const four_floats x = (load_four(row + at) - load_four(means_.data() + at)) * inverse_unit_;
-          sums[i] += x * x * load_four(inverse.data() + at);
+          const lanes::four_floats x =
+              (lanes::load_four(row + at) - lanes::load_four(means_.data() + at)) * inverse_unit_;
+          sums[i] += x * x * lanes::load_four(inverse.data() + at);
         }
       }
       std::memcpy(parts.data(), sums, sizeof(sums));
@@ -161,16 +154,9 @@ struct balanced_side : Base {
     alignas(64) channel_floats row;
     code_row row_codes;
     for (index_t t = 0; t < count; ++t) {
-      const float* from = rows.row(t);
-      const float* means = statistics.means();
-      const float* inverse = inverse_scales.data();
-      float* to = row.data();
-      for_each_lane(
-          g.head_dim,
-          [=](index_t d) {
-            store_four(to + d, (load_four(from + d) - load_four(means + d)) * load_four(inverse + d));
-          },
-          [=](index_t d) { to[d] = (from[d] - means[d]) * inverse[d]; });
+      lanes::transform(
+          g.head_dim, row.data(), [](auto x, auto mean, auto inverse) { return (x - mean) * inverse; },
+          rows.row(t), statistics.means(), inverse_scales.data());
       const float scale =
           kernels.low_bit.nearest(row.data(), g.head_dim, balanced_traits<Bits>::book, row_codes.data());
       set_scale(section + Base::rows::token_scales_offset(g), first + t, to_finite_bfloat16(scale));

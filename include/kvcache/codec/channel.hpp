@@ -11,13 +11,13 @@
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/channel_scaled.hpp>
 #include <kvcache/codec/concepts.hpp>
-#include <kvcache/codec/lanes.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/sides.hpp>
 #include <kvcache/core/half.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -68,12 +68,12 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
       const float* row = rows.row(t);
       float* low = least.data();
       float* high = largest.data();
-      detail::for_each_lane(
+      lanes::for_each(
           g.head_dim,
           [=](index_t d) {
-            const detail::four_floats x = detail::load_four(row + d);
-            detail::store_four(low + d, detail::least_of(detail::load_four(low + d), x));
-            detail::store_four(high + d, detail::largest_of(detail::load_four(high + d), x));
+            const lanes::four_floats x = lanes::load_four(row + d);
+            lanes::store_four(low + d, lanes::least_of(lanes::load_four(low + d), x));
+            lanes::store_four(high + d, lanes::largest_of(lanes::load_four(high + d), x));
           },
           [=](index_t d) {
             low[d] = std::min(low[d], row[d]);
@@ -92,11 +92,11 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
       const float* middle = middles.data();
       const float* inverse_step = inverse_steps.data();
       std::uint8_t* codes = row_codes.data();
-      detail::for_each_lane(
+      lanes::for_each(
           g.head_dim,
           [=](index_t d) {
-            put_four_codes((detail::load_four(row + d) - detail::load_four(middle + d)) *
-                               detail::load_four(inverse_step + d),
+            put_four_codes((lanes::load_four(row + d) - lanes::load_four(middle + d)) *
+                               lanes::load_four(inverse_step + d),
                            codes + d);
           },
           [=](index_t d) { codes[d] = code_of((row[d] - middle[d]) * inverse_step[d]); });
@@ -128,13 +128,13 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
     return static_cast<std::uint8_t>((std::bit_cast<std::uint32_t>(shifted) + traits::below) & 0xffU);
   }
   /// The same, four at a time.
-  static void put_four_codes(detail::four_floats steps, std::uint8_t* codes) noexcept {
-    const auto all = [](float x) { return detail::four_floats{x, x, x, x}; };
-    const detail::four_floats bounded =
-        detail::least_of(detail::largest_of(steps, all(static_cast<float>(-traits::below))),
-                         all(static_cast<float>(traits::below - 1)));
-    const auto words = reinterpret_cast<detail::four_words>(bounded + all(0x1.8p23F)) + traits::below;
-    const auto bytes = __builtin_convertvector(words & 0xff, detail::four_bytes);
+  static void put_four_codes(lanes::four_floats steps, std::uint8_t* codes) noexcept {
+    const auto all = [](float x) { return lanes::four_floats{x, x, x, x}; };
+    const lanes::four_floats bounded =
+        lanes::least_of(lanes::largest_of(steps, all(static_cast<float>(-traits::below))),
+                        all(static_cast<float>(traits::below - 1)));
+    const auto words = reinterpret_cast<lanes::four_words>(bounded + all(0x1.8p23F)) + traits::below;
+    const auto bytes = __builtin_convertvector(words & 0xff, lanes::four_bytes);
     std::memcpy(codes, &bytes, sizeof(bytes));
   }
 };

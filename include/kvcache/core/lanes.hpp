@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// lanes: four numbers at a time in the registers of any processor, for what whole blocks are measured with when they are
-// encoded. Each lane does what a loop over single numbers would do, in the same order: the same bits.
+// lanes: four numbers at a time in the registers of any processor, for plain loops that -O2 leaves scalar. Each lane does
+// what a loop over single numbers would do, in the same order: the same bits.
 #pragma once
 
 #include <kvcache/core/types.hpp>
@@ -9,13 +9,13 @@
 #include <cstdint>
 #include <cstring>
 
-namespace kvcache::inline v0::codec::detail {
+namespace kvcache::inline v0::lanes {
 
 using four_floats [[gnu::vector_size(16)]] = float;
 using four_words [[gnu::vector_size(16)]] = std::int32_t;
 using four_bytes [[gnu::vector_size(4)]] = std::uint8_t;
 
-inline constexpr index_t num_lanes = 4;
+inline constexpr index_t width = 4;
 
 inline four_floats load_four(const float* from) noexcept {
   four_floats loaded;
@@ -37,10 +37,18 @@ inline four_floats largest_of(four_floats a, four_floats b) noexcept { return ch
 
 /// Calls four(d) for d = 0, 4, ... as far as four numbers are left of `count`, and one(d) for those behind them.
 template <class Four, class One>
-void for_each_lane(index_t count, Four four, One one) {
+void for_each(index_t count, Four four, One one) {
   index_t d = 0;
-  for (; d + num_lanes <= count; d += num_lanes) four(d);
+  for (; d + width <= count; d += width) four(d);
   for (; d < count; ++d) one(d);
 }
 
-}  // namespace kvcache::inline v0::codec::detail
+/// to[d] = f(from[d]...) for d < count, where f takes numbers or four_floats. `to` may be one of the sources.
+template <class F, class... Sources>
+void transform(index_t count, float* to, F f, const Sources*... from) {
+  for_each(
+      count, [&](index_t d) { store_four(to + d, f(load_four(from + d)...)); },
+      [&](index_t d) { to[d] = f(from[d]...); });
+}
+
+}  // namespace kvcache::inline v0::lanes
