@@ -165,7 +165,8 @@ TEST_CASE("softmax states that are fed block by block merge in any order", "[att
       states.emplace_back(1, dim);
       std::vector<float> scores(logits.begin() + static_cast<index_t>(first),
                                 logits.begin() + static_cast<index_t>(first) + 16);
-      (void)kernels.softmax(scores.data(), 16, states.back().row[0]);
+      float rescale = 0;
+      kernels.softmax(scores.data(), 16, 16, 1, states.back().row.data(), &rescale);
       for (std::size_t t = 0; t < 16; ++t)
         for (std::size_t d = 0; d < dim; ++d)
           states.back().sum[d] += scores[t] * values[(first + t) * dim + d];

@@ -290,6 +290,14 @@ TEST_CASE("every level stores the same bytes", "[kernel]") {
   }
 }
 
+/// One row. \return what sums must be multiplied by
+static float softmax(const kernel::table& kernels, std::vector<float>& scores, kernel::softmax_row& row) {
+  float rescale = 0;
+  const auto count = static_cast<index_t>(scores.size());
+  kernels.softmax(scores.data(), count, count, 1, &row, &rescale);
+  return rescale;
+}
+
 TEST_CASE("exp is accurate over its whole range", "[kernel]") {
   // Through the softmax of each level: the first score is the maximum 0, so weight t is exp(score t).
   for (const kernel::table* level : tables()) {
@@ -300,7 +308,7 @@ TEST_CASE("exp is accurate over its whole range", "[kernel]") {
       std::vector<float> scores(16, x);
       scores[0] = 0.0F;
       kernel::softmax_row row{-infinity, 0.0F};
-      (void)level->softmax(scores.data(), 16, row);
+      (void)softmax(*level, scores, row);
       worst = std::max(worst, std::abs(double{scores[7]} / std::exp(double{x}) - 1.0));
     }
     CHECK(worst < 2e-7);
@@ -333,12 +341,12 @@ TEST_CASE("soft caps are accurate over their whole range", "[kernel]") {
   }
 }
 
-TEST_CASE("softmax steps keep the running maximum and sum", "[kernel]") {
+TEST_CASE("softmax steps keep a maximum within the slack, and the sum", "[kernel]") {
   for (const kernel::table* level : tables()) {
     const kernel::table& kernels = *level;
     test::random random;
     kernel::softmax_row row{-infinity, 0.0F};
-    double max = -infinity;
+    double largest = -infinity;
     double sum = 0;
     double scale = 1;  // product of the factors handed out since the first step
     double first_weight = 0;
@@ -348,15 +356,46 @@ TEST_CASE("softmax steps keep the running maximum and sum", "[kernel]") {
       for (float& s : scores) s = 10 * random.normal() + static_cast<float>(step);
       if (step % 3 == 0) std::fill(scores.begin() + 20, scores.end(), -infinity);
       for (const float s : scores) seen.push_back(s);
-      const float rescale = kernels.softmax(scores.data(), 64, row);
+      const float rescale = softmax(kernels, scores, row);
       if (step == 0) first_weight = scores[0];
       if (step > 0) scale *= rescale;
     }
-    for (const double s : seen) max = std::max(max, s);
-    for (const double s : seen) sum += std::exp(s - max);
-    CHECK(double{row.max} == max);
+    for (const double s : seen) largest = std::max(largest, s);
+    CHECK(largest <= double{row.max} + kernel::softmax_slack);
+    CHECK(double{row.max} <= largest);
+    for (const double s : seen) sum += std::exp(s - row.max);
     CHECK_THAT(double{row.sum}, Catch::Matchers::WithinRel(sum, 1e-5));
-    CHECK_THAT(first_weight * scale, Catch::Matchers::WithinAbs(std::exp(seen[0] - max), 1e-6));
+    CHECK_THAT(first_weight * scale, Catch::Matchers::WithinAbs(std::exp(seen[0] - row.max), 1e-6));
+  }
+}
+
+TEST_CASE("softmax of a row does not depend on the rows beside it", "[kernel]") {
+  constexpr index_t stride = 48;
+  for (const kernel::table* level : tables()) {
+    CAPTURE(kernel::to_string(level->level));
+    for (index_t num_rows = 0; num_rows <= kernel::max_softmax_rows; ++num_rows) {
+      CAPTURE(num_rows);
+      test::random random;
+      std::vector<float> scores(static_cast<std::size_t>(stride * num_rows));
+      for (float& s : scores) s = 20 * random.normal();
+      std::vector<kernel::softmax_row> rows(static_cast<std::size_t>(num_rows), {-1.0F, 2.0F});
+      if (num_rows > 2) rows[2] = {-infinity, 0.0F};
+      std::vector<float> rescales(static_cast<std::size_t>(num_rows));
+      const std::vector<float> given = scores;
+      const std::vector<kernel::softmax_row> before = rows;
+      level->softmax(scores.data(), stride, 32, num_rows, rows.data(), rescales.data());
+      for (index_t r = 0; r < num_rows; ++r) {
+        const auto i = static_cast<std::size_t>(r);
+        std::vector<float> alone(given.begin() + r * stride, given.begin() + r * stride + 32);
+        kernel::softmax_row row = before[i];
+        CHECK(softmax(*level, alone, row) == rescales[i]);
+        CHECK(row.max == rows[i].max);
+        CHECK(row.sum == rows[i].sum);
+        CHECK(std::equal(alone.begin(), alone.end(), scores.begin() + r * stride));
+        CHECK(std::equal(given.begin() + r * stride + 32, given.begin() + (r + 1) * stride,
+                         scores.begin() + r * stride + 32));
+      }
+    }
   }
 }
 
@@ -365,24 +404,24 @@ TEST_CASE("softmax of nothing but masked scores is nothing, and NaN stays NaN", 
     const kernel::table& kernels = *level;
     std::vector<float> scores(32, -infinity);
     kernel::softmax_row row{-infinity, 0.0F};
-    CHECK(kernels.softmax(scores.data(), 32, row) == 1.0F);
+    CHECK(softmax(kernels, scores, row) == 1.0F);
     CHECK(row.sum == 0.0F);
     CHECK(row.max == -infinity);
     CHECK(scores == std::vector<float>(32, 0.0F));
 
     row = {3.0F, 2.0F};  // masked scores after visible ones change nothing either
     std::fill(scores.begin(), scores.end(), -infinity);
-    CHECK(kernels.softmax(scores.data(), 32, row) == 1.0F);
+    CHECK(softmax(kernels, scores, row) == 1.0F);
     CHECK(row.max == 3.0F);
     CHECK(row.sum == 2.0F);
 
     scores[4] = not_a_number;
-    (void)kernels.softmax(scores.data(), 32, row);
+    (void)softmax(kernels, scores, row);
     CHECK(std::isnan(row.sum));
     std::fill(scores.begin(), scores.end(), -infinity);
     scores[4] = not_a_number;
     row = {-infinity, 0.0F};
-    (void)kernels.softmax(scores.data(), 32, row);
+    (void)softmax(kernels, scores, row);
     CHECK(std::isnan(row.sum));
   }
 }

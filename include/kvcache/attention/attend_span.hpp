@@ -21,6 +21,7 @@
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -112,24 +113,33 @@ inline void finish_scores(const span_context& c, const query_tile& tile, index_t
   c.visible.hide(tile.first_query + query, position, in.segments, in.tokens, in.base, in.num_scores, scores);
 }
 
+/// The maximum of a row has grown.
+inline void rescale_row(const span_sums& sums, index_t head_dim, index_t row, float by) noexcept {
+  if (by == 1.0F) return;
+  for (float* all : {sums.plain, sums.turned}) {
+    if (all == nullptr) continue;
+    float* of_row = all + row * head_dim;
+    lanes::transform(
+        head_dim, of_row, [by](auto x) { return x * by; }, of_row);
+  }
+}
+
 /// \param queries  as the codec prepared them
 /// \param sums     where the codec's weighted sum goes
 template <class Codec>
 void attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
                   const float* queries, const block_tokens& in, float* scores, const softmax_state& state,
                   const span_sums& all_sums, float* sums) {
-  codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores);
-  for (index_t r = 0; r < tile.num_rows(); ++r) {
-    float* row_scores = scores + r * g.block_size;
-    finish_scores(c, tile, r, in, row_scores);
-    const float rescale =
-        c.kernels->softmax(row_scores, in.num_scores, state.rows[static_cast<std::size_t>(r)]);
-    if (rescale != 1.0F) {
-      const index_t dim = c.geometry.head_dim;
-      for (float* all : {all_sums.plain, all_sums.turned}) {
-        for (index_t d = 0; all != nullptr && d < dim; ++d) all[r * dim + d] *= rescale;
-      }
-    }
+  codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
+  std::array<float, kernel::max_softmax_rows> rescales;
+  for (index_t first = 0; first < tile.num_rows(); first += kernel::max_softmax_rows) {
+    const index_t num_rows = std::min(tile.num_rows() - first, kernel::max_softmax_rows);
+    for (index_t r = first; r < first + num_rows; ++r)
+      finish_scores(c, tile, r, in, scores + r * g.block_size);
+    c.kernels->softmax(scores + first * g.block_size, g.block_size, in.num_scores, num_rows,
+                       state.rows.data() + first, rescales.data());
+    for (index_t r = 0; r < num_rows; ++r)
+      rescale_row(all_sums, c.geometry.head_dim, first + r, rescales[static_cast<std::size_t>(r)]);
   }
   codec.accumulate(*c.kernels, g, in.block, in.count(), scores, tile.num_rows(), sums, in.next_block);
 }
@@ -229,7 +239,8 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
       });
   if (codec.turns_sums()) {
     codec.finish(*c.kernels, g, tile.num_rows(), sums.turned);
-    for (index_t i = 0; i < num_floats; ++i) sums.plain[i] += sums.turned[i];
+    lanes::transform(
+        num_floats, sums.plain, [](auto a, auto b) { return a + b; }, sums.plain, sums.turned);
   }
 }
 
@@ -244,13 +255,14 @@ void weigh_span(const Codec& codec, const span_context& c, const query_tile& til
   for_each_block<Seals>(
       codec, c, tile, blocks, span, scratch,
       [&](const auto& of, const block_geometry& g, const float* queries, const block_tokens& in) {
-        of.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores);
+        of.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
         for (index_t r = 0; r < tile.num_rows(); ++r) {
           if (lse[r] == -std::numeric_limits<float>::infinity()) continue;  // sees nothing
           float* row = scores + r * g.block_size;
           finish_scores(c, tile, r, in, row);
           kernel::softmax_row all{lse[r], 0.0F};
-          const float rescale = c.kernels->softmax(row, in.num_scores, all);  // not 1: rounding passed lse
+          float rescale = 1;  // not 1 where the key is far more than lse says
+          c.kernels->softmax(row, g.block_size, in.num_scores, 1, &all, &rescale);
           for (index_t t = in.tokens.first; t < in.tokens.last; ++t) weights[t] += row[t - in.base] / rescale;
         }
       });

@@ -13,6 +13,7 @@
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -76,8 +77,8 @@ class item_plan {
     const softmax_state part = state_in(scratch, tile.num_rows());
     all.reset();
     for (index_t s = 0; s < num_spans(); ++s) {
-      run(tile, tile_index, s, scratch, part);
-      all.merge(part);
+      run(tile, tile_index, s, scratch, s == 0 ? all : part);
+      if (s > 0) all.merge(part);
     }
     write(tile, all);
   }
@@ -108,9 +109,8 @@ class item_plan {
   /// Merges the partial states of a tile, [num_spans(), stride] floats, in order.
   void finish_tile(index_t tile_index, float* partials, index_t stride, float* scratch) const {
     const query_tile tile = make_tile(tile_index, scratch);
-    const softmax_state all = state_in(scratch, tile.num_rows());
-    all.reset();
-    for (index_t s = 0; s < num_spans(); ++s) {
+    const softmax_state all = state_in(partials, tile.num_rows());
+    for (index_t s = 1; s < num_spans(); ++s) {
       float* partial = partials + s * stride;
       all.merge(state_in(partial, tile.num_rows()));
     }
@@ -176,7 +176,8 @@ class item_plan {
       positions[i] = position_of(query);
       const float* from = item_->q.data() + (query * num_q_heads_ + first_head) * dim;
       float* to = queries + i * group_size_ * dim;
-      for (index_t j = 0; j < group_size_ * dim; ++j) to[j] = from[j] * scale;
+      lanes::transform(
+          group_size_ * dim, to, [scale](auto x) { return x * scale; }, from);
     }
     return {first_query, num_queries, group_size_, first_head, queries, positions};
   }

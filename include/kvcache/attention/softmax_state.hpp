@@ -9,6 +9,7 @@
 #pragma once
 
 #include <kvcache/core/assert.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -48,17 +49,23 @@ struct softmax_state {
       rows[r] = {max, rows[r].sum * mine + other.rows[r].sum * theirs};
       const auto from = other.row_sums(r);
       const auto to = row_sums(r);
-      for (std::size_t d = 0; d < to.size(); ++d) to[d] = to[d] * mine + from[d] * theirs;
+      lanes::transform(
+          head_dim(), to.data(), [=](auto a, auto b) { return a * mine + b * theirs; }, to.data(),
+          from.data());
     }
   }
 
   /// Normalised output of a row, [head_dim]; zero if it has seen nothing.
   /// \return its log-sum-exp, natural logarithm
   float finish(std::size_t row, std::span<float> out) const noexcept {
-    const auto from = row_sums(row);
-    const bool empty = rows[row].sum == 0.0F;
-    for (std::size_t d = 0; d < out.size(); ++d) out[d] = empty ? 0.0F : from[d] / rows[row].sum;
-    return empty ? -std::numeric_limits<float>::infinity() : rows[row].max + std::log(rows[row].sum);
+    const float sum = rows[row].sum;
+    if (sum == 0.0F) {
+      std::fill(out.begin(), out.end(), 0.0F);
+      return -std::numeric_limits<float>::infinity();
+    }
+    lanes::transform(
+        head_dim(), out.data(), [sum](auto x) { return x / sum; }, row_sums(row).data());
+    return rows[row].max + std::log(sum);
   }
 
  private:

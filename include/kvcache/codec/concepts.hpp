@@ -46,7 +46,7 @@ concept block_codec = std::copyable<C> && std::default_initializable<C> &&
   codec.decode(kernels, g, sealed, n, n, out, out);
   { codec.prepared_floats(g) } -> std::same_as<index_t>;
   { codec.prepare(kernels, g, q, n, scores) } -> std::same_as<const float*>;
-  codec.scores(kernels, g, sealed, n, q, n, scores);
+  codec.scores(kernels, g, sealed, n, q, n, scores, sealed);
   codec.accumulate(kernels, g, sealed, n, q, n, scores, sealed);
   codec.finish(kernels, g, n, scores);
 };

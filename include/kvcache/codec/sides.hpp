@@ -85,14 +85,18 @@ struct sides {
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
-              const float* prepared, index_t num_rows, float* scores) const {
-    keys.scores(kernels, g, block, count, prepared, num_rows, scores, block + keys.section_bytes(g));
+              const float* prepared, index_t num_rows, float* scores, const std::byte* next_block) const {
+    const std::byte* values_of_block = block + keys.section_bytes(g);
+    keys.scores(kernels, g, block, count, prepared, num_rows, scores,
+                next_block != nullptr && reads_far_ahead(g) ? next_block : values_of_block);
   }
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next_block) const {
-    values.accumulate(kernels, g, block + keys.section_bytes(g), count, weights, num_rows, sums, next_block);
+    const bool far = next_block != nullptr && reads_far_ahead(g);
+    values.accumulate(kernels, g, block + keys.section_bytes(g), count, weights, num_rows, sums,
+                      far ? next_block + keys.section_bytes(g) : next_block);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     values.finish(kernels, g, num_rows, sums);
@@ -105,6 +109,13 @@ struct sides {
     v.at(layer, head);
   }
   { return sides{codec_at(keys, layer, head), codec_at(values, layer, head)}; }
+
+ private:
+  /// Memory has to be asked some time before it answers: one section ahead, or two where they are soon multiplied.
+  [[nodiscard]] constexpr bool reads_far_ahead(const block_geometry& g) const noexcept {
+    constexpr index_t small = 12 * 1024;
+    return block_bytes(g) <= small;
+  }
 };
 
 }  // namespace kvcache::inline v0::codec

@@ -28,9 +28,9 @@ namespace kvcache::inline v0::kernel::portable {
 inline constexpr index_t lanes = 16;
 static_assert(lanes == key_lanes);
 
-/// exp(x) for x <= 0: relative error below 2e-7, zero below -87.3 (so never subnormal), NaN stays NaN.
+/// exp(x) for x <= softmax_slack: relative error below 2e-7, zero below -87.3 (so never subnormal), NaN stays NaN.
 /// Source: argument reduction by Cody and Waite 1980; the polynomial is a Taylor sum on |r| <= ln(2)/2.
-inline float exp_nonpositive(float x) noexcept {
+inline float exp_below_slack(float x) noexcept {
   constexpr float round_to_integer = 0x1.8p23F;  // adding it leaves the integer in the low mantissa bits
   const float shifted = x * 1.44269504F + round_to_integer;
   const float n = shifted - round_to_integer;
@@ -61,33 +61,46 @@ float fold(lane_array& lane, Combine combine) noexcept {
   return lane[0];
 }
 
-inline float softmax(float* scores, index_t count, softmax_row& row) {
-  constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+/// Raises row.max where `largest` passes it by too much, and scales row.sum with it. \return the scale
+inline float raise_max(softmax_row& row, float largest) noexcept {
+  if (!(largest > row.max + softmax_slack)) return 1.0F;
+  const bool first = row.max == -std::numeric_limits<float>::infinity();
+  const float rescale = first ? 0.0F : exp_below_slack(row.max - largest);
+  row.max = largest;
+  row.sum *= rescale;
+  return rescale;
+}
+/// What is taken off the scores: zero where all are -infinity so far, since -inf - -inf would be NaN.
+inline float softmax_shift(const softmax_row& row) noexcept {
+  return row.max == -std::numeric_limits<float>::infinity() ? 0.0F : row.max;
+}
+
+inline float softmax_of_row(float* scores, index_t count, softmax_row& row) {
   const auto larger = [](float a, float b) { return a < b ? b : a; };
 
-  // pass 1: the new maximum
+  // pass 1: the largest score
   lane_array lane;
-  lane.fill(row.max);
+  lane.fill(-std::numeric_limits<float>::infinity());
   for (index_t t = 0; t < count; t += lanes) {
     for (std::size_t i = 0; i < lanes; ++i) lane[i] = larger(lane[i], scores[t + static_cast<index_t>(i)]);
   }
-  const float max = fold(lane, larger);
-  if (max == minus_infinity && std::none_of(scores, scores + count, is_nan)) {
-    std::fill_n(scores, count, 0.0F);  // nothing visible so far; exp(-inf - -inf) would be NaN
-    return 1.0F;
-  }
+  const float rescale = raise_max(row, fold(lane, larger));
+  const float shift = softmax_shift(row);
 
   // pass 2: weights and their sum
   lane.fill(0.0F);
   for (index_t t = 0; t < count; t += lanes) {
     float* weights = scores + t;
-    for (index_t i = 0; i < lanes; ++i) weights[i] = exp_nonpositive(weights[i] - max);
+    for (index_t i = 0; i < lanes; ++i) weights[i] = exp_below_slack(weights[i] - shift);
     for (std::size_t i = 0; i < lanes; ++i) lane[i] += weights[i];
   }
-  const float rescale = row.max == minus_infinity ? 0.0F : exp_nonpositive(row.max - max);
-  row.sum = row.sum * rescale + fold(lane, [](float x, float y) { return x + y; });
-  row.max = max;
+  row.sum += fold(lane, [](float x, float y) { return x + y; });
   return rescale;
+}
+
+inline void softmax(float* scores, index_t stride, index_t count, index_t num_rows, softmax_row* rows,
+                    float* rescales) {
+  for (index_t r = 0; r < num_rows; ++r) rescales[r] = softmax_of_row(scores + r * stride, count, rows[r]);
 }
 
 /// tanh(x), relative error below 4e-7, NaN stays NaN: the Taylor series near zero, where the quotient would cancel.
@@ -100,7 +113,7 @@ inline float tanh(float x) noexcept {
   p = p * x2 + 2.0F / 15.0F;
   p = p * x2 - 1.0F / 3.0F;
   const float near_zero = size + size * x2 * p;
-  const float e = exp_nonpositive(-2.0F * size);
+  const float e = exp_below_slack(-2.0F * size);
   const float far = (1.0F - e) / (1.0F + e);
   return std::copysign(size < 0.35F ? near_zero : far, x);
 }

@@ -22,11 +22,18 @@ namespace kvcache::inline v0::kernel {
 /// Instruction sets that have a table.
 enum class isa { portable, avx2, avx512, amx, neon };
 
-/// Running softmax of one query row: weights seen so far are exp(score - max), `sum` is their sum.
+/// Running softmax of one query row: weights seen so far are exp(score - max), `sum` is their sum. `max` is -infinity
+/// before the first score that is not; afterwards no score is larger by more than softmax_slack.
 struct softmax_row {
   float max;
   float sum;
 };
+
+/// How far scores may pass `max` before it is raised: sums seldom need rescaling, weights stay below 3000.
+inline constexpr float softmax_slack = 8.0F;
+
+/// How many rows softmax takes at a time.
+inline constexpr index_t max_softmax_rows = 16;
 
 /// Arithmetic on blocks of one stored element type.
 struct element_kernels {
@@ -190,12 +197,14 @@ struct table {
 
   trellis_kernels trellis;
 
-  /// One step of the online softmax over a row of scores; -infinity marks a masked slot.
-  /// Replaces each score by exp(score - new max) (relative error below 2e-7; under 1e-38 becomes zero).
-  /// \param scores  [count]; `count` is a multiple of 16
-  /// \return what the sums gathered so far must be multiplied by
+  /// One step of the online softmax over rows of scores; -infinity marks a masked slot.
+  /// Replaces each score by exp(score - max of its row) (relative error below 2e-7; under 1e-38 becomes zero).
+  /// \param scores    the first `count` of each row, [num_rows, stride]; `count` is a multiple of 16
+  /// \param rows      [num_rows], at most max_softmax_rows
+  /// \param rescales  [num_rows]: what the sums gathered so far must be multiplied by
   /// Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
-  float (*softmax)(float* scores, index_t count, softmax_row& row);
+  void (*softmax)(float* scores, index_t stride, index_t count, index_t num_rows, softmax_row* rows,
+                  float* rescales);
 
   /// scores[t] = cap * tanh(scores[t] / cap), relative error below 5e-7; NaN stays NaN.
   /// \param scores  [count]; `count` is a multiple of 16

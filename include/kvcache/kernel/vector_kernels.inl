@@ -44,8 +44,8 @@ KVCACHE_INLINE vec load_first(const float* p, index_t count) {
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
-/// As portable::exp_nonpositive, with the same polynomial and bound.
-KVCACHE_INLINE vec exp_nonpositive(vec x) {
+/// As portable::exp_below_slack, with the same polynomial and bound.
+KVCACHE_INLINE vec exp_below_slack(vec x) {
   const vec round_to_integer = broadcast(0x1.8p23F);
   const vec shifted = fma(x, broadcast(1.44269504F), round_to_integer);
   const vec n = sub(shifted, round_to_integer);
@@ -60,28 +60,44 @@ KVCACHE_INLINE vec exp_nonpositive(vec x) {
   return zero_below(x, -87.3F, add_to_exponent(p, shifted));
 }
 
-KVCACHE_TARGET inline float softmax(float* scores, index_t count, softmax_row& row) {
-  constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
-  vec largest = broadcast(row.max);
-  for (index_t t = 0; t < count; t += key_lanes) largest = larger(largest, load(scores + t));
-  const float max = largest_of(largest);
-  if (max == minus_infinity && std::none_of(scores, scores + count, portable::is_nan)) {
-    std::fill_n(scores, count, 0.0F);  // nothing visible so far; exp(-inf - -inf) would be NaN
-    return 1.0F;
-  }
-  vec sum = zero();
+/// `Rows` rows side by side: what one row waits for, the others fill.
+template <int Rows>
+KVCACHE_TARGET inline void softmax_of_rows(float* scores, index_t stride, index_t count, softmax_row* rows,
+                                           float* rescales) {
+  vec largest[Rows];
+#pragma GCC unroll 4
+  for (vec& l : largest) l = broadcast(-std::numeric_limits<float>::infinity());
   for (index_t t = 0; t < count; t += key_lanes) {
-    const vec weights = exp_nonpositive(sub(load(scores + t), broadcast(max)));
-    store(scores + t, weights);
-    sum = add(sum, weights);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) largest[r] = larger(largest[r], load(scores + r * stride + t));
   }
-  float rescale = 1.0F;
-  if (row.max != max) {
-    rescale = row.max == minus_infinity ? 0.0F : portable::exp_nonpositive(row.max - max);
-    row.max = max;
+  vec shift[Rows];
+  vec sum[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    rescales[r] = portable::raise_max(rows[r], largest_of(largest[r]));
+    shift[r] = broadcast(portable::softmax_shift(rows[r]));
+    sum[r] = zero();
   }
-  row.sum = row.sum * rescale + sum_of(sum);
-  return rescale;
+  for (index_t t = 0; t < count; t += key_lanes) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      float* at = scores + r * stride + t;
+      const vec weights = exp_below_slack(sub(load(at), shift[r]));
+      store(at, weights);
+      sum[r] = add(sum[r], weights);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) rows[r].sum += sum_of(sum[r]);
+}
+
+KVCACHE_TARGET inline void softmax(float* scores, index_t stride, index_t count, index_t num_rows,
+                                   softmax_row* rows, float* rescales) {
+  index_t r = 0;
+  for (; r + 4 <= num_rows; r += 4)
+    softmax_of_rows<4>(scores + r * stride, stride, count, rows + r, rescales + r);
+  for (; r < num_rows; ++r) softmax_of_rows<1>(scores + r * stride, stride, count, rows + r, rescales + r);
 }
 
 /// As portable::tanh, times `cap`.
@@ -95,7 +111,7 @@ KVCACHE_TARGET inline void soft_cap(float* scores, index_t count, float cap) {
     p = fma(p, x2, broadcast(2.0F / 15.0F));
     p = fma(p, x2, broadcast(-1.0F / 3.0F));
     const vec near_zero = fma(mul(size, x2), p, size);
-    const vec e = exp_nonpositive(mul(broadcast(-2.0F), size));
+    const vec e = exp_below_slack(mul(broadcast(-2.0F), size));
     const vec far = div(sub(broadcast(1.0F), e), add(broadcast(1.0F), e));
     store(scores + t, mul(broadcast(cap), with_sign(x, either_below(size, 0.35F, near_zero, far))));
   }
