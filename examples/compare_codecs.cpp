@@ -4,12 +4,12 @@
 //   compare_codecs --svg codecs.svg
 //   compare_codecs --codecs "int8;rotated4;k=channel4,v=rotated4" --part heads
 //   compare_codecs --part model --model stories260K.bin --tokens 256
+#include "common/program.hpp"
 #include "llama/command_line.hpp"
 #include "quality/chart.hpp"
 #include "quality/options.hpp"
 #include "quality/report.hpp"
 
-#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -42,16 +42,5 @@ void run(const quality::options& given) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    int exit_code = 0;
-    const auto given = quality::parse_options(argc, argv, exit_code);
-    if (given) run(*given);
-    return exit_code;
-  } catch (const llama::usage_error& error) {
-    std::cerr << "compare_codecs: " << error.what() << '\n';
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "compare_codecs: " << error.what() << '\n';
-    return 1;
-  }
+  return program::run("compare_codecs", argc, argv, quality::parse_options, run);
 }

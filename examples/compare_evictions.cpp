@@ -3,6 +3,7 @@
 //
 //   compare_evictions
 //   compare_evictions --cache paged/int8 --documents 2 --unit 1
+#include "common/program.hpp"
 #include "llama/command_line.hpp"
 #include "llama/load_model.hpp"
 #include "llama/text_table.hpp"
@@ -12,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 #include <filesystem>
 #include <iostream>
 #include <map>
@@ -132,17 +132,4 @@ void run(const options& given) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    int exit_code = 0;
-    const auto given = parse(argc, argv, exit_code);
-    if (given) run(*given);
-    return exit_code;
-  } catch (const llama::usage_error& error) {
-    std::cerr << "compare_evictions: " << error.what() << '\n';
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "compare_evictions: " << error.what() << '\n';
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return program::run("compare_evictions", argc, argv, parse, run); }

@@ -4,6 +4,7 @@
 //   generate --prompt "JULIET:" --tokens 200 --cache paged/bf16
 //   generate --compare
 //   generate --model stories15M.bin --tokenizer tokenizer.bin --prompt "Once upon a time"
+#include "common/program.hpp"
 #include "llama/command_line.hpp"
 #include "llama/compare.hpp"
 #include "llama/console.hpp"
@@ -17,7 +18,6 @@
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/eigen_thread_pool.hpp>
 
-#include <exception>
 #include <iostream>
 #include <vector>
 
@@ -109,16 +109,5 @@ void run(const llama::command_line& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    int exit_code = 0;
-    const auto options = llama::parse_command_line(argc, argv, exit_code);
-    if (options) run(*options);
-    return exit_code;
-  } catch (const llama::usage_error& error) {
-    std::cerr << "generate: " << error.what() << '\n';
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "generate: " << error.what() << '\n';
-    return 1;
-  }
+  return program::run("generate", argc, argv, llama::parse_command_line, run);
 }

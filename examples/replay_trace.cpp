@@ -5,6 +5,7 @@
 //   replay_trace
 //   replay_trace conversation_trace.jsonl --capacity 1%,3%,10%,30% --svg conversation.svg
 //   replay_trace --workload multi-turn --requests 20000 --seed 7 --capacity 500,5000
+#include "common/program.hpp"
 #include "llama/model_error.hpp"
 #include "replay/command_line.hpp"
 #include "replay/hit_rates.hpp"
@@ -13,7 +14,6 @@
 #include "replay/trace_file.hpp"
 #include "replay/workloads.hpp"
 
-#include <exception>
 #include <fstream>
 #include <iostream>
 #include <stdexcept>
@@ -47,16 +47,5 @@ void run(const replay::command_line& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    int exit_code = 0;
-    const auto options = replay::parse_command_line(argc, argv, exit_code);
-    if (options) run(*options);
-    return exit_code;
-  } catch (const replay::usage_error& error) {
-    std::cerr << "replay_trace: " << error.what() << '\n';
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "replay_trace: " << error.what() << '\n';
-    return 1;
-  }
+  return program::run("replay_trace", argc, argv, replay::parse_command_line, run);
 }

@@ -6,6 +6,7 @@
 //   serve_many
 //   serve_many --conversations 96 --budget 16MiB --policy s3_fifo --verify
 //   serve_many --budget 8MiB --spill spilled --verify     what is evicted goes to files, and comes back
+#include "common/program.hpp"
 #include "serving/alone.hpp"
 #include "serving/batch_decoder.hpp"
 #include "serving/command_line.hpp"
@@ -30,7 +31,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <exception>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -195,15 +195,9 @@ int run(const command_line& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
+  return program::exit_code_of("serve_many", [&] {
     int exit_code = 0;
     const auto options = serving::parse_command_line(argc, argv, exit_code);
     return options ? run(*options) : exit_code;
-  } catch (const serving::usage_error& error) {
-    std::cerr << "serve_many: " << error.what() << '\n';
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "serve_many: " << error.what() << '\n';
-    return 1;
-  }
+  });
 }

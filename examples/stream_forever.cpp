@@ -4,6 +4,7 @@
 //
 //   stream_forever --policy sinks --tokens 20000
 //   stream_forever --policy h2o --budget 512 --unit 1 --cache paged/int8
+#include "common/program.hpp"
 #include "llama/command_line.hpp"
 #include "llama/console.hpp"
 #include "llama/generation.hpp"
@@ -20,7 +21,6 @@
 #include <algorithm>
 #include <array>
 #include <ctime>
-#include <exception>
 #include <filesystem>
 #include <iostream>
 #include <optional>
@@ -167,17 +167,4 @@ void run(const options& given) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    int exit_code = 0;
-    const auto given = parse(argc, argv, exit_code);
-    if (given) run(*given);
-    return exit_code;
-  } catch (const llama::usage_error& error) {
-    std::cerr << "stream_forever: " << error.what() << '\n';
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "stream_forever: " << error.what() << '\n';
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return program::run("stream_forever", argc, argv, parse, run); }

@@ -2,6 +2,8 @@
 // The arguments of `generate`, checked as far as they can be before a model is loaded.
 #pragma once
 
+#include "common/program.hpp"
+
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_cache.hpp>
 
@@ -20,10 +22,7 @@ namespace llama {
 
 using kvcache::index_t;
 
-/// A request that cannot be met as it was put. Exit code 2, like an unknown argument.
-struct usage_error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+using program::usage_error;
 
 struct command_line {
   std::filesystem::path model;

@@ -2,6 +2,7 @@
 // The arguments of `plan`.
 #pragma once
 
+#include "common/program.hpp"
 #include "plan/hf_shape.hpp"
 
 #include <kvcache/core/checked.hpp>
@@ -26,10 +27,7 @@
 
 namespace planning {
 
-/// A request that cannot be met as it was put. Exit code 2, like an unknown argument.
-struct usage_error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+using program::usage_error;
 
 struct command_line {
   model_shape shape;

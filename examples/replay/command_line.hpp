@@ -2,6 +2,7 @@
 // The arguments of `replay_trace`.
 #pragma once
 
+#include "common/program.hpp"
 #include "replay/hit_rates.hpp"
 #include "replay/policies.hpp"
 
@@ -21,10 +22,7 @@
 
 namespace replay {
 
-/// A request that cannot be met as it was put. Exit code 2, like an unknown argument.
-struct usage_error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+using program::usage_error;
 
 struct command_line {
   std::vector<std::filesystem::path> traces;
