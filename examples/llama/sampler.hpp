@@ -3,6 +3,8 @@
 // are our own, so a seed gives the same text with every standard library.
 #pragma once
 
+#include "common/splitmix64.hpp"
+
 #include <kvcache/core/types.hpp>
 
 #include <algorithm>
@@ -14,25 +16,7 @@
 namespace llama {
 
 using kvcache::index_t;
-
-/// 64 random bits a step. Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
-class splitmix64 {
- public:
-  explicit splitmix64(std::uint64_t seed) : state_(seed) {}
-
-  std::uint64_t next() {
-    std::uint64_t z = state_ += 0x9E3779B97F4A7C15U;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
-    return z ^ (z >> 31);
-  }
-
-  /// In [0, 1), a multiple of 2^-53.
-  double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
-
- private:
-  std::uint64_t state_;
-};
+using program::splitmix64;
 
 /// The largest logit; the first of equal ones. NaN is never chosen over a number. \pre not empty
 [[nodiscard]] inline index_t greedy_token(std::span<const float> logits) {
@@ -94,7 +78,7 @@ inline index_t sampler::next(std::span<const float> logits) {
   }
 
   // Pass 3: the token under a random point of it.
-  double point = random_.uniform() * kept;
+  double point = random_.unit() * kept;
   for (std::size_t i = 0; i + 1 < count; ++i) {
     point -= candidates_[i].probability;
     if (point < 0) return candidates_[i].id;

@@ -2,6 +2,7 @@
 // Traces made up from a seed, the same on every machine, for when there is no file.
 #pragma once
 
+#include "common/splitmix64.hpp"
 #include "replay/trace.hpp"
 
 #include <algorithm>
@@ -14,19 +15,11 @@
 
 namespace replay {
 
-/// splitmix64, and the few distributions needed; those of <random> differ between standard libraries.
-class dice {
+/// The few distributions needed.
+class dice : program::splitmix64 {
  public:
-  explicit dice(std::uint64_t seed) : state_(seed) {}
+  using splitmix64::splitmix64;
 
-  std::uint64_t next() {
-    std::uint64_t z = state_ += 0x9E3779B97F4A7C15U;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
-    return z ^ (z >> 31);
-  }
-  /// In [0, 1).
-  double unit() { return static_cast<double>(next() >> 11) * 0x1.0p-53; }
   bool chance(double p) { return unit() < p; }
   /// In [first, last].
   index_t between(index_t first, index_t last) {
@@ -37,9 +30,6 @@ class dice {
     const double u = std::exp2(unit() * std::log2(static_cast<double>(n + 1)));
     return std::min(static_cast<index_t>(u) - 1, n - 1);
   }
-
- private:
-  std::uint64_t state_;
 };
 
 /// Gives out keys that were not there before.

@@ -3,6 +3,8 @@
 // token from what attention gave. A wrong output leads to other tokens.
 #pragma once
 
+#include "common/splitmix64.hpp"
+
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/core/types.hpp>
 
@@ -68,15 +70,11 @@ class toy_model {
   }
 
  private:
-  /// Appends `count` numbers in [-size, size), the same for the same seed on every machine (splitmix64).
+  /// Appends `count` numbers in [-size, size), the same for the same seed on every machine.
   static void add_numbers(std::uint64_t seed, index_t count, float size, std::vector<float>& out) {
-    std::uint64_t state = (seed + 1) * 0xD1B54A32D192ED03U;
-    for (index_t i = 0; i < count; ++i) {
-      std::uint64_t z = state += 0x9E3779B97F4A7C15U;
-      z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
-      z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
-      out.push_back((static_cast<float>((z ^ (z >> 31)) >> 40) / 8388608.0F - 1.0F) * size);
-    }
+    program::splitmix64 random((seed + 1) * 0xD1B54A32D192ED03U);
+    for (index_t i = 0; i < count; ++i)
+      out.push_back((static_cast<float>(random.next() >> 40) / 8388608.0F - 1.0F) * size);
   }
 
   model_shape shape_;

@@ -31,7 +31,7 @@ TEST_CASE("splitmix64 gives the published numbers", "[examples]") {
   CHECK(random.next() == 3203168211198807973ULL);
   CHECK(random.next() == 9817491932198370423ULL);
   for (int i = 0; i < 1000; ++i) {
-    const double u = random.uniform();
+    const double u = random.unit();
     CHECK((u >= 0 && u < 1));
   }
 }
