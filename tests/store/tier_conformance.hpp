@@ -256,7 +256,7 @@ void misses_without_memory(Place& place, FailAt fail_at) {
 
 /// Processes that change the same few keys at once: whoever reads, reads what somebody wrote under that key.
 template <class Place>
-void serves_processes_at_once(Place& place, int num_processes, int num_steps, bool has_room = true) {
+void serves_processes_at_once(Place& place, int num_processes, int num_steps) {
   std::vector<::pid_t> children;
   for (int p = 0; p < num_processes; ++p) {
     children.push_back(start([&] {
@@ -285,7 +285,7 @@ void serves_processes_at_once(Place& place, int num_processes, int num_steps, bo
         }
       }
       if (tier->stats().damaged + tier->stats().foreign != 0) return 2;
-      if (has_room && tier->stats().errors != 0) return 3;
+      if (tier->stats().errors != 0) return 3;
       return num_hits > 0 ? 0 : 4;
     }));
   }
