@@ -10,12 +10,16 @@
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
+#include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/sealing.hpp>
+#include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/codec_spec.hpp>
 #include <kvcache/store/journal.hpp>
+#include <kvcache/store/load.hpp>
 #include <kvcache/store/recover.hpp>
 #include <kvcache/store/save.hpp>
 
@@ -326,6 +330,48 @@ TEMPLATE_TEST_CASE("nothing of deleted tokens gets into a journal", "[store]", c
   for (const how_they_went how : {truncated, not_kept}) {
     const bool same = written(2, how) == written(4, how);  // without printing them
     CHECK(same);
+  }
+}
+
+TEST_CASE("layers whose blocks differ in size go through snapshots and journals", "[store]") {
+  using codecs = codec::by_layer<any_codec>;
+  constexpr cache_shape three{3, 2, 6, 16};
+  for (const std::string spec : {"int8,first=1:f32,layers=1:bf16",
+                                 "k=channel4,v=int8,last=1:f32,tail=20,sinks=3", "rotated4,first=1:bf16"}) {
+    CAPTURE(spec);
+    const codecs codec = make_codec_by_layer(spec, 3);
+    const block_geometry g = geometry_of(three);
+    REQUIRE(codec.of(0).block_bytes(g) != codec.of(2).block_bytes(g));
+    test::random random;
+    session<chunked_cache<codecs>> s{chunked_cache<codecs>(three, codec)};
+    history<chunked_cache<codecs>> h(s, random, 40, 8);
+    for (const auto& [end, state] : h.states) {
+      const bytes file = h.log.file();
+      const auto found = store::recover<contiguous_cache<codecs>>(std::span(file).first(end));
+      found.cache.check();
+      REQUIRE(state_of(found.cache, found.about.who.tokens) == state);
+    }
+    const bytes& last = h.states.rbegin()->second;
+    page_pool<codecs> pool(three, {}, codec);
+    auto paged = pool.sequence();
+    (void)store::load_into(paged, std::span<const std::byte>(last));
+    paged.check();
+    auto contiguous = store::load<contiguous_cache<codecs>>(std::span<const std::byte>(last)).cache;
+    contiguous.check();
+    session<chunked_cache<codecs>> chunked{
+        store::load<chunked_cache<codecs>>(std::span<const std::byte>(last)).cache};
+    stored::require_same(paged, contiguous);
+    stored::require_same(paged, chunked.cache);
+    // Each goes on as the others.
+    test::random first(5);
+    test::random second(5);
+    stored::append(paged, 30, first);
+    stored::append(contiguous, 30, second);
+    stored::require_same(paged, contiguous);
+    // The layers in another order are another codec.
+    std::vector<any_codec> turned{codec.of(2), codec.of(1), codec.of(0)};
+    chunked_cache<codecs> other(three, codecs(turned));
+    CHECK_THROWS_AS(store::load_into(other, std::span<const std::byte>(last)), load_error);
   }
 }
 
