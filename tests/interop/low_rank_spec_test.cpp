@@ -204,17 +204,17 @@ TEST_CASE("where there is no memory for both copies tokens stay exact until ther
 TEST_CASE("a cache is saved before and after it has bases, and goes on as it would have", "[interop]") {
   namespace store = kvcache::store;
   test::random random;
-  for (const std::string spec : {"chunked/k=low_rank12,v=low_rank20,fit=40,tail=20",
+  for (const std::string text : {"chunked/k=low_rank12,v=low_rank20,fit=40,tail=20",
                                  "paged/low_rank8,first=1:int8,fit=40", "contiguous/low_rank8,fit=40"}) {
     for (const index_t before : {0, 30, 59, 60, 90}) {
-      CAPTURE(spec, before);
-      any_cache saved = make_cache_with_low_rank(spec, small);
+      CAPTURE(text, before);
+      any_cache saved = make_cache_with_low_rank(text, small);
       for (index_t layer = 0; layer < small.num_layers; ++layer)
         saved[layer].append(random.floats(before * width), random.floats(before * width));
       const std::vector<std::byte> file = store::save(saved, {.model = "m"});
       auto [again, about] = store::load_any_with_low_rank(file);
       CHECK(about.who.model == "m");
-      CHECK(again.spec() == spec);
+      CHECK(again.spec() == text);
       CHECK(store::save(again, {.model = "m"}) == file);
       twins both{saved.clone(), std::move(again)};
       both.require_same(random);
@@ -222,10 +222,10 @@ TEST_CASE("a cache is saved before and after it has bases, and goes on as it wou
         both.append(more, random);
         both.require_same(random);
       }
-      const index_t tail = spec.find("tail") != std::string::npos ? 20 : 0;
+      const index_t tail = text.find("tail") != std::string::npos ? 20 : 0;
       if (before >= 40 + tail) {
         both.other = store::load_any(file, {}, "chunked").cache;
-        CHECK(both.other.spec() == "chunked" + spec.substr(spec.find('/')));
+        CHECK(both.other.spec() == "chunked" + text.substr(text.find('/')));
         twins{std::move(saved), std::move(both.other)}.require_same(random);
       } else {
         try {
@@ -235,18 +235,18 @@ TEST_CASE("a cache is saved before and after it has bases, and goes on as it wou
           CHECK(std::string(error.what()).find("low_rank_snapshot.hpp") != std::string::npos);
         }
         auto moved = store::load_any_with_low_rank(file, {}, "contiguous").cache;
-        CHECK(moved.spec() == "contiguous" + spec.substr(spec.find('/')));
+        CHECK(moved.spec() == "contiguous" + text.substr(text.find('/')));
         twins{std::move(saved), std::move(moved)}.require_same(random);
       }
     }
   }
   // A spec in a file is as hostile as the rest of it.
   kvcache::chunked_cache<> exact(small);
-  for (const std::string spec : {"chunked/low_rank99", "chunked/low_rank8,fit=0", "heap/low_rank8",
+  for (const std::string text : {"chunked/low_rank99", "chunked/low_rank8,fit=0", "heap/low_rank8",
                                  "low_rank8", "chunked/low_rank8,tail=20", "chunked/low_rank8,,"}) {
-    CAPTURE(spec);
+    CAPTURE(text);
     store::save_options options;
-    options.spec = spec;
+    options.spec = text;
     const std::vector<std::byte> file = store::save(exact, {}, options);
     CHECK_THROWS_AS(store::load_any_with_low_rank(file), kvcache::load_error);
   }
