@@ -258,6 +258,7 @@ void misses_without_memory(Place& place, FailAt fail_at) {
 template <class Place>
 void serves_processes_at_once(Place& place, int num_processes, int num_steps) {
   std::vector<::pid_t> children;
+  children.reserve(static_cast<std::size_t>(num_processes));
   for (int p = 0; p < num_processes; ++p) {
     children.push_back(start([&] {
       test::random random(static_cast<std::uint64_t>(p) + 1);
