@@ -530,7 +530,7 @@ TEST_CASE("a journal in a file is cut behind its newest whole record, locked, an
     s.append(50, 1);
     journal.append(s.newest(50));
     try {
-      store::journal(path, s.cache, journal.position());
+      const store::journal second(path, s.cache, journal.position());
       FAIL("it is locked");
     } catch (const std::system_error& error) {
       CHECK(error.code() == std::errc::resource_unavailable_try_again);
