@@ -89,7 +89,7 @@ void read_plainly(const std::filesystem::path& path) {
 /// The same into one small buffer: what the page cache gives at best.
 void read_past(const std::filesystem::path& path) {
   const store::file_source file(path);
-  std::vector<std::byte> buffer(std::size_t{256} << 10U);
+  std::vector<std::byte> buffer(store::detail::run_bytes);  // as verify() does; more at a time is slower
   for (std::uint64_t at = 0; at < file.size(); at += buffer.size())
     file.read(at, std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), file.size() - at)));
 }

@@ -20,6 +20,7 @@
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <filesystem>
 #include <iostream>
@@ -42,7 +43,10 @@ struct options {
   index_t every = 16;
   double temperature = 0.8;
   std::uint64_t seed = 1;
+  bool shows_times = false;
 };
+
+using steady = std::chrono::steady_clock;
 
 /// A text, the cache of its tokens, and their journal. The same steps at any time: a prompt in pieces, then token by token.
 class session {
@@ -82,6 +86,16 @@ class session {
     return tokens_;
   }
 
+  /// What the journal took of decoding.
+  void show_times(std::ostream& to) const {
+    if (num_decoded_ == 0) return;
+    const auto milliseconds = [&](steady::duration time) {
+      return std::chrono::duration<double, std::milli>(time).count() / static_cast<double>(num_decoded_);
+    };
+    to << "a token takes " << milliseconds(decoding_) << " ms, its journal " << milliseconds(logging_)
+       << " ms, " << 100 * milliseconds(logging_) / milliseconds(decoding_) << " %\n";
+  }
+
  private:
   static constexpr index_t piece = 32;  // tokens of the prompt that are read at a time
 
@@ -103,8 +117,15 @@ class session {
     const index_t count = count_from(first);
     const auto now =
         std::span(tokens_).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+    const auto start = steady::now();
     llama::matrix logits = model_.forward(now, cache);
-    if (&cache == &cache_) log_->append(std::vector<token_id>(now.begin(), now.end()));
+    const auto middle = steady::now();
+    if (&cache != &cache_) return logits;
+    log_->append(std::vector<token_id>(now.begin(), now.end()));
+    if (first < prompt_size_) return logits;
+    ++num_decoded_;
+    decoding_ += middle - start;
+    logging_ += steady::now() - middle;
     return logits;
   }
 
@@ -130,6 +151,9 @@ class session {
   index_t prompt_size_;
   cache_type cache_;
   std::optional<kvcache::store::journal<cache_type>> log_;
+  index_t num_decoded_ = 0;
+  steady::duration decoding_{};
+  steady::duration logging_{};
 };
 
 void run(const options& from) {
@@ -140,11 +164,13 @@ void run(const options& from) {
   const index_t num_tokens = static_cast<index_t>(prompt.size()) + from.num_tokens;
   if (num_tokens > model.config().max_context)
     throw llama::usage_error("--tokens: the model has not that much context");
-  const std::vector<index_t> tokens = session(from, model, prompt).write();
+  session text_of(from, model, prompt);
+  const std::vector<index_t> tokens = text_of.write();
   std::string shown = from.prompt;
   for (std::size_t i = prompt.size(); i < tokens.size(); ++i) shown += text.decode(tokens[i - 1], tokens[i]);
   std::cout << llama::shown(shown) << '\n';
   if (!std::cout.flush()) throw std::runtime_error("standard output cannot be written");
+  if (from.shows_times) text_of.show_times(std::cerr);
 }
 
 }  // namespace
@@ -167,6 +193,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(0.0, 100.0))
       ->capture_default_str();
   app.add_option("--seed", from.seed, "of the random choices")->capture_default_str();
+  app.add_flag("--times", from.shows_times, "say what the journal took of decoding");
   CLI11_PARSE(app, argc, argv);
   try {
     run(from);

@@ -6,7 +6,11 @@
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/low_rank.hpp>
+#include <kvcache/interop/any_snapshot.hpp>
+#include <kvcache/interop/low_rank_snapshot.hpp>
 #include <kvcache/interop/low_rank_spec.hpp>
+#include <kvcache/store/load.hpp>
+#include <kvcache/store/save.hpp>
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -195,6 +199,57 @@ TEST_CASE("where there is no memory for both copies tokens stay exact until ther
   CHECK(t.cache.size() == 98);
   CHECK(t.cache.bytes_per_token() == 2 * 2 * 2 * (5 + 2));
   t.cache.check();
+}
+
+TEST_CASE("a cache is saved before and after it has bases, and goes on as it would have", "[interop]") {
+  namespace store = kvcache::store;
+  test::random random;
+  for (const std::string text : {"chunked/k=low_rank12,v=low_rank20,fit=40,tail=20",
+                                 "paged/low_rank8,first=1:int8,fit=40", "contiguous/low_rank8,fit=40"}) {
+    for (const index_t before : {0, 30, 59, 60, 90}) {
+      CAPTURE(text, before);
+      any_cache saved = make_cache_with_low_rank(text, small);
+      for (index_t layer = 0; layer < small.num_layers; ++layer)
+        saved[layer].append(random.floats(before * width), random.floats(before * width));
+      const std::vector<std::byte> file = store::save(saved, {.model = "m"});
+      auto [again, about] = store::load_any_with_low_rank(file);
+      CHECK(about.who.model == "m");
+      CHECK(again.spec() == text);
+      CHECK(store::save(again, {.model = "m"}) == file);
+      twins both{saved.clone(), std::move(again)};
+      both.require_same(random);
+      for (const index_t more : {1, 9, 50}) {  // bases are found in here, where there were none
+        both.append(more, random);
+        both.require_same(random);
+      }
+      const index_t tail = text.find("tail") != std::string::npos ? 20 : 0;
+      if (before >= 40 + tail) {
+        both.other = store::load_any(file, {}, "chunked").cache;
+        CHECK(both.other.spec() == "chunked" + text.substr(text.find('/')));
+        twins{std::move(saved), std::move(both.other)}.require_same(random);
+      } else {
+        try {
+          (void)store::load_any(file);
+          FAIL("it has no bases");
+        } catch (const kvcache::load_error& error) {
+          CHECK(std::string(error.what()).find("low_rank_snapshot.hpp") != std::string::npos);
+        }
+        auto moved = store::load_any_with_low_rank(file, {}, "contiguous").cache;
+        CHECK(moved.spec() == "contiguous" + text.substr(text.find('/')));
+        twins{std::move(saved), std::move(moved)}.require_same(random);
+      }
+    }
+  }
+  // A spec in a file is as hostile as the rest of it.
+  kvcache::chunked_cache<> exact(small);
+  for (const std::string text : {"chunked/low_rank99", "chunked/low_rank8,fit=0", "heap/low_rank8",
+                                 "low_rank8", "chunked/low_rank8,tail=20", "chunked/low_rank8,,"}) {
+    CAPTURE(text);
+    store::save_options options;
+    options.spec = text;
+    const std::vector<std::byte> file = store::save(exact, {}, options);
+    CHECK_THROWS_AS(store::load_any_with_low_rank(file), kvcache::load_error);
+  }
 }
 
 TEST_CASE("rows that are not finite are refused before bases are found as after", "[interop]") {

@@ -72,6 +72,8 @@ class erased_cache {
   virtual status begin_step(index_t num_tokens) = 0;
   virtual void end_step(bool commit) noexcept = 0;
   virtual void check() const = 0;
+  /// The one that has the tokens, where this one stands before it.
+  [[nodiscard]] virtual const erased_cache& contents() const noexcept { return *this; }
 };
 
 template <kv_cache Cache>
@@ -80,6 +82,7 @@ class erased_cache_of final : public erased_cache {
   explicit erased_cache_of(Cache cache) : cache_(std::move(cache)) {}
 
   [[nodiscard]] Cache& cache() noexcept { return cache_; }
+  [[nodiscard]] const Cache& cache() const noexcept { return cache_; }
   status try_append(index_t layer, std::span<const float> k, std::span<const float> v) override {
     return cache_.try_append(layer, k, v);
   }
@@ -203,6 +206,9 @@ class any_cache {
     auto* typed = dynamic_cast<detail::erased_cache_of<Cache>*>(cache_.get());
     return typed != nullptr ? &typed->cache() : nullptr;
   }
+
+  /// What store/any_snapshot.hpp saves: the cache itself, or the one that has its tokens now.
+  [[nodiscard]] const detail::erased_cache& contents() const noexcept { return cache_->contents(); }
 
   [[nodiscard]] any_layer operator[](index_t layer) const noexcept {
     KVCACHE_ASSERT(0 <= layer && layer < shape().num_layers, "the layer must exist");

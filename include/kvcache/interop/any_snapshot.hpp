@@ -33,19 +33,70 @@ namespace kvcache::inline v0::store {
 
 namespace detail {
 
+template <class Cache>
+Cache* container_in(any_cache& any) noexcept {
+  return any.get_if<Cache>();
+}
+template <class Cache>
+const Cache* container_in(const any_cache& any) noexcept {
+  const auto* typed = dynamic_cast<const kvcache::detail::erased_cache_of<Cache>*>(&any.contents());
+  return typed != nullptr ? &typed->cache() : nullptr;
+}
+
 /// Calls use(cache) with the container that an any_cache of make_cache holds. Throws shape_error for others.
 template <class Any, class Use>
 decltype(auto) with_container(Any& any, Use use) {
-  if (auto* cache = any.template get_if<contiguous_cache<codec::by_layer<any_codec>>>()) return use(*cache);
-  if (auto* cache = any.template get_if<chunked_cache<codec::by_layer<any_codec>>>()) return use(*cache);
-  if (auto* cache = any.template get_if<paged_cache<codec::by_layer<any_codec>>>()) return use(*cache);
+  if (auto* cache = container_in<contiguous_cache<codec::by_layer<any_codec>>>(any)) return use(*cache);
+  if (auto* cache = container_in<chunked_cache<codec::by_layer<any_codec>>>(any)) return use(*cache);
+  if (auto* cache = container_in<paged_cache<codec::by_layer<any_codec>>>(any)) return use(*cache);
   throw shape_error("kvcache: this any_cache was not made by make_cache; save the cache it was made of");
+}
+
+/// The spec of a file, in `container` if that is named; a chunked one where there is neither.
+inline std::string spec_in(const stored_sequence& about, std::string_view container) {
+  const std::string named = about.spec.substr(0, about.spec.find('/'));
+  const std::string wanted(!container.empty() ? container
+                           : named.empty()    ? std::string_view("chunked")
+                                              : named);
+  return wanted + about.spec.substr(named.size());
+}
+
+/// Whether it was saved by make_cache_with_low_rank's cache before that had bases.
+inline bool waits_for_bases(const stored_sequence& about) noexcept {
+  return about.spec.find("low_rank") != std::string::npos && about.codec.keys.name == "bf16" &&
+         about.codec.values.name == "bf16";
+}
+
+/// Reads the blocks into an empty cache of the file's codec.
+inline void fill(any_cache& made, const byte_source& source, const contents& file,
+                 const load_options& options) {
+  with_container(made, [&](auto& typed) {
+    loading(source, header_bytes, [&] { check_fit(typed, file.about); });
+    check_memory(source, file, typed, options);
+    read_layers(source, file, options, typed);
+  });
+}
+
+/// \param spec  what it says of itself, and the container it is in
+inline any_cache load_container(const byte_source& source, const contents& file, const load_options& options,
+                                const std::string& spec) {
+  const std::string wanted = spec.substr(0, spec.find('/'));
+  any_cache made = loading(source, header_bytes, [&] {
+    bool known = false;
+    for (const std::string_view name : kvcache::detail::known_containers) known = known || name == wanted;
+    if (!known) throw shape_error("kvcache: there is no container '" + wanted + "'");
+    return kvcache::detail::make_container(
+        spec, wanted, make_described<codec::by_layer<any_codec>>(file.about.codec, file.about.shape),
+        file.about.shape);
+  });
+  fill(made, source, file, options);
+  return made;
 }
 
 }  // namespace detail
 
 /// As for typed caches, see store/save.hpp; the spec goes into the file. Throws shape_error as well if `cache` was not made
-/// by make_cache or load_any.
+/// by make_cache, make_cache_with_low_rank or load_any.
 template <class To>
 void save(const any_cache& cache, const identity& who, To&& to, save_options options = {}) {
   options.spec = cache.spec();
@@ -59,28 +110,16 @@ void save(const any_cache& cache, const identity& who, To&& to, save_options opt
 
 /// A cache like the one that was saved: of the codec with the settings it had, in the container that its spec names, or in
 /// `container` ("contiguous", "chunked", "paged"). Files of typed caches can be read as well, in a chunked one unless
-/// `container` says otherwise. Throws as load.
+/// `container` says otherwise. Throws as load; load_error as well for what make_cache_with_low_rank made and that had no
+/// bases yet, which only load_any_with_low_rank, in interop/low_rank_snapshot.hpp, can find.
 [[nodiscard]] inline loaded<any_cache> load_any(const byte_source& source, const load_options& options = {},
                                                 std::string_view container = {}) {
   detail::contents file = detail::read_contents(source, file_kind::snapshot, options.expect);
-  const std::string named = file.about.spec.substr(0, file.about.spec.find('/'));
-  const std::string wanted(!container.empty() ? container
-                           : named.empty()    ? std::string_view("chunked")
-                                              : named);
-  const std::string spec = wanted + file.about.spec.substr(named.size());
-  any_cache made = detail::loading(source, detail::header_bytes, [&] {
-    bool known = false;
-    for (const std::string_view name : kvcache::detail::known_containers) known = known || name == wanted;
-    if (!known) throw shape_error("kvcache: there is no container '" + wanted + "'");
-    return kvcache::detail::make_container(
-        spec, wanted, make_described<codec::by_layer<any_codec>>(file.about.codec, file.about.shape),
-        file.about.shape);
-  });
-  detail::with_container(made, [&](auto& typed) {
-    detail::loading(source, detail::header_bytes, [&] { detail::check_fit(typed, file.about); });
-    detail::check_memory(source, file, typed, options);
-    detail::read_layers(source, file, options, typed);
-  });
+  if (detail::waits_for_bases(file.about))
+    throw load_error(source.name(), detail::header_bytes,
+                     "it is exact until there are bases for '" + file.about.spec +
+                         "': load_any_with_low_rank of interop/low_rank_snapshot.hpp goes on with it");
+  any_cache made = detail::load_container(source, file, options, detail::spec_in(file.about, container));
   return {std::move(made), std::move(file.about)};
 }
 [[nodiscard]] inline loaded<any_cache> load_any(const std::filesystem::path& path,

@@ -12,6 +12,9 @@
 // to be had the tokens stay exact, and it is tried again when there are twice as many. Forks made before that each find
 // bases of their own, and share no pages with one another afterwards.
 //
+// store::save and load_any take such a cache as any other, see interop/any_snapshot.hpp; what was saved before there were
+// bases comes back through load_any_with_low_rank, in interop/low_rank_snapshot.hpp.
+//
 // Needs Eigen's solvers, so kvcache.hpp leaves it out.
 #pragma once
 
@@ -144,7 +147,10 @@ struct low_rank_plan {
 class fitting_cache final : public erased_cache {
  public:
   explicit fitting_cache(std::shared_ptr<const low_rank_plan> plan)
-      : plan_(std::move(plan)), cache_(plan_->exact_cache()), due_(plan_->fit_tokens + plan_->tail_tokens) {}
+      : fitting_cache(plan, plan->exact_cache()) {}
+  /// \param exact  plan->exact_cache(), which may have got tokens
+  fitting_cache(std::shared_ptr<const low_rank_plan> plan, any_cache exact)
+      : plan_(std::move(plan)), cache_(std::move(exact)), due_(plan_->fit_tokens + plan_->tail_tokens) {}
 
   status try_append(index_t layer, std::span<const float> k, std::span<const float> v) override {
     const status s = cache_[layer].try_append(k, v);
@@ -204,6 +210,7 @@ class fitting_cache final : public erased_cache {
     fit_when_due();
   }
   void check() const override { cache_.check(); }
+  [[nodiscard]] const erased_cache& contents() const noexcept override { return cache_.contents(); }
 
  private:
   fitting_cache(const fitting_cache& other, any_cache cache)

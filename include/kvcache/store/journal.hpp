@@ -19,6 +19,7 @@
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
+#include <kvcache/store/clean_blocks.hpp>
 #include <kvcache/store/file.hpp>
 #include <kvcache/store/format.hpp>
 #include <kvcache/store/identity.hpp>
@@ -117,7 +118,8 @@ class journal {
     if (unsynced_ > 0 || options_.sync_every == 0) sync_output();
   }
 
-  /// Truncates the cache; where tokens go that were written, that is written at once. Throws write_error, the cache being
+  /// Truncates the cache; where tokens go that were written, that is written at once, and they stay in the file, void, until
+  /// compact(). Throws write_error, the cache being
   /// truncated.
   void truncate(index_t num_tokens) {
     if (num_tokens >= size()) return;
@@ -160,13 +162,14 @@ class journal {
  private:
   journal(Cache& cache, const identity& who, const journal_options& options,
           const journal_position& at = journal_position(0, 0, 0))
-      : cache_(&cache), options_(options), at_(at), tokens_(who.tokens) {
+      : cache_(&cache),
+        options_(options),
+        about_(about_of(cache, who)),
+        at_(at),
+        tokens_(who.tokens),
+        blocks_(cache, about_) {
     if (options.every < 1 || options.every > (index_t{1} << 30) || options.sync_every < 0)
       throw shape_error("kvcache: journal: every must be at least 1, and sync_every not negative");
-    about_.shape = cache.shape();
-    about_.codec = describe(cache.codec());
-    about_.who = who;
-    about_.who.tokens.clear();
     about_.layers.resize(static_cast<std::size_t>(cache.shape().num_layers));
     for (index_t layer = 0; layer < cache.shape().num_layers; ++layer) {
       about_.block_bytes.push_back(detail::access::block_bytes(cache, layer));
@@ -179,6 +182,14 @@ class journal {
     }
   }
 
+  static stored_sequence about_of(const Cache& cache, const identity& who) {
+    stored_sequence made;
+    made.shape = cache.shape();
+    made.codec = describe(cache.codec());
+    made.who = who;
+    made.who.tokens.clear();
+    return made;
+  }
   [[nodiscard]] index_t size() const noexcept { return cache_->size(); }
   void require_in_step() const {
     KVCACHE_ASSERT(dirty_from_ + static_cast<index_t>(tokens_.size()) == size() &&
@@ -204,7 +215,8 @@ class journal {
     return file;
   }
 
-  /// The next record: its header and tables, and all its pieces in order. They lie in this object and in the cache.
+  /// The next record: its header and tables, and all its pieces in order. They lie in this object and in the cache; as in a
+  /// snapshot, nothing is in them but the tokens that there are.
   detail::record_header make_record() {
     detail::record_tables tables;
     const auto segments = cache_->positions().segments();
@@ -220,8 +232,9 @@ class journal {
     detail::runs<const std::byte, decltype(use)> joined(use, most_at_once);
     joined.add(buffer_.data(), buffer_.size());
     joined.flush();
+    blocks_.reuse();
     for (index_t layer = 0; layer < about_.shape.num_layers; ++layer)
-      detail::for_each_block(*cache_, about_, layer, tables.layers[static_cast<std::size_t>(layer)],
+      detail::for_each_block(blocks_, about_, layer, tables.layers[static_cast<std::size_t>(layer)],
                              [&](const std::byte* data, std::size_t size) { joined.add(data, size); });
     joined.flush();
     detail::record_header header;
@@ -330,6 +343,7 @@ class journal {
   std::vector<position_segment> positions_ = std::vector<position_segment>(1);  // of the newest record
   index_t unsynced_ = 0;                                                        // records
   bool is_torn_ = false;  // a failed write left something behind
+  detail::copied_blocks<Cache> blocks_;
   std::vector<std::byte> buffer_;
   std::vector<std::span<const std::byte>> pieces_;
 };

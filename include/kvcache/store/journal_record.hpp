@@ -123,21 +123,42 @@ inline record_layer plan_layer(const stored_sequence& s, const kvcache::detail::
           s.codec.sink_tokens > 0 && now.num_sealed > 0 && first_sealed == 0};
 }
 
+/// The blocks of a sequence where they lie, to be read into.
+template <class Cache>
+struct blocks_in_place {
+  Cache& cache;
+
+  [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index, index_t) const {
+    return access::block(cache, layer, head, index);
+  }
+  [[nodiscard]] std::byte* exact_block(index_t layer, index_t head, index_t index, index_t) const {
+    return access::exact_block(cache, layer, head, index);
+  }
+  [[nodiscard]] std::byte* sinks(index_t layer, index_t head, index_t) const {
+    return access::sinks(cache, layer, head);
+  }
+};
+
 /// Calls use(data, bytes) for the blocks of a layer that a record has, in order.
-template <class Cache, class Use>
-void for_each_block(const Cache& cache, const stored_sequence& s, index_t layer, const record_layer& part,
+/// \param blocks  gives each, as blocks_in_place does; told how many slots have tokens, and how many blocks are sealed
+template <class Blocks, class Use>
+void for_each_block(Blocks& blocks, const stored_sequence& s, index_t layer, const record_layer& part,
                     Use use) {
   const auto bytes = static_cast<std::size_t>(s.block_bytes[static_cast<std::size_t>(layer)]);
   const index_t all = ceil_div(part.now.size, s.shape.block_size);
   const bool is_empty = part.first_sealed >= part.now.num_sealed &&
                         (!s.codec.seals || part.first_exact >= all) && !part.has_sinks;
+  const auto num_tokens = [&](index_t b) {
+    return std::min(s.shape.block_size, part.now.size - b * s.shape.block_size);
+  };
   for (index_t head = 0; !is_empty && head < s.shape.num_kv_heads; ++head) {
     for (index_t b = part.first_sealed; b < part.now.num_sealed; ++b)
-      use(access::block(cache, layer, head, b), bytes);
+      use(blocks.block(layer, head, b, num_tokens(b)), bytes);
     if (!s.codec.seals) continue;
     for (index_t b = part.first_exact; b < all; ++b)
-      use(access::exact_block(cache, layer, head, b), static_cast<std::size_t>(exact_block_bytes(s)));
-    if (part.has_sinks) use(access::sinks(cache, layer, head), static_cast<std::size_t>(sink_bytes(s)));
+      use(blocks.exact_block(layer, head, b, num_tokens(b)), static_cast<std::size_t>(exact_block_bytes(s)));
+    if (part.has_sinks)
+      use(blocks.sinks(layer, head, part.now.num_sealed), static_cast<std::size_t>(sink_bytes(s)));
   }
 }
 

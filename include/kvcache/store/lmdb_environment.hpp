@@ -13,6 +13,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <span>
 #include <string>
@@ -90,11 +91,11 @@ class lmdb_environment {
     int error = ::mdb_env_create(&env_);
     if (error == 0) error = ::mdb_env_set_mapsize(env_, map_bytes);
     if (error == 0) error = ::mdb_env_set_maxdbs(env_, 3);
+    if (error == 0) error = ::mdb_env_set_maxreaders(env_, most_tiers);
     if (error == 0) error = ::mdb_env_open(env_, folder.c_str(), flags | MDB_NOTLS, mode);
     if (error == 0) error = open_tables();
     if (error == 0) {
-      int dead = 0;
-      (void)::mdb_reader_check(env_, &dead);  // slots of processes that were killed
+      forget_dead_readers();
       reader_ = lmdb_transaction(env_, MDB_RDONLY);
       error = reader_.error();
       if (error == 0) ::mdb_txn_reset(reader_.get());
@@ -120,6 +121,28 @@ class lmdb_environment {
   [[nodiscard]] MDB_dbi records() const noexcept { return tables_[0]; }
   [[nodiscard]] MDB_dbi uses() const noexcept { return tables_[1]; }
   [[nodiscard]] MDB_dbi order() const noexcept { return tables_[2]; }
+
+  /// Gives back the slots of processes that were killed, and the pages they kept.
+  void forget_dead_readers() noexcept {
+    int dead = 0;
+    (void)::mdb_reader_check(env_, &dead);
+  }
+  /// How many commits there were since the oldest reader under way began: what they freed cannot be used yet.
+  [[nodiscard]] std::size_t num_commits_held() const noexcept {
+    MDB_envinfo info{};
+    if (::mdb_env_info(env_, &info) != 0) return 0;
+    std::size_t oldest = info.me_last_txnid;
+    const auto note = [](const char* line, void* to) {  // "<process> <thread> <transaction, or ->"
+      const char* last = std::strrchr(line, ' ');
+      char* end = nullptr;
+      const auto transaction = last == nullptr ? 0 : std::strtoull(last + 1, &end, 10);
+      auto& least = *static_cast<std::size_t*>(to);
+      if (last != nullptr && end != last + 1) least = std::min<std::size_t>(least, transaction);
+      return 0;
+    };
+    (void)::mdb_reader_list(env_, note, &oldest);
+    return info.me_last_txnid - oldest;
+  }
 
   [[nodiscard]] std::size_t page_bytes() const noexcept {
     MDB_stat stat{};
@@ -187,6 +210,8 @@ class lmdb_environment {
       return error;
     });
   }
+
+  static constexpr unsigned most_tiers = 1024;  // that have the file open; who makes it decides
 
   MDB_env* env_ = nullptr;
   std::array<MDB_dbi, 3> tables_{};

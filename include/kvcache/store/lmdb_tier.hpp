@@ -6,6 +6,9 @@
 // each other. A process may be killed at any moment. What was used least recently goes when the map fills up; the uses
 // of a process are written down when it puts, or after some hundred of them, so the order is a rough one.
 //
+// Readers keep the pages that were freed since they began, so a process that stands still while it reads can leave no room to
+// change anything, an erase included. Changes wait for it, 25 ms at most, and are refused then (stats().refused).
+//
 // LMDB trusts its own pages: the checksums find damage in records, but a file whose tree is forged, or that is cut short
 // while it is mapped, can crash the reader. Keep the folder where only friends write. Not for network file systems.
 #pragma once
@@ -20,6 +23,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <ctime>  // nanosleep
 #include <exception>
 #include <filesystem>
 #include <span>
@@ -31,8 +35,8 @@
 namespace kvcache::inline v0::store {
 
 struct lmdb_options {
-  /// Of the file, at most, and of the address space it takes. Records fill three quarters of it; the rest is what LMDB
-  /// needs to change anything. One record may have an eighth.
+  /// Of the file, at most, and of the address space it takes; a file that is larger already stays so. Records fill three
+  /// quarters of it; the rest is what LMDB needs to change anything. One record may have an eighth.
   index_t map_bytes = 4_GiB;
   bool sync = true;  ///< false: faster puts, but a power cut may leave a file that has to be removed
   bool group_may_read = false;  ///< the file is for the owner alone unless set: it tells what was asked
@@ -57,6 +61,7 @@ class lmdb_tier {
   bool put(std::string_view space, std::span<const std::uint32_t> tokens,
            std::span<const std::byte> payload) noexcept;
   [[nodiscard]] bool contains(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
+  /// May be refused, see above; the record stays then.
   bool erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
 
   [[nodiscard]] const tier_stats& stats() const noexcept { return stats_; }
@@ -66,18 +71,22 @@ class lmdb_tier {
 
  private:
   static constexpr std::size_t most_touched = 256;
+  static constexpr int most_attempts = 8;  // of a change, where the map is full
 
   [[nodiscard]] bool ready() noexcept;
   template <class Check>
   [[nodiscard]] record_state find(const digest256& name, Check check, bool& found);
-  void drop_bad_record(const digest256& name, record_state state) noexcept;
   void note_use(const digest256& name);
+  void wait_for_readers(int attempt) noexcept;
+  bool erase_record(const digest256& name) noexcept;
+  void count_failure(int error) noexcept;
   [[nodiscard]] int write_uses(MDB_txn* txn) noexcept;
   [[nodiscard]] int use_now(MDB_txn* txn, const digest256& name, std::uint64_t number) noexcept;
   [[nodiscard]] std::uint64_t next_number(MDB_txn* txn) noexcept;
   [[nodiscard]] int forget_use(MDB_txn* txn, const MDB_val& use) noexcept;
   [[nodiscard]] int remove(MDB_txn* txn, const digest256& name) noexcept;
   [[nodiscard]] int evict(MDB_txn* txn, std::size_t most_bytes) noexcept;
+  [[nodiscard]] int evict_one(MDB_txn* txn) noexcept;
   [[nodiscard]] int store(MDB_txn* txn, const digest256& name, std::span<const std::byte> payload,
                           std::size_t needed) noexcept;
 
@@ -139,7 +148,10 @@ record_state lmdb_tier::find(const digest256& name, Check check, bool& found) {
     state = check(detail::lmdb_bytes(value));
   });
   if (opened != 0 || (error != 0 && error != MDB_NOTFOUND)) ++stats_.errors;
-  if (found && state != record_state::good) drop_bad_record(name, state);
+  if (found && state != record_state::good) {
+    count_bad_record(stats_, state);
+    (void)erase_record(name);
+  }
   return state;
 }
 
@@ -191,10 +203,7 @@ inline bool lmdb_tier::contains(std::string_view space, std::span<const std::uin
 inline bool lmdb_tier::erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept {
   const tier_key key{space, tokens};
   if (!within_limits(key) || !ready()) return false;
-  const digest256 name = record_name(key);
-  const int error = env_.write([&](MDB_txn* txn) { return remove(txn, name); });
-  if (error != 0 && error != MDB_NOTFOUND) ++stats_.errors;
-  return error == 0;
+  return erase_record(record_name(key));
 }
 
 inline bool lmdb_tier::put(std::string_view space, std::span<const std::uint32_t> tokens,
@@ -215,14 +224,15 @@ inline bool lmdb_tier::put(std::string_view space, std::span<const std::uint32_t
   const digest256 name = record_name(key);
   const std::size_t needed = head_.size() + payload.size() + 8 * env_.page_bytes();
   int error = 0;
-  for (int attempt = 0; attempt < 8; ++attempt) {
+  for (int attempt = 0; attempt < most_attempts; ++attempt) {
     evicted_now_ = 0;
     error = env_.write([&](MDB_txn* txn) { return store(txn, name, payload, needed); });
     if (error == 0) stats_.evicted += evicted_now_;
     if (error != MDB_MAP_FULL) break;
+    const bool is_held = env_.num_commits_held() > 1;
+    if (is_held) wait_for_readers(attempt);
+    if (is_held && attempt < most_attempts / 2) continue;  // dropping records would free nothing
     // Free pages may lie in pieces that are too small, and those freed now are free only two commits later.
-    int dead = 0;
-    (void)::mdb_reader_check(env_.get(), &dead);
     evicted_now_ = 0;
     const int freed = env_.write([&](MDB_txn* txn) {
       const std::size_t used = env_.used_bytes(txn);
@@ -231,8 +241,8 @@ inline bool lmdb_tier::put(std::string_view space, std::span<const std::uint32_t
     if (freed == 0) stats_.evicted += evicted_now_;
   }
   if (error == 0) touched_.clear();
-  // A reader that stands still keeps all pages that were freed since it began.
-  ++(error == 0 ? stats_.puts : error == MDB_MAP_FULL ? stats_.refused : stats_.errors);
+  if (error == 0) ++stats_.puts;
+  count_failure(error);
   return error == 0;
 }
 
@@ -242,17 +252,33 @@ inline index_t lmdb_tier::bytes() noexcept {
   return static_cast<index_t>(used);
 }
 
-inline void lmdb_tier::drop_bad_record(const digest256& name, record_state state) noexcept {
-  count_bad_record(stats_, state);
-  const int error = env_.write([&](MDB_txn* txn) { return remove(txn, name); });
-  if (error != 0 && error != MDB_NOTFOUND) ++stats_.errors;
+inline bool lmdb_tier::erase_record(const digest256& name) noexcept {
+  int error = MDB_MAP_FULL;
+  for (int attempt = 0; error == MDB_MAP_FULL && attempt < most_attempts; ++attempt) {
+    if (attempt > 0) wait_for_readers(attempt - 1);
+    error = env_.write([&](MDB_txn* txn) { return remove(txn, name); });
+  }
+  if (error != MDB_NOTFOUND) count_failure(error);
+  return error == 0;
+}
+
+/// After a change for which the map was full: 0.1 ms, twice that the next time, 25 ms in most_attempts.
+inline void lmdb_tier::wait_for_readers(int attempt) noexcept {
+  env_.forget_dead_readers();
+  const ::timespec pause{0, 100'000L << attempt};
+  (void)::nanosleep(&pause, nullptr);
+}
+
+inline void lmdb_tier::count_failure(int error) noexcept {
+  if (error != 0) ++(error == MDB_MAP_FULL ? stats_.refused : stats_.errors);
 }
 
 /// Remembers a use until the next write; after many of them, writes.
 inline void lmdb_tier::note_use(const digest256& name) {
   if (touched_.empty() || touched_.back() != name) touched_.push_back(name);
   if (touched_.size() < most_touched) return;
-  if (env_.write([&](MDB_txn* txn) { return write_uses(txn); }) != 0) ++stats_.errors;
+  const int error = env_.write([&](MDB_txn* txn) { return write_uses(txn); });
+  if (error != MDB_MAP_FULL) count_failure(error);  // without room the order is a rougher one, nothing else
   touched_.clear();
 }
 
@@ -261,7 +287,8 @@ inline void lmdb_tier::note_use(const digest256& name) {
 inline int lmdb_tier::store(MDB_txn* txn, const digest256& name, std::span<const std::byte> payload,
                             std::size_t needed) noexcept {
   int error = write_uses(txn);
-  const std::size_t most = env_.map_bytes() / 4 * 3;
+  // The map of a file that was made with a larger one is larger than what was asked for.
+  const std::size_t most = std::min(env_.map_bytes(), static_cast<std::size_t>(options_.map_bytes)) / 4 * 3;
   if (error == 0 && env_.used_bytes(txn) > most - std::min(most, needed))
     error = evict(txn, most - std::min(most, needed));
   if (error == 0) error = use_now(txn, name, next_number(txn));
@@ -287,14 +314,19 @@ inline int lmdb_tier::write_uses(MDB_txn* txn) noexcept {
   return 0;
 }
 
+/// One more than the last; entries of `order` that no use has are removed.
 inline std::uint64_t lmdb_tier::next_number(MDB_txn* txn) noexcept {
+  constexpr std::uint64_t most = std::uint64_t{1} << 63U;  // never come to by counting
   MDB_cursor* cursor = nullptr;
   MDB_val key{};
   MDB_val value{};
   std::uint64_t last = 0;
   if (::mdb_cursor_open(txn, env_.order(), &cursor) != 0) return 1;
-  if (::mdb_cursor_get(cursor, &key, &value, MDB_LAST) == 0)
+  while (::mdb_cursor_get(cursor, &key, &value, MDB_LAST) == 0) {
     last = detail::decode_use(detail::lmdb_bytes(key));
+    if ((last > 0 && last < most) || ::mdb_cursor_del(cursor, 0) != 0) break;
+    last = 0;
+  }
   ::mdb_cursor_close(cursor);
   return last + 1;
 }
@@ -333,23 +365,34 @@ inline int lmdb_tier::remove(MDB_txn* txn, const digest256& name) noexcept {
 /// Removes the records used least recently until the tables have at most `most_bytes`, or nothing is left.
 inline int lmdb_tier::evict(MDB_txn* txn, std::size_t most_bytes) noexcept {
   while (env_.used_bytes(txn) > most_bytes) {
-    MDB_cursor* cursor = nullptr;
-    MDB_val use{};
-    MDB_val value{};
-    int error = ::mdb_cursor_open(txn, env_.order(), &cursor);
-    if (error != 0) return error;
-    error = ::mdb_cursor_get(cursor, &use, &value, MDB_FIRST);
-    ::mdb_cursor_close(cursor);
+    const int error = evict_one(txn);
     if (error == MDB_NOTFOUND) return 0;
     if (error != 0) return error;
-    digest256 name{};
-    if (value.mv_size == name.size()) std::memcpy(name.data(), value.mv_data, name.size());
-    error = forget_use(txn, use);  // first, in case `uses` does not know it
-    if (error == 0) error = remove(txn, name);
-    if (error != 0 && error != MDB_NOTFOUND) return error;
-    ++evicted_now_;
   }
   return 0;
+}
+
+/// Removes one, and one entry of a table in any case, whatever the tables of a damaged file say of each other.
+/// \return MDB_NOTFOUND if nothing is left
+inline int lmdb_tier::evict_one(MDB_txn* txn) noexcept {
+  for (const MDB_dbi table : {env_.order(), env_.records(), env_.uses()}) {
+    MDB_cursor* cursor = nullptr;
+    MDB_val key{};
+    MDB_val value{};
+    int error = ::mdb_cursor_open(txn, table, &cursor);
+    if (error != 0) return error;
+    error = ::mdb_cursor_get(cursor, &key, &value, MDB_FIRST);
+    digest256 name{};  // copied: what LMDB hands out goes with the entry
+    if (error == 0 && value.mv_size == name.size()) std::memcpy(name.data(), value.mv_data, name.size());
+    if (error == 0) error = ::mdb_cursor_del(cursor, 0);
+    ::mdb_cursor_close(cursor);
+    if (error == MDB_NOTFOUND) continue;
+    if (error == 0 && table == env_.order()) error = remove(txn, name);
+    if (error != 0 && error != MDB_NOTFOUND) return error;
+    ++evicted_now_;
+    return 0;
+  }
+  return MDB_NOTFOUND;
 }
 
 }  // namespace kvcache::inline v0::store

@@ -49,8 +49,10 @@ class log_file final : public log_output {
   /// Throws std::system_error, with std::errc::resource_unavailable_try_again if another journal has it open.
   log_file(file_handle handle, const std::filesystem::path& path)
       : handle_(std::move(handle)), name_(path.string()) {
-    if (::flock(handle_.get(), LOCK_EX | LOCK_NB) != 0)
-      throw std::system_error(errno, std::generic_category(), "kvcache: " + name_);
+    if (::flock(handle_.get(), LOCK_EX | LOCK_NB) == 0) return;
+    const int error = errno;
+    const char* why = error == EWOULDBLOCK ? ": another journal has it open" : "";
+    throw std::system_error(error, std::generic_category(), "kvcache: " + name_ + why);
   }
   /// An existing file, cut to `bytes`, which are on disk then.
   static std::unique_ptr<log_file> open(const std::filesystem::path& path, std::uint64_t bytes) {

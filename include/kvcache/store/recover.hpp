@@ -133,8 +133,9 @@ class replay {
       at += to.size();
     };
     runs<std::byte, decltype(read)> joined(read, run_bytes);
+    const blocks_in_place<Cache> blocks{*cache_};
     for (index_t layer = 0; layer < s.shape.num_layers; ++layer) {
-      for_each_block(*cache_, s, layer, tables.layers[static_cast<std::size_t>(layer)],
+      for_each_block(blocks, s, layer, tables.layers[static_cast<std::size_t>(layer)],
                      [&](std::byte* data, std::size_t size) { joined.add(data, size); });
     }
     joined.flush();

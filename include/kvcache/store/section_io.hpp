@@ -62,7 +62,7 @@ class runs {
 };
 
 /// So much at a time that it is still in the cache of the processor when its checksum is computed.
-inline constexpr std::size_t run_bytes = std::size_t{256} << 10U;
+inline constexpr std::size_t run_bytes = std::size_t{128} << 10U;
 
 /// Reads a section in order and computes its checksum on the way.
 class section_input {

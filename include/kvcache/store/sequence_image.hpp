@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// sequence_image: a sequence, or a range of its tokens, as a snapshot has it. The bytes depend on the tokens alone: slots
-// that hold none are zero rows, whatever they held before.
+// sequence_image: a sequence, or a range of its tokens, as a snapshot has it.
 #pragma once
 
 #include <kvcache/cache/block_access.hpp>
@@ -13,6 +12,7 @@
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/select.hpp>
+#include <kvcache/store/clean_blocks.hpp>
 #include <kvcache/store/identity.hpp>
 
 #include <algorithm>
@@ -26,18 +26,6 @@
 
 namespace kvcache::inline v0::store::detail {
 
-using access = kvcache::detail::block_access;
-
-/// Geometry and size of the exact first tokens of a head.
-inline block_geometry sink_geometry(const stored_sequence& s) {
-  return {round_up(s.codec.sink_tokens, key_lanes), s.shape.head_dim};
-}
-inline index_t sink_bytes(const stored_sequence& s) {
-  return s.codec.sink_tokens == 0 ? 0 : codec::bf16{}.block_bytes(sink_geometry(s));
-}
-inline index_t exact_block_bytes(const stored_sequence& s) {
-  return codec::bf16{}.block_bytes(geometry_of(s.shape));
-}
 inline index_t num_exact(const stored_sequence& s, std::size_t layer) noexcept {
   return s.codec.seals ? ceil_div(s.layers[layer].size, s.shape.block_size) - s.layers[layer].first_exact : 0;
 }
@@ -62,23 +50,16 @@ class sequence_image {
  public:
   /// Tokens [first, last). Throws shape_error if they cannot be had on their own, see save().
   sequence_image(const Cache& cache, const identity& who, index_t first, index_t last)
-      : cache_(&cache), first_(first), kernels_(&kernel::best()) {
-    about_.shape = cache.shape();
-    about_.codec = describe(cache.codec());
-    about_.who = who;
-    about_.first_token = first;
+      : cache_(&cache), first_(first), about_(about_of(cache, who, first)), clean_(cache, about_) {
     require_range(last);
     if (!who.tokens.empty())
       about_.who.tokens.assign(who.tokens.begin() + first, who.tokens.begin() + std::min(last, cache.size()));
-    index_t largest = exact_block_bytes(about_) + sink_bytes(about_);
     for (index_t layer = 0; layer < shape().num_layers; ++layer) {
       about_.layers.push_back(layer_range(layer, last));
       about_.block_bytes.push_back(access::block_bytes(cache, layer));
-      largest = std::max(largest, about_.block_bytes.back());
     }
     copy_positions(last);
-    copy_ = memory_block(largest, huge_page_resource());
-    rows_.resize(static_cast<std::size_t>(2 * shape().block_size * shape().head_dim));
+    copy_ = memory_block(clean_.largest_bytes(), huge_page_resource());
   }
 
   [[nodiscard]] const stored_sequence& about() const noexcept { return about_; }
@@ -105,19 +86,26 @@ class sequence_image {
     for (index_t head = 0; head < shape().num_kv_heads; ++head) {
       for (index_t b = l.first_exact; b < all; ++b) {
         const index_t count = std::min(shape().block_size, l.size - b * shape().block_size);
-        emit(exact_copy(access::exact_block(*cache_, layer, head, b + first_block()), geometry_of(shape()),
-                        count),
+        emit(clean_.exact_block(layer, head, b + first_block(), count, to_copy()),
              static_cast<std::size_t>(exact_block_bytes(about_)));
       }
       if (about_.codec.sink_tokens == 0) continue;
-      emit(l.num_sealed == 0 ? zeros(sink_bytes(about_))
-                             : exact_copy(access::sinks(*cache_, layer, head), sink_geometry(about_),
-                                          about_.codec.sink_tokens),
-           static_cast<std::size_t>(sink_bytes(about_)));
+      emit(clean_.sinks(layer, head, l.num_sealed, to_copy()), static_cast<std::size_t>(sink_bytes(about_)));
     }
   }
 
  private:
+  static stored_sequence about_of(const Cache& cache, const identity& who, index_t first) {
+    stored_sequence made;
+    made.shape = cache.shape();
+    made.codec = describe(cache.codec());
+    made.who = who;
+    made.first_token = first;
+    return made;
+  }
+  [[nodiscard]] auto to_copy() const noexcept {
+    return [this] { return copy_.data(); };
+  }
   [[nodiscard]] const cache_shape& shape() const noexcept { return about_.shape; }
   [[nodiscard]] index_t first_block() const noexcept { return first_ / shape().block_size; }
   [[nodiscard]] bool is_aligned() const noexcept { return first_ % shape().block_size == 0; }
@@ -169,67 +157,36 @@ class sequence_image {
     const index_t size = about_.layers[static_cast<std::size_t>(layer)].size;
     const index_t count = std::min(block_size, size - index * block_size);
     if (!is_aligned()) return repacked(layer, head, index, count);
-    const std::byte* data = access::block(*cache_, layer, head, index + first_block());
-    if (about_.codec.seals && index == 0 && about_.codec.sink_tokens == block_size)
-      return zeros(about_.block_bytes[static_cast<std::size_t>(layer)]);  // all of it is in the sinks
-    if (count == block_size) return data;
-    std::memcpy(copy_.data(), data,
-                static_cast<std::size_t>(about_.block_bytes[static_cast<std::size_t>(layer)]));
-    clear_slots(codec_at(cache_->codec(), layer, head), geometry_of(shape()), count);
-    return copy_.data();
-  }
-
-  /// Slots [count, block_size) of the copy become zero rows.
-  template <class Codec>
-  void clear_slots(const Codec& codec, const block_geometry& g, index_t count) {
-    std::fill(rows_.begin(), rows_.end(), 0.0F);
-    const const_rows none{rows_.data(), g.head_dim};
-    if (count < g.block_size)
-      (void)codec.encode(*kernels_, g, copy_.data(), count, g.block_size - count, none, none);
+    return clean_.block(layer, head, index + first_block(), count, to_copy());
   }
 
   /// A block of tokens that lie in two, from an exact codec.
   const std::byte* repacked(index_t layer, index_t head, index_t index, index_t count) {
     const block_geometry g = geometry_of(shape());
     const auto& codec = codec_at(cache_->codec(), layer, head);
-    (void)zeros(codec.block_bytes(g));
-    const mutable_rows k{rows_.data(), g.head_dim};
-    const mutable_rows v{rows_.data() + g.block_size * g.head_dim, g.head_dim};
+    const auto& kernels = kernel::best();
+    std::memset(copy_.data(), 0, static_cast<std::size_t>(codec.block_bytes(g)));
+    std::vector<float> rows(static_cast<std::size_t>(2 * g.block_size * g.head_dim));
+    const mutable_rows k{rows.data(), g.head_dim};
+    const mutable_rows v{rows.data() + g.block_size * g.head_dim, g.head_dim};
     for (index_t done = 0; done < count;) {
       const index_t token = first_ + index * g.block_size + done;
       const index_t slot = token % g.block_size;
       const index_t n = std::min(g.block_size - slot, count - done);
-      codec.decode(*kernels_, g, access::block(*cache_, layer, head, token / g.block_size), slot, n,
+      codec.decode(kernels, g, access::block(*cache_, layer, head, token / g.block_size), slot, n,
                    {k.row(done), k.stride}, {v.row(done), v.stride});
       done += n;
     }
-    (void)codec.encode(*kernels_, g, copy_.data(), 0, count, {k.data, k.stride}, {v.data, v.stride});
-    clear_slots(codec, g, count);
-    return copy_.data();
-  }
-
-  /// An exact block as if it had just been made: memory of the ring may hold anything where there are no tokens.
-  const std::byte* exact_copy(const std::byte* block, const block_geometry& g, index_t count) {
-    const codec::bf16 exact;
-    const mutable_rows k{rows_.data(), g.head_dim};
-    const mutable_rows v{rows_.data() + g.block_size * g.head_dim, g.head_dim};
-    exact.decode(*kernels_, g, block, 0, count, k, v);
-    (void)zeros(exact.block_bytes(g));
-    (void)exact.encode(*kernels_, g, copy_.data(), 0, count, {k.data, k.stride}, {v.data, v.stride});
-    return copy_.data();
-  }
-
-  const std::byte* zeros(index_t bytes) {
-    std::memset(copy_.data(), 0, static_cast<std::size_t>(bytes));
+    (void)codec.encode(kernels, g, copy_.data(), 0, count, {k.data, k.stride}, {v.data, v.stride});
+    clean_.clear_slots(codec, copy_.data(), count);
     return copy_.data();
   }
 
   const Cache* cache_;
   index_t first_;
-  const kernel::table* kernels_;
   stored_sequence about_;
-  memory_block copy_;        // of one block
-  std::vector<float> rows_;  // [2, block_size, head_dim]
+  clean_blocks<Cache> clean_;
+  memory_block copy_;  // of one block
 };
 
 }  // namespace kvcache::inline v0::store::detail
