@@ -3,6 +3,7 @@
 // what it would have printed undisturbed.
 //
 //   resume --journal chat.kvj --prompt "JULIET:" --tokens 200
+#include "common/program.hpp"
 #include "llama/command_line.hpp"
 #include "llama/console.hpp"
 #include "llama/decoder.hpp"
@@ -21,7 +22,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <exception>
 #include <filesystem>
 #include <iostream>
 #include <optional>
@@ -195,14 +195,8 @@ int main(int argc, char** argv) {
   app.add_option("--seed", from.seed, "of the random choices")->capture_default_str();
   app.add_flag("--times", from.shows_times, "say what the journal took of decoding");
   CLI11_PARSE(app, argc, argv);
-  try {
+  return program::exit_code_of("resume", [&] {
     run(from);
     return 0;
-  } catch (const llama::usage_error& error) {
-    std::cerr << "resume: " << error.what() << '\n';
-    return 2;
-  } catch (const std::exception& error) {
-    std::cerr << "resume: " << error.what() << '\n';
-    return 1;
-  }
+  });
 }

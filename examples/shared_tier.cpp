@@ -5,6 +5,7 @@
 //   shared_tier --tier directory --at prefixes
 //   shared_tier --tier lmdb --at prefixes
 //   shared_tier --tier redis --at 127.0.0.1:6379            several addresses, with commas, are a cluster
+#include "common/program.hpp"
 #include "llama/command_line.hpp"
 #include "llama/decoder.hpp"
 #include "llama/generation.hpp"
@@ -31,7 +32,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <iomanip>
@@ -174,16 +174,10 @@ template <class Body>
 int in_a_process(Body body) {
   const ::pid_t child = ::fork();
   if (child == 0) {
-    int code = 0;
-    try {
+    const int code = program::exit_code_of("shared_tier", [&] {
       body();
-    } catch (const llama::usage_error& error) {
-      std::cerr << "shared_tier: " << error.what() << '\n';
-      code = 2;
-    } catch (const std::exception& error) {
-      std::cerr << "shared_tier: " << error.what() << '\n';
-      code = 1;
-    }
+      return 0;
+    });
     std::cout.flush();
     ::_exit(code);
   }
