@@ -134,7 +134,7 @@ class server {
       const auto left = prompt.subspan(static_cast<std::size_t>(alone.cache().size()));
       std::vector<batch_row> rows;
       for (const token_id t : left.first(std::min(left.size(), static_cast<std::size_t>(options_.max_rows))))
-        rows.push_back({.token = static_cast<index_t>(t)});
+        rows.push_back({.token = t});
       (void)model_.step(std::span(&alone, 1), std::span<const batch_row>(rows));
       figures_.rows += std::ssize(rows);
     }
@@ -184,8 +184,7 @@ class server {
       const auto& tokens = conversations_[active_[s].of.who].tokens();
       const auto first = tokens.size() - static_cast<std::size_t>(missing[s]);
       for (index_t i = 0; i < count; ++i)
-        rows.push_back(
-            {static_cast<index_t>(tokens[first + static_cast<std::size_t>(i)]), s, i + 1 == missing[s]});
+        rows.push_back({tokens[first + static_cast<std::size_t>(i)], s, i + 1 == missing[s]});
     }
     const double begun = cpu_seconds();
     const matrix logits = model_.step(std::span(active_), std::span<const batch_row>(rows));

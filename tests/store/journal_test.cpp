@@ -39,7 +39,6 @@
 #endif
 
 using namespace kvcache;
-using store::token_id;
 
 namespace {
 
