@@ -299,6 +299,27 @@ TEST_CASE("what fits can be held, and a refused append changes nothing", "[servi
   }
 }
 
+TEST_CASE("what was reserved cannot run out, whatever others take meanwhile", "[serving]") {
+  plain_manager manager(warm_pool(shape, {.slab_bytes = 1}), {.budget_bytes = 60'000});
+  const tokens path = counted(0, 200), prompt(path.begin(), path.begin() + 20);
+  const auto got = manager.acquire(spaces[0], prompt);
+  REQUIRE(got.code == status::ok);
+  REQUIRE(manager.reserve(got.id, 200) == status::ok);
+  const auto other = manager.acquire(spaces[1], counted(0, 1));
+  for (tokens taken = counted(0, 1); compute(manager, other.id, spaces[1], taken) == status::ok;)
+    taken.push_back(7);
+  while (manager.extend(other.id, prompt) == status::ok) continue;
+  while (manager.acquire(spaces[2], counted(0, 1)).code == status::ok) continue;
+  const index_t refused = manager.counts().of(rung::refuse);
+  for (std::size_t size = 21; size <= path.size(); ++size) {
+    REQUIRE(manager.extend(got.id, std::span(path).subspan(size - 1, 1)) == status::ok);
+    REQUIRE(compute(manager, got.id, spaces[0], std::span(path).first(size)) == status::ok);
+  }
+  CHECK(manager.counts().of(rung::refuse) == refused);
+  CHECK(holds(manager.cache(got.id), spaces[0], path));
+  manager.check();
+}
+
 TEST_CASE("memory that runs out at any point leaves a manager as it was", "[serving]") {
   const tokens first = counted(0, 70), second = [] {
     tokens t = counted(0, 40);

@@ -122,7 +122,8 @@ class cache_manager {
   [[nodiscard]] status try_append(sequence_id id, index_t layer, std::span<const float> k,
                                   std::span<const float> v);
 
-  /// Room for `num_tokens` more in every layer, so that appending those cannot run out.
+  /// Room for `num_tokens` more in every layer and in the list of ids, so that try_append and extend of those cannot
+  /// run out. \return as they do; a part of the room may be there already
   [[nodiscard]] status reserve(sequence_id id, index_t num_tokens);
 
   /// Forgets rows and tokens from `num_tokens` on.
@@ -282,24 +283,18 @@ status cache_manager<Pool, Policy, ColdPool, Tier, Observer>::reserve(sequence_i
     return code;
   const status code = s.cache.reserve(size + num_tokens);
   count(s);
-  return code;
+  return code == status::ok ? detail::reserve_ids(released_, s, size + num_tokens) : code;
 }
 
 template <class Pool, eviction::block_policy Policy, class ColdPool, class Tier, class Observer>
 status cache_manager<Pool, Policy, ColdPool, Tier, Observer>::extend(sequence_id id,
                                                                      std::span<const token_id> tokens) {
-  auto& known = find_entry(id)->second.tokens;
+  live_sequence& s = find_entry(id)->second;
+  auto& known = s.tokens;
   const std::size_t size = known.size() + tokens.size();
   if (size > known.capacity()) {
-    const std::size_t capacity = std::max(size, 2 * known.capacity());
-    if (const status s = released_.ensure({.other = static_cast<index_t>(capacity * sizeof(token_id))});
-        s != status::ok)
-      return s;
-    try {
-      known.reserve(capacity);
-    } catch (const std::bad_alloc&) {
-      return status::out_of_memory;
-    }
+    const auto capacity = static_cast<index_t>(std::max(size, 2 * known.capacity()));
+    if (const status code = detail::reserve_ids(released_, s, capacity); code != status::ok) return code;
   }
   known.insert(known.end(), tokens.begin(), tokens.end());
   return status::ok;

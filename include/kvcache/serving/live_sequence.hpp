@@ -59,6 +59,22 @@ demand demand_of(const Released& released, const typename Released::live_sequenc
           .other = std::max(warm.sequence_bytes - s.cache.own_bytes(), index_t{0})};
 }
 
+/// Makes a place for the ids of so many tokens. \return out_of_pages or out_of_memory, then nothing changed
+template <class Released>
+status reserve_ids(Released& released, typename Released::live_sequence& s, index_t num_tokens) {
+  const auto capacity = static_cast<std::size_t>(num_tokens);
+  if (capacity <= s.tokens.capacity()) return status::ok;
+  if (const status code = released.ensure({.other = num_tokens * index_t{sizeof(token_id)}});
+      code != status::ok)
+    return code;
+  try {
+    s.tokens.reserve(capacity);
+  } catch (const std::bad_alloc&) {
+    return status::out_of_memory;
+  }
+  return status::ok;
+}
+
 /// Pages of the live sequences, each once. Two of them share what their tables begin with, and nothing behind it.
 template <class LiveMap>
 index_t live_pages(const LiveMap& live) noexcept {
