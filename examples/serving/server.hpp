@@ -147,7 +147,11 @@ class server {
       if (!try_begin(waiting_.front())) break;
       waiting_.pop_front();
     }
-    if (active_.empty()) throw std::runtime_error("the budget does not hold a single conversation");
+    if (!active_.empty()) return;
+    const conversation& c = conversations_[waiting_.front().who];
+    throw std::runtime_error("--budget: " + std::to_string(manager_.budget()) +
+                             " bytes do not hold one sequence of " +
+                             std::to_string(std::ssize(c.tokens()) + c.answer_size()) + " tokens");
   }
 
   /// With room for all of the prompt and the answer, so that no step can run out.
@@ -205,9 +209,8 @@ class server {
       figures_.first_token_waited.push_back(cpu_seconds() - a.of.ready);
     }
     ++figures_.written;
-    // Without a place in the books for it, the token is not reused, nor are those after it.
     if (manager_.extend(a.id, {&token, 1}) != kvcache::status::ok)
-      throw std::runtime_error("the budget does not hold the tokens of a conversation");
+      throw std::logic_error("a reserved place is not there");
   }
 
   /// Those whose turn is over leave the batch. Users think for a while: others come between.
