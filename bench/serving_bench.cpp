@@ -21,8 +21,6 @@
 namespace kvcache::bench {
 namespace {
 
-using serving::token_id;
-
 // Keys and values as small as they get: the index is measured, not the memory behind it.
 constexpr cache_shape tiny{.num_layers = 1, .num_kv_heads = 1, .head_dim = 2};
 constexpr serving::prefix_space space{.model = "bench"};
@@ -40,7 +38,7 @@ std::uint32_t mixed(std::uint64_t z) {
 /// The tokens of conversation `i`; all of them begin with the same token, as with a model that has a BOS.
 void write_prompt(std::uint64_t i, std::vector<token_id>& tokens) {
   for (std::size_t t = 1; t < tokens.size(); ++t)
-    tokens[t] = mixed((i + 1) * 0x9E3779B97F4A7C15U + t) % 32'000;
+    tokens[t] = static_cast<token_id>(mixed((i + 1) * 0x9E3779B97F4A7C15U + t) % 32'000);
   tokens[0] = 1;
 }
 

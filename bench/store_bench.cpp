@@ -236,7 +236,7 @@ void journal_row(benchmark::State& state, index_t kv_len, index_t sync_every) {
   what.op = [&](index_t) {
     for (index_t i = 0; i < steps; ++i) {
       decode_seconds += seconds_of([&] { decode_time.time(step); });
-      const store::token_id id = 7;
+      const token_id id = 7;
       log_seconds += seconds_of([&] { log_time.time([&] { log.append({&id, 1}); }); });
     }
   };

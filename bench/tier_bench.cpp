@@ -51,7 +51,7 @@ void add_rows(const char* name, Make make) {
         const auto place = make();
         auto& tier = place->tier();
         const bytes payload = noise(size);
-        const std::vector<std::uint32_t> tokens(1024, 7);
+        const std::vector<token_id> tokens(1024, 7);
         bytes copy(payload.size());
         bytes out;
         bool worked = tier.put("bench", tokens, payload);

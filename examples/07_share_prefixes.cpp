@@ -10,8 +10,8 @@
 #include <vector>
 
 using kvcache::index_t;
+using kvcache::token_id;
 using kvcache::serving::prefix_space;
-using kvcache::serving::token_id;
 
 int main() {
   const kvcache::cache_shape shape{.num_layers = 2, .num_kv_heads = 2, .head_dim = 64, .block_size = 16};

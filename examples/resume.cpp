@@ -31,7 +31,7 @@
 
 namespace {
 
-using kvcache::store::token_id;
+using kvcache::token_id;
 using llama::index_t;
 using cache_type = kvcache::contiguous_cache<kvcache::codec::bf16>;
 

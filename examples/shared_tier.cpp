@@ -78,7 +78,7 @@ struct task {
   kvcache::store::identity who;
   std::string space;
   std::vector<index_t> prompt;
-  std::vector<std::uint32_t> path;  // the prefix, as tiers have it
+  std::vector<kvcache::token_id> path;  // the prefix, as tiers have it
 };
 
 /// The logits after the whole prompt, with a cache that has its prefix.

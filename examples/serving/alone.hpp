@@ -26,8 +26,7 @@ template <class Cache>
     std::vector<batch_row> rows;
     const index_t missing = std::ssize(c.tokens()) - cache.size();
     for (index_t i = 0; i < std::min(missing, most_rows); ++i)
-      rows.push_back({static_cast<index_t>(c.tokens()[static_cast<std::size_t>(cache.size() + i)]), 0,
-                      i + 1 == missing});
+      rows.push_back({c.tokens()[static_cast<std::size_t>(cache.size() + i)], 0, i + 1 == missing});
     const matrix logits = model.step(std::span(&alone, 1), std::span<const batch_row>(rows));
     if (logits.rows() == 0) continue;
     (void)c.speak(llama::row_of(logits, 0));

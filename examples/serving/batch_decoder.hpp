@@ -30,7 +30,7 @@ using llama::matrix;
 
 /// A token to run: the next one of sequence `sequence` of the pass.
 struct batch_row {
-  index_t token = 0;
+  kvcache::token_id token = 0;
   std::size_t sequence = 0;
   bool wants_logits = false;
 };

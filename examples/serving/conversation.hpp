@@ -17,7 +17,7 @@
 namespace serving {
 
 using kvcache::index_t;
-using kvcache::serving::token_id;
+using kvcache::token_id;
 
 /// All sizes in tokens.
 struct workload_options {

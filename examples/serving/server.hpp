@@ -134,7 +134,7 @@ class server {
       const auto left = prompt.subspan(static_cast<std::size_t>(alone.cache().size()));
       std::vector<batch_row> rows;
       for (const token_id t : left.first(std::min(left.size(), static_cast<std::size_t>(options_.max_rows))))
-        rows.push_back({.token = static_cast<index_t>(t)});
+        rows.push_back({.token = t});
       (void)model_.step(std::span(&alone, 1), std::span<const batch_row>(rows));
       figures_.rows += std::ssize(rows);
     }
@@ -147,7 +147,11 @@ class server {
       if (!try_begin(waiting_.front())) break;
       waiting_.pop_front();
     }
-    if (active_.empty()) throw std::runtime_error("the budget does not hold a single conversation");
+    if (!active_.empty()) return;
+    const conversation& c = conversations_[waiting_.front().who];
+    throw std::runtime_error("--budget: " + std::to_string(manager_.budget()) +
+                             " bytes do not hold one sequence of " +
+                             std::to_string(std::ssize(c.tokens()) + c.answer_size()) + " tokens");
   }
 
   /// With room for all of the prompt and the answer, so that no step can run out.
@@ -184,8 +188,7 @@ class server {
       const auto& tokens = conversations_[active_[s].of.who].tokens();
       const auto first = tokens.size() - static_cast<std::size_t>(missing[s]);
       for (index_t i = 0; i < count; ++i)
-        rows.push_back(
-            {static_cast<index_t>(tokens[first + static_cast<std::size_t>(i)]), s, i + 1 == missing[s]});
+        rows.push_back({tokens[first + static_cast<std::size_t>(i)], s, i + 1 == missing[s]});
     }
     const double begun = cpu_seconds();
     const matrix logits = model_.step(std::span(active_), std::span<const batch_row>(rows));
@@ -206,9 +209,8 @@ class server {
       figures_.first_token_waited.push_back(cpu_seconds() - a.of.ready);
     }
     ++figures_.written;
-    // Without a place in the books for it, the token is not reused, nor are those after it.
     if (manager_.extend(a.id, {&token, 1}) != kvcache::status::ok)
-      throw std::runtime_error("the budget does not hold the tokens of a conversation");
+      throw std::logic_error("a reserved place is not there");
   }
 
   /// Those whose turn is over leave the batch. Users think for a while: others come between.

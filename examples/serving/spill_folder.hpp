@@ -59,7 +59,7 @@ class temporary_folder {
 class spill_folder {
  public:
   using space = kvcache::serving::prefix_space;
-  using tokens = std::span<const kvcache::serving::token_id>;
+  using tokens = std::span<const kvcache::token_id>;
 
 #ifdef SERVE_MANY_LMDB
   static constexpr const char* kind = "LMDB";

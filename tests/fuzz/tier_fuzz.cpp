@@ -35,7 +35,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   std::vector<std::byte> record(input.begin() + 1, input.end());
   if ((input[0] & std::byte{1}) != std::byte{0}) repair(record);
 
-  static const std::vector<std::uint32_t> tokens{1, 2, 3};
+  static const std::vector<token_id> tokens{1, 2, 3};
   static const tier_key keys[] = {{"me", tokens}, {"", {}}, {"you", std::span(tokens).first(1)}};
   int num_good = 0;
   for (const tier_key& key : keys) {

@@ -11,8 +11,18 @@
 namespace heap {
 
 inline std::atomic<std::ptrdiff_t> bytes_out{0};
+inline std::atomic<std::ptrdiff_t> most_out{0};  // since it was last set
+inline std::atomic<int> uncounted_depth{0};
 inline std::atomic<std::ptrdiff_t> until_failure{
     -1};  // allocations that still succeed; negative: all of them
+
+/// What is allocated while it lives is not counted: it belongs to the test, not to what is tested.
+struct uncounted {
+  uncounted() { ++uncounted_depth; }
+  uncounted(const uncounted&) = delete;
+  uncounted& operator=(const uncounted&) = delete;
+  ~uncounted() { --uncounted_depth; }
+};
 
 /// Fails the allocation with this number from now on (0: the next), and all after it, while it lives.
 struct failing {
@@ -32,9 +42,12 @@ inline void* allocate(std::size_t bytes, std::size_t alignment) {
   auto* p = static_cast<std::byte*>(std::aligned_alloc(alignment, whole));
   if (p == nullptr) throw std::bad_alloc();
   p += alignment;
-  *reinterpret_cast<std::size_t*>(p - 16) = bytes;
+  const std::size_t counted = uncounted_depth > 0 ? 0 : bytes;
+  *reinterpret_cast<std::size_t*>(p - 16) = counted;
   *reinterpret_cast<std::size_t*>(p - 8) = alignment;
-  bytes_out += static_cast<std::ptrdiff_t>(bytes);
+  const std::ptrdiff_t out = bytes_out += static_cast<std::ptrdiff_t>(counted);
+  std::ptrdiff_t most = most_out;
+  while (most < out && !most_out.compare_exchange_weak(most, out)) continue;
   return p;
 }
 inline void* try_allocate(std::size_t bytes) noexcept {

@@ -20,7 +20,6 @@ namespace serving_test {
 
 using namespace kvcache;
 using serving::prefix_space;
-using serving::token_id;
 using tokens = std::vector<token_id>;
 
 inline constexpr cache_shape shape{.num_layers = 2, .num_kv_heads = 1, .head_dim = 16, .block_size = 16};
@@ -44,7 +43,7 @@ inline std::vector<float> rows(const prefix_space& space, std::span<const token_
   }
   std::vector<float> out;
   for (std::size_t t = 0; t < path.size(); ++t) {
-    mix(path[t] + 1000U);
+    mix(static_cast<std::uint32_t>(path[t]) + 1000U);
     for (int d = 0; static_cast<index_t>(t) >= first && d < row_size; ++d)
       out.push_back(static_cast<float>(static_cast<int>((h >> (4 * d)) & 127U) - 64));
   }
@@ -97,7 +96,7 @@ inline tokens some_prompt(test::random& random, const std::vector<tokens>& earli
   }
   const index_t add = random.chance(0.3) ? 16 * random.between(0, 2) : random.between(0, 40);
   for (index_t i = 0; i < add && static_cast<index_t>(path.size()) < longest; ++i)
-    path.push_back(static_cast<token_id>(random.below(3)));
+    path.push_back(static_cast<token_id>(random.below(3)) - 1);  // any bits are an id
   return path;
 }
 

@@ -312,7 +312,7 @@ TEMPLATE_TEST_CASE("files of format version 1 are read, and written in the same 
   const std::filesystem::path path = std::string(KVCACHE_TESTS_DIR "/store/fixtures/") + name;
   const auto cache = small_cache<TestType>({2, 1, 4, 16}, 53);
   store::identity identity = who;
-  for (store::token_id id = 0; id < 53; ++id) identity.tokens.push_back(1000 - id);
+  for (token_id id = 0; id < 53; ++id) identity.tokens.push_back(1000 - id);
   if (std::getenv("KVCACHE_WRITE_FIXTURES") != nullptr) store::save(cache, identity, path);
 
   const auto [again, about] = store::load<chunked_cache<TestType>>(path);

@@ -44,7 +44,6 @@
 #endif
 
 using namespace kvcache;
-using store::token_id;
 
 namespace {
 

@@ -116,7 +116,7 @@ TEST_CASE("a cluster is one tier, also while a slot moves and a server is away",
   std::vector<bytes> payloads;
   int num_on[3] = {0, 0, 0};
   for (std::uint32_t who = 0; who < 100; ++who) {
-    paths.push_back({who});
+    paths.push_back(tiers::token_path(who));
     keys.push_back({"c", paths.back()});
     payloads.push_back(tiers::payload_of(who, 0, 500 + who));
     ++num_on[redis_cluster::owner(store::detail::redis_slot(name_of(keys.back())))];

@@ -172,7 +172,7 @@ TEST_CASE("many keys go in one pipeline", "[store]") {
   std::vector<tier_key> keys;
   std::vector<bytes> payloads;
   for (std::uint32_t who = 0; who < 200; ++who) {
-    paths.push_back({who});
+    paths.push_back(tiers::token_path(who));
     keys.push_back({"many", paths.back()});
     payloads.push_back(tiers::payload_of(who, 0, who == 7 ? 9'000'000 : who * 100));
   }
@@ -242,7 +242,8 @@ TEST_CASE("a server without room refuses, and that is all", "[store]") {
   redis_tier tier(options_for(server.port()));
   REQUIRE(tier.put("s", path{1}, bytes(10)));
   int num_kept = 0;
-  for (std::uint32_t who = 2; who < 6; ++who) num_kept += tier.put("s", path{who}, bytes(2'000'000)) ? 1 : 0;
+  for (std::uint32_t who = 2; who < 6; ++who)
+    num_kept += tier.put("s", tiers::token_path(who), bytes(2'000'000)) ? 1 : 0;
   CHECK(num_kept <= 1);
   CHECK(tier.stats().errors > 0);
   bytes out;

@@ -42,8 +42,8 @@ using bytes = std::vector<std::byte>;
 using sealing = codec::exact_sinks<codec::exact_tail<codec::channel<4>, 20>>;
 constexpr cache_shape shape{2, 2, 24, 16};
 
-std::vector<store::token_id> ids(index_t count) {
-  std::vector<store::token_id> all(static_cast<std::size_t>(count));
+std::vector<token_id> ids(index_t count) {
+  std::vector<token_id> all(static_cast<std::size_t>(count));
   std::iota(all.begin(), all.end(), 100);
   return all;
 }

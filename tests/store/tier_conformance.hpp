@@ -31,7 +31,8 @@ namespace tiers {
 using kvcache::index_t;
 using kvcache::store::tier_key;
 using bytes = std::vector<std::byte>;
-using path = std::vector<std::uint32_t>;
+using kvcache::token_id;
+using path = std::vector<token_id>;
 
 /// Bytes that tell whose they are: any mixture with others is found out by is_payload_of().
 inline bytes payload_of(std::uint64_t who, std::uint64_t version, std::size_t size) {
@@ -47,7 +48,11 @@ inline std::size_t size_of(std::uint64_t who, std::uint64_t version) {
   return (who * 7919 + version * 104729) % 9000;
 }
 
-inline path path_of(std::uint32_t who) { return {who, 7, who * 3, 11}; }
+/// Paths that tell whose they are: one of a single token, and one of four.
+inline path token_path(std::uint32_t who) { return {static_cast<token_id>(who)}; }
+inline path path_of(std::uint32_t who) {
+  return {static_cast<token_id>(who), 7, static_cast<token_id>(who * 3), 11};
+}
 
 /// Every payload is one of versions 0 to 3.
 inline bool is_payload_of(std::uint64_t who, const bytes& payload) {

@@ -152,11 +152,11 @@ TEST_CASE("a directory keeps to its budget and drops what was used least recentl
   place.options.budget_bytes = 40 * 4096;
   auto tier = place.open();
   const auto put = [&](std::uint32_t who) {
-    return tier->put("s", path{who}, tiers::payload_of(who, 0, 3000));
+    return tier->put("s", tiers::token_path(who), tiers::payload_of(who, 0, 3000));
   };
   for (std::uint32_t who = 0; who < 40; ++who) {
     REQUIRE(put(who));
-    set_age(place.file_of({"s", path{who}}), std::chrono::seconds(1000 - who));
+    set_age(place.file_of({"s", tiers::token_path(who)}), std::chrono::seconds(1000 - who));
   }
   CHECK(tier->bytes() == 40 * 4096);
   CHECK(tier->stats().evicted == 0);
@@ -166,15 +166,16 @@ TEST_CASE("a directory keeps to its budget and drops what was used least recentl
   CHECK(tier->stats().evicted == 4);  // down to nine tenths
   CHECK(tier->contains("s", path{0}));
   CHECK(tier->contains("s", path{100}));
-  for (std::uint32_t who = 1; who <= 4; ++who) CHECK_FALSE(tier->contains("s", path{who}));
-  for (std::uint32_t who = 5; who < 40; ++who) CHECK(tier->contains("s", path{who}));
+  for (std::uint32_t who = 1; who <= 4; ++who) CHECK_FALSE(tier->contains("s", tiers::token_path(who)));
+  for (std::uint32_t who = 5; who < 40; ++who) CHECK(tier->contains("s", tiers::token_path(who)));
   CHECK(place.on_disk().first == tier->bytes());
 
   test::random random;
   for (int i = 0; i < 300; ++i) {
-    (void)tier->put("s", path{static_cast<std::uint32_t>(random.below(60))},
+    (void)tier->put("s", tiers::token_path(static_cast<std::uint32_t>(random.below(60))),
                     bytes(static_cast<std::size_t>(random.below(20'000))));
-    if (random.chance(0.2)) (void)tier->erase("s", path{static_cast<std::uint32_t>(random.below(60))});
+    if (random.chance(0.2))
+      (void)tier->erase("s", tiers::token_path(static_cast<std::uint32_t>(random.below(60))));
     REQUIRE(place.on_disk().first <= 40 * 4096);
     REQUIRE(place.on_disk().first == tier->bytes());
   }
@@ -188,7 +189,7 @@ TEST_CASE("a directory counts anew what it finds when it starts", "[store]") {
   index_t before = 0;
   {
     auto tier = place.open();
-    for (std::uint32_t who = 0; who < 10; ++who) REQUIRE(tier->put("s", path{who}, bytes(5000)));
+    for (std::uint32_t who = 0; who < 10; ++who) REQUIRE(tier->put("s", tiers::token_path(who), bytes(5000)));
     before = tier->bytes();
     CHECK(before == 10 * 8192);
   }

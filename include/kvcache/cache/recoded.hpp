@@ -20,21 +20,32 @@ namespace kvcache::inline v0 {
 
 namespace detail {
 
+inline index_t appended_at_a_time(index_t num_tokens) noexcept {
+  return std::clamp(num_tokens, index_t{0}, index_t{256});
+}
+
+/// Bytes that append_tokens works in: keys and values of some tokens of one layer.
+inline index_t append_tokens_bytes(const cache_shape& shape, index_t num_tokens) noexcept {
+  return 2 * appended_at_a_time(num_tokens) * shape.num_kv_heads * shape.head_dim * index_t{sizeof(float)};
+}
+
 /// Appends tokens [first, last), as far as there are so many, of each layer.
 template <class From, class To>
 void append_tokens(const From& from, To& to, index_t first, index_t last) {
-  constexpr index_t at_a_time = 256;
   const cache_shape shape = from.shape();
-  std::vector<float> k;
-  std::vector<float> v;
+  const index_t row = shape.num_kv_heads * shape.head_dim;
+  const index_t at_a_time = appended_at_a_time(last - first);
+  std::vector<float> k(static_cast<std::size_t>(at_a_time * row));
+  std::vector<float> v(k.size());
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
     const index_t end = std::min(last, from[layer].size());
     for (index_t t = first; t < end; t += at_a_time) {
       const index_t count = std::min(at_a_time, end - t);
-      k.resize(static_cast<std::size_t>(count * shape.num_kv_heads * shape.head_dim));
-      v.resize(k.size());
-      from[layer].copy_out(t, count, k, v);
-      to[layer].append(k, v);
+      const auto size = static_cast<std::size_t>(count * row);
+      const std::span<float> keys = std::span(k).first(size);
+      const std::span<float> values = std::span(v).first(size);
+      from[layer].copy_out(t, count, keys, values);
+      to[layer].append(keys, values);
     }
   }
 }

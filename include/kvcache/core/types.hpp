@@ -13,6 +13,11 @@ using index_t = std::ptrdiff_t;
 /// A page of a pool. Its own type, so that a physical place is never mistaken for a logical position.
 enum class page_id : std::uint32_t {};
 
+/// A token of a vocabulary: the 32 bits that files and tiers have, signed as those of files are and of most tokenizers.
+/// Ids are compared, hashed and copied, never used as an index; so any bits are an id, and what comes from outside needs
+/// no check.
+using token_id = std::int32_t;
+
 inline namespace literals {
 
 // NOLINTBEGIN(google-runtime-int): the standard fixes the type of literal operators

@@ -37,7 +37,6 @@
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
-#include <vector>
 
 namespace kvcache::inline v0::serving {
 
@@ -58,22 +57,24 @@ struct acquired {
   index_t reused = 0;  ///< tokens of the prompt that the sequence has already
 };
 
-/// Bytes of a manager. `total` never exceeds the budget; it holds all that follows, and books.
+/// Bytes of a manager. `total` holds the four below it, and books; with `work` it never exceeds the budget.
 struct manager_use {
   index_t total = 0;
   index_t pages = 0;      ///< that some sequence uses, live or released
   index_t free = 0;       ///< pages allocated that none uses
   index_t cold = 0;       ///< of `pages`, those of the cold pool
   index_t sequences = 0;  ///< live ones' lists, tails and tokens
+  index_t work = 0;       ///< kept free: the most that evicting, re-encoding and spilling work in
 };
 
-/// Threads: none inside; every member needs the caller's lock. Attention over a sequence, and reading it in
-/// any other way,
-/// needs none while nothing is appended to that sequence: references from cache() stay until its release.
+/// Threads: none inside; every member needs the caller's lock. Attention over a sequence, and reading it in any other
+/// way, needs none while nothing is appended to that sequence: references from cache() stay until its release.
 ///
 /// The pool, the cold pool and their budgets are the manager's from now on: nobody else takes pages from them.
-/// Not counted
-/// is what re-encoding and spilling work in, a few hundred rows of one sequence, and policies that have no `bytes()`.
+/// The budget holds at any moment, also inside a verb: what evicting, re-encoding and spilling work in is kept free
+/// (`use().work`): keys and values of 256 tokens of a layer as floats with a cold pool, of a page and a layer with a tier,
+/// whichever is more, and for each token of the longest prefix stored 4 bytes and a bit, 4 more with a cold pool, 4 more
+/// with a tier. Not counted are what a tier and an observer allocate, and policies that have no `bytes()`.
 /// What was re-encoded comes back with the errors of the cold pool's codec, and keeps them.
 template <class Pool, eviction::block_policy Policy = eviction::lru, class ColdPool = no_cold_pool,
           class Tier = no_spill_tier, class Observer = no_observer>
@@ -93,7 +94,7 @@ class cache_manager {
         released_(pool, options.ladder, options.budget_bytes, cold_pool, tier, std::move(observer),
                   options.memory),
         live_(&released_.memory) {
-    if (bytes() + pool.page_bytes() + released_.warm.sequence_bytes > options.budget_bytes)
+    if (bytes() + pool.page_bytes() + released_.warm.sequence_bytes > released_.ladder.most_bytes())
       throw shape_error("kvcache: budget_bytes must hold the books and a page");
   }
   cache_manager(const cache_manager&) = delete;
@@ -109,9 +110,9 @@ class cache_manager {
                                  index_t most = all);
 
   /// Whether a prompt and so many new tokens could be held if all that is released went, live sequences counted as
-  /// they are. Says no rather than yes where it does not know. O(pages of live sequences); false without
-  /// memory to think.
-  [[nodiscard]] bool fits(index_t prompt_tokens, index_t new_tokens) const;
+  /// they are. Says no rather than yes where it does not know.
+  /// O(pages of live sequences + pairs of them, each with what they share).
+  [[nodiscard]] bool fits(index_t prompt_tokens, index_t new_tokens) const noexcept;
 
   /// Notes which tokens the rows after the prompt belong to; before or after they are appended.
   /// \return out_of_pages or out_of_memory, then nothing changed
@@ -121,7 +122,8 @@ class cache_manager {
   [[nodiscard]] status try_append(sequence_id id, index_t layer, std::span<const float> k,
                                   std::span<const float> v);
 
-  /// Room for `num_tokens` more in every layer, so that appending those cannot run out.
+  /// Room for `num_tokens` more in every layer and in the list of ids, so that try_append and extend of those cannot
+  /// run out. \return as they do; a part of the room may be there already
   [[nodiscard]] status reserve(sequence_id id, index_t num_tokens);
 
   /// Forgets rows and tokens from `num_tokens` on.
@@ -133,13 +135,14 @@ class cache_manager {
   [[nodiscard]] bool contains(sequence_id id) const { return live_.contains(id); }
 
   /// Ends a sequence. What it has of both rows and tokens stays reusable if its books fit.
-  void release(sequence_id id) noexcept;
+  /// \param info  class and cost of its blocks, for policies that ask; `parent` is ignored. What is re-encoded has none.
+  void release(sequence_id id, const eviction::block_info& info = {}) noexcept;
   /// Ends a sequence and keeps nothing that was not there before.
   void drop(sequence_id id) noexcept { forget(find_entry(id)); }
 
   // -- the books --------------------------------------------------------------------------------------------------
 
-  /// Bytes of everything; never above the budget. O(1).
+  /// Bytes of everything that is held; with use().work never above the budget. O(1).
   [[nodiscard]] index_t bytes() const noexcept { return released_.bytes(); }
   [[nodiscard]] manager_use use() const noexcept;
   [[nodiscard]] index_t budget() const noexcept { return released_.ladder.budget(); }
@@ -280,24 +283,18 @@ status cache_manager<Pool, Policy, ColdPool, Tier, Observer>::reserve(sequence_i
     return code;
   const status code = s.cache.reserve(size + num_tokens);
   count(s);
-  return code;
+  return code == status::ok ? detail::reserve_ids(released_, s, size + num_tokens) : code;
 }
 
 template <class Pool, eviction::block_policy Policy, class ColdPool, class Tier, class Observer>
 status cache_manager<Pool, Policy, ColdPool, Tier, Observer>::extend(sequence_id id,
                                                                      std::span<const token_id> tokens) {
-  auto& known = find_entry(id)->second.tokens;
+  live_sequence& s = find_entry(id)->second;
+  auto& known = s.tokens;
   const std::size_t size = known.size() + tokens.size();
   if (size > known.capacity()) {
-    const std::size_t capacity = std::max(size, 2 * known.capacity());
-    if (const status s = released_.ensure({.other = static_cast<index_t>(capacity * sizeof(token_id))});
-        s != status::ok)
-      return s;
-    try {
-      known.reserve(capacity);
-    } catch (const std::bad_alloc&) {
-      return status::out_of_memory;
-    }
+    const auto capacity = static_cast<index_t>(std::max(size, 2 * known.capacity()));
+    if (const status code = detail::reserve_ids(released_, s, capacity); code != status::ok) return code;
   }
   known.insert(known.end(), tokens.begin(), tokens.end());
   return status::ok;
@@ -313,23 +310,28 @@ void cache_manager<Pool, Policy, ColdPool, Tier, Observer>::truncate(sequence_id
 }
 
 template <class Pool, eviction::block_policy Policy, class ColdPool, class Tier, class Observer>
-void cache_manager<Pool, Policy, ColdPool, Tier, Observer>::release(sequence_id id) noexcept {
+void cache_manager<Pool, Policy, ColdPool, Tier, Observer>::release(
+    sequence_id id, const eviction::block_info& info) noexcept {
   const live_entry entry = find_entry(id);
   live_sequence& s = entry->second;
   const prefix_space space = s.space.view();
   const index_t size = std::min(s.cache.size(), static_cast<index_t>(s.tokens.size()));
   s.held.release();
   if (size > 0) {
-    const index_t growth = released_.warm.index.growth_bytes(space, size);
+    const index_t longest = std::max(released_.longest, size);
+    const index_t growth = released_.warm.index.growth_bytes(space, size) + released_.work_bytes(longest) -
+                           released_.ladder.kept_free();
     if (released_.make_room({.other = growth})) {
+      released_.longest = longest;
+      released_.ladder.keep_free(released_.work_bytes(longest));
       try {
         (void)released_.warm.index.insert(space, std::span(s.tokens).first(static_cast<std::size_t>(size)),
-                                          std::move(s.cache));
+                                          std::move(s.cache), info);
       } catch (const std::bad_alloc&) {  // then it is not kept
       }
     } else {
       tell_decision(released_.observer, decision::keep_nothing, size,
-                    static_cast<double>(bytes() + growth - budget()));
+                    static_cast<double>(bytes() + growth - released_.ladder.most_bytes()));
     }
   }
   forget(entry);
@@ -337,36 +339,30 @@ void cache_manager<Pool, Policy, ColdPool, Tier, Observer>::release(sequence_id 
 
 template <class Pool, eviction::block_policy Policy, class ColdPool, class Tier, class Observer>
 bool cache_manager<Pool, Policy, ColdPool, Tier, Observer>::fits(index_t prompt_tokens,
-                                                                 index_t new_tokens) const {
+                                                                 index_t new_tokens) const noexcept {
   const auto& warm = released_.warm;
   const index_t pages = warm.pages_for(prompt_tokens + new_tokens);
   const index_t page = warm.pool.page_bytes();
   // Page, its books, tokens in vectors that double, and the books of an empty space.
   index_t needed =
       pages * (page + 128) + warm.sequence_bytes + entry_bytes({}, 2 * (prompt_tokens + new_tokens));
-  if (released_.ladder.num_rungs() == 0) return released_.used() + needed <= budget();
-  std::vector<page_id> live;
-  try {
-    for (const auto& [id, s] : live_) {
-      const auto table = s.cache.storage().page_table();
-      live.insert(live.end(), table.begin(), table.end());
-    }
-  } catch (const std::bad_alloc&) {
-    return false;
-  }
-  std::sort(live.begin(), live.end());
-  needed += static_cast<index_t>(std::unique(live.begin(), live.end()) - live.begin()) * page;
+  if (released_.ladder.num_rungs() == 0) return released_.used() + needed <= released_.ladder.most_bytes();
+  needed += detail::live_pages(live_) * page;
   index_t books = released_.live_bytes() + warm.pool.books_bytes() + warm.index.bytes();
   if constexpr (released_type::has_cold)
     books += released_.cold.pool.books_bytes() + released_.cold.index.bytes();
-  return books + needed <= budget();
+  return books + needed <= released_.ladder.most_bytes();
 }
 
 template <class Pool, eviction::block_policy Policy, class ColdPool, class Tier, class Observer>
 manager_use cache_manager<Pool, Policy, ColdPool, Tier, Observer>::use() const noexcept {
   const auto& warm = released_.warm;
-  manager_use use{bytes(), warm.pool.num_in_use() * warm.pool.page_bytes(), warm.free_bytes(), 0,
-                  released_.live_bytes()};
+  manager_use use{bytes(),
+                  warm.pool.num_in_use() * warm.pool.page_bytes(),
+                  warm.free_bytes(),
+                  0,
+                  released_.live_bytes(),
+                  released_.ladder.kept_free()};
   if constexpr (released_type::has_cold) {
     use.cold = released_.cold.pool.num_in_use() * released_.cold.pool.page_bytes();
     use.pages += use.cold;
@@ -393,7 +389,7 @@ void cache_manager<Pool, Policy, ColdPool, Tier, Observer>::check() const {
   }
   detail::require(own == released_.own_bytes, "live sequences are counted");
   detail::require(released_.warm.index.num_leased() <= held, "only live sequences hold prefixes");
-  detail::require(bytes() <= budget(), "the bytes keep to the budget");
+  detail::require(bytes() <= released_.ladder.most_bytes(), "the bytes keep to the budget");
 }
 
 }  // namespace kvcache::inline v0::serving

@@ -59,6 +59,39 @@ demand demand_of(const Released& released, const typename Released::live_sequenc
           .other = std::max(warm.sequence_bytes - s.cache.own_bytes(), index_t{0})};
 }
 
+/// Makes a place for the ids of so many tokens. \return out_of_pages or out_of_memory, then nothing changed
+template <class Released>
+status reserve_ids(Released& released, typename Released::live_sequence& s, index_t num_tokens) {
+  const auto capacity = static_cast<std::size_t>(num_tokens);
+  if (capacity <= s.tokens.capacity()) return status::ok;
+  if (const status code = released.ensure({.other = num_tokens * index_t{sizeof(token_id)}});
+      code != status::ok)
+    return code;
+  try {
+    s.tokens.reserve(capacity);
+  } catch (const std::bad_alloc&) {
+    return status::out_of_memory;
+  }
+  return status::ok;
+}
+
+/// Pages of the live sequences, each once. Two of them share what their tables begin with, and nothing behind it.
+template <class LiveMap>
+index_t live_pages(const LiveMap& live) noexcept {
+  index_t pages = 0;
+  for (auto s = live.begin(); s != live.end(); ++s) {
+    const auto table = s->second.cache.storage().page_table();
+    std::ptrdiff_t shared = 0;
+    for (auto other = live.begin(); other != s; ++other) {
+      const auto theirs = other->second.cache.storage().page_table();
+      const auto end = std::mismatch(table.begin(), table.end(), theirs.begin(), theirs.end()).first;
+      shared = std::max(shared, end - table.begin());
+    }
+    pages += std::ssize(table) - shared;
+  }
+  return pages;
+}
+
 /// Decodes what is stored in the cold pool only. \return tokens
 template <class Released>
 index_t recall([[maybe_unused]] Released& released, [[maybe_unused]] typename Released::live_sequence& s,
@@ -109,10 +142,12 @@ index_t restore([[maybe_unused]] Released& released, [[maybe_unused]] typename R
         const index_t size = tier->get(s.space.view(), path, bytes);
         if (size < 0) break;
         const std::size_t valid = std::min(static_cast<std::size_t>(size), bytes.size());
-        const auto rows = restored_rows(shape, shape.block_size, std::span(bytes).first(valid));
-        if (rows.empty()) tier->erase(s.space.view(), path);  // not what was put there
-        if (rows.empty() || append_restored(s.cache, rows, shape.block_size, have - first) != status::ok)
+        const auto rows = std::span<const std::byte>(bytes).first(valid);
+        if (!are_spilled(shape, shape.block_size, rows)) {
+          tier->erase(s.space.view(), path);
           break;
+        }
+        if (append_spilled(s.cache, rows, shape.block_size, have - first) != status::ok) break;
         restored += last - have;
       }
     } catch (const std::bad_alloc&) {  // what was restored so far is there

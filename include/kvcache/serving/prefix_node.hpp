@@ -26,8 +26,6 @@
 
 namespace kvcache::inline v0::serving {
 
-using token_id = std::uint32_t;
-
 /// Whose prefixes these are. Nothing is ever shared between two spaces that differ in any of the three strings, which
 /// are compared in full.
 struct prefix_space {
@@ -85,7 +83,7 @@ inline eviction::block_key first_key(const prefix_space& space) noexcept {
 /// blocks with one hash get different keys, and what is found is found by comparing tokens.
 inline eviction::block_key next_key(eviction::block_key before, std::span<const token_id> tokens) noexcept {
   std::uint64_t h = before;
-  for (const token_id t : tokens) h = mixed_bits(h ^ t);
+  for (const token_id t : tokens) h = mixed_bits(h ^ static_cast<std::uint32_t>(t));
   return mixed_bits(h + tokens.size());
 }
 

@@ -101,8 +101,8 @@ class prefix_tree {
   };
   struct child_hash {
     std::size_t operator()(const child_key& k) const noexcept {
-      return static_cast<std::size_t>(
-          mixed_bits(reinterpret_cast<std::uintptr_t>(k.parent) ^ (std::uint64_t{k.token} << 32)));
+      return static_cast<std::size_t>(mixed_bits(reinterpret_cast<std::uintptr_t>(k.parent) ^
+                                                 (std::uint64_t{static_cast<std::uint32_t>(k.token)} << 32)));
     }
   };
   struct edit;  // an add under way

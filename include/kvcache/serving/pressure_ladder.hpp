@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // pressure_ladder: what a cache_manager does when bytes run short, in which order, how far, and how often it did.
 //
-//   0 ........ low ............ high ... limit ............ budget
+//   0 ........ low ............ high ... limit ........ | kept free | budget
 //               ^ frees down to here      ^ grows where that helps and there is memory
 //                               ^ begins here
 //
@@ -98,6 +98,10 @@ class pressure_ladder {
   [[nodiscard]] bool reordered() const noexcept { return reordered_; }
 
   [[nodiscard]] index_t budget() const noexcept { return budget_; }
+  /// Of the budget, what nothing that is held may take, and what remains.
+  [[nodiscard]] index_t kept_free() const noexcept { return kept_free_; }
+  [[nodiscard]] index_t most_bytes() const noexcept { return budget_ - kept_free_; }
+  void keep_free(index_t bytes) noexcept { kept_free_ = bytes; }
   [[nodiscard]] index_t limit() const noexcept { return limit_; }
   [[nodiscard]] index_t high_mark() const noexcept { return part_of_limit(options_.high); }
   [[nodiscard]] index_t low_mark() const noexcept { return part_of_limit(options_.low); }
@@ -114,13 +118,14 @@ class pressure_ladder {
  private:
   static std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
   [[nodiscard]] index_t part_of_limit(double part) const noexcept {
-    return static_cast<index_t>(static_cast<double>(limit_) * part);
+    return static_cast<index_t>(static_cast<double>(std::min(limit_, most_bytes())) * part);
   }
 
   ladder_options options_;
   std::array<rung, serving::num_rungs> order_{};
   index_t count_ = 0;
   index_t budget_;
+  index_t kept_free_ = 0;
   index_t limit_ = 0;
   bool reordered_ = false;
 };

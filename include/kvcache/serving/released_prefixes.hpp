@@ -3,6 +3,7 @@
 // and the ladder that takes them away when bytes run short.
 //
 //   budget >= warm pool (pages, free slabs, tables) + cold pool + index of each + exact tails + live sequences' books
+//             + room to work in, which is kept free: evicting, re-encoding and spilling begin where memory has run out
 #pragma once
 
 #include <kvcache/cache/paged.hpp>
@@ -93,6 +94,7 @@ class released_prefixes {
       if (pool.shape() != cold_pool.shape())
         throw shape_error("kvcache: the cold pool needs the shape of the pool");
     }
+    ladder.keep_free(work_bytes(longest));
   }
 
   /// Everything, to the byte; and that without pages which are free to be taken.
@@ -100,13 +102,34 @@ class released_prefixes {
   [[nodiscard]] index_t used() const noexcept { return warm.used() + cold.used() + live_bytes(); }
   [[nodiscard]] index_t live_bytes() const noexcept { return memory.bytes() + own_bytes; }
 
+  /// What evicting, re-encoding, spilling, and getting at what was, work in at most; by the longest prefix that was
+  /// stored: its tokens and blocks once more where edges are joined, and its tokens as a path, for the cold pool and
+  /// meanwhile for the tier.
+  [[nodiscard]] index_t work_bytes(index_t tokens) const noexcept {
+    const cache_shape& shape = warm.pool.shape();
+    const index_t path = tokens * index_t{sizeof(token_id)};
+    index_t bytes = path + (tokens / shape.block_size + 1) * index_t{sizeof(void*)};
+    index_t rows = 0;
+    if constexpr (has_cold) {
+      bytes += path;
+      rows = kvcache::detail::append_tokens_bytes(shape, tokens);
+    }
+    if constexpr (has_tier) {
+      if (tier != nullptr) {
+        bytes += path;
+        rows = std::max(rows, spill_work_bytes(shape, shape.block_size));
+      }
+    }
+    return bytes + rows;
+  }
+
   /// Makes sure that a demand can be met within the budget, climbing the ladder if need be.
   /// \return false if not; what was evicted until then stays so
   [[nodiscard]] bool make_room(const demand& d);
   /// The same for a caller who is told: a refusal is counted.
   [[nodiscard]] status ensure(const demand& d) {
     if (make_room(d)) return status::ok;
-    const index_t missing = std::max(used() + more_used(d) - ladder.budget(), index_t{1});
+    const index_t missing = std::max(used() + more_used(d) - ladder.most_bytes(), index_t{1});
     counts.add(rung::refuse, missing);
     tell_refuse(observer, missing);
     return status::out_of_pages;
@@ -121,6 +144,7 @@ class released_prefixes {
   pressure_ladder ladder;
   ladder_counts counts;
   recent_hit_rate hits;
+  index_t longest = 0;  // tokens of a prefix that was stored; for them the ladder keeps work_bytes free
 
  private:
   [[nodiscard]] index_t more_used(const demand& d) const noexcept {
@@ -148,7 +172,7 @@ class released_prefixes {
 template <class Pool, class Policy, class ColdPool, class Tier, class Observer>
 bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::fits_now(const demand& d) {
   // A whole slab if there is room, else no page more than needed.
-  const index_t room = ladder.budget() - bytes() - d.other;
+  const index_t room = ladder.most_bytes() - bytes() - d.other;
   if (room < 0) return false;
   const index_t page = warm.pool.page_bytes();
   warm.allow(room);
@@ -274,7 +298,7 @@ bool released_prefixes<Pool, Policy, ColdPool, Tier, Observer>::recode([[maybe_u
       const index_t books = cold.sequence_bytes + cold.index.growth_bytes(space, size);
       const auto growth = [&] { return cold.pool.growth_bytes(new_pages, cold.pages_for(size), true); };
       const auto has_room = [&] {
-        const index_t room = ladder.budget() - bytes() - books;
+        const index_t room = ladder.most_bytes() - bytes() - books;
         cold.allow(room);
         if (room >= 0 && growth() > room) cold.allow(new_pages * cold.pool.page_bytes() - cold.free_bytes());
         return growth() <= room;

@@ -11,7 +11,6 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/serving/prefix_node.hpp>
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -67,8 +66,12 @@ inline std::uint64_t spill_checksum(std::span<const std::byte> bytes) noexcept {
   return h;
 }
 
+/// Numbers of one token in one layer, keys or values; and of so many tokens in all layers, both.
+inline std::size_t row_floats(const cache_shape& shape) noexcept {
+  return static_cast<std::size_t>(shape.num_kv_heads * shape.head_dim);
+}
 inline std::size_t spilled_floats(const cache_shape& shape, index_t tokens) noexcept {
-  return static_cast<std::size_t>(2 * shape.num_layers * tokens * shape.num_kv_heads * shape.head_dim);
+  return static_cast<std::size_t>(2 * shape.num_layers * tokens) * row_floats(shape);
 }
 
 /// The most bytes that so many tokens take.
@@ -76,88 +79,86 @@ inline std::size_t most_spilled_bytes(const cache_shape& shape, index_t tokens) 
   return sizeof(spill_header) + spilled_floats(shape, tokens) * sizeof(float);
 }
 
+/// Bytes of memory that spilling or restoring so many tokens works in, at most: those, and one layer as floats.
+inline index_t spill_work_bytes(const cache_shape& shape, index_t tokens) noexcept {
+  const std::size_t layer_floats = spilled_floats(shape, tokens) / static_cast<std::size_t>(shape.num_layers);
+  return static_cast<index_t>(most_spilled_bytes(shape, tokens) + layer_floats * sizeof(float));
+}
+
+inline spill_header header_of(const cache_shape& shape, index_t tokens) noexcept {
+  spill_header header;
+  header.tokens = static_cast<std::uint32_t>(tokens);
+  header.layers = static_cast<std::uint32_t>(shape.num_layers);
+  header.row = static_cast<std::uint32_t>(row_floats(shape));
+  return header;
+}
+
+/// Leaves of floats their upper halves, if nothing else is in any of them. \return the bytes that are left
+inline std::size_t halve_floats(std::span<std::byte> floats) noexcept {
+  constexpr std::size_t whole = sizeof(float), half = whole / 2;
+  for (std::size_t at = 0; at < floats.size(); at += whole)
+    if (floats[at] != std::byte{0} || floats[at + 1] != std::byte{0}) return floats.size();
+  for (std::size_t at = 0; at < floats.size(); at += whole)
+    std::memmove(floats.data() + at / 2, floats.data() + at + half, half);
+  return floats.size() / 2;
+}
+
 /// Tokens [first, last) of a sequence as bytes: nothing that its codec stored is lost. Throws std::bad_alloc.
 template <class Cache>
 std::vector<std::byte> spilled_rows(const Cache& cache, index_t first, index_t last) {
   const cache_shape shape = cache.shape();
-  std::vector<float> floats(spilled_floats(shape, last - first));
-  const std::size_t part = floats.size() / static_cast<std::size_t>(2 * shape.num_layers);
+  std::vector<std::byte> bytes(most_spilled_bytes(shape, last - first));
+  const std::span<std::byte> body = std::span(bytes).subspan(sizeof(spill_header));
+  const std::size_t part = static_cast<std::size_t>(last - first) * row_floats(shape);
+  std::vector<float> layer_rows(2 * part);
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-    const std::span<float> both =
-        std::span(floats).subspan(2 * part * static_cast<std::size_t>(layer), 2 * part);
+    const std::span<float> both(layer_rows);
     cache[layer].copy_out(first, last - first, both.first(part), both.last(part));
+    std::memcpy(body.data() + static_cast<std::size_t>(layer) * both.size_bytes(), both.data(),
+                both.size_bytes());
   }
-  const bool in_16_bits = std::all_of(floats.begin(), floats.end(), [](float x) {
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, &x, sizeof(bits));
-    return (bits & 0xFFFFU) == 0;
-  });
-  spill_header header;
-  header.element_bytes = in_16_bits ? 2 : 4;
-  header.tokens = static_cast<std::uint32_t>(last - first);
-  header.layers = static_cast<std::uint32_t>(shape.num_layers);
-  header.row = static_cast<std::uint32_t>(shape.num_kv_heads * shape.head_dim);
-  std::vector<std::byte> bytes(sizeof(header) + floats.size() * header.element_bytes);
-  std::byte* to = bytes.data() + sizeof(header);
-  for (const float x : floats) {
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const auto high = static_cast<std::uint16_t>(bits >> 16);
-    if (in_16_bits) {
-      std::memcpy(to, &high, sizeof(high));
-    } else {
-      std::memcpy(to, &bits, sizeof(bits));
-    }
-    to += header.element_bytes;
-  }
-  header.checksum = spill_checksum(std::span(bytes).subspan(sizeof(header)));
+  const std::size_t left = halve_floats(body);
+  spill_header header = header_of(shape, last - first);
+  header.element_bytes = left == body.size() ? 4 : 2;
+  header.checksum = spill_checksum(body.first(left));
   std::memcpy(bytes.data(), &header, sizeof(header));
+  bytes.resize(sizeof(header) + left);
   return bytes;
 }
 
-/// The rows of `tokens` tokens from what a tier gave, or nothing if it is not that. Layer by layer, keys before values.
-/// Throws std::bad_alloc.
-inline std::vector<float> restored_rows(const cache_shape& shape, index_t tokens,
-                                        std::span<const std::byte> bytes) {
+/// Whether these bytes are what spilled_rows made of so many tokens.
+inline bool are_spilled(const cache_shape& shape, index_t tokens, std::span<const std::byte> bytes) noexcept {
   spill_header header;
-  if (bytes.size() < sizeof(header)) return {};
+  if (bytes.size() < sizeof(header)) return false;
   std::memcpy(&header, bytes.data(), sizeof(header));
   const std::span<const std::byte> body = bytes.subspan(sizeof(header));
-  spill_header want;
+  spill_header want = header_of(shape, tokens);
   want.element_bytes = header.element_bytes == 2 ? 2 : 4;
-  want.tokens = static_cast<std::uint32_t>(tokens);
-  want.layers = static_cast<std::uint32_t>(shape.num_layers);
-  want.row = static_cast<std::uint32_t>(shape.num_kv_heads * shape.head_dim);
-  const std::size_t count = spilled_floats(shape, tokens);
-  if (body.size() != count * want.element_bytes) return {};
+  if (body.size() != spilled_floats(shape, tokens) * want.element_bytes) return false;
   want.checksum = spill_checksum(body);
-  if (header != want) return {};
-  std::vector<float> floats(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    std::uint32_t bits = 0;
-    if (want.element_bytes == 2) {
-      std::uint16_t high = 0;
-      std::memcpy(&high, body.data() + 2 * i, sizeof(high));
-      bits = std::uint32_t{high} << 16;
-    } else {
-      std::memcpy(&bits, body.data() + 4 * i, sizeof(bits));
-    }
-    std::memcpy(&floats[i], &bits, sizeof(bits));
-  }
-  return floats;
+  return header == want;
 }
 
-/// Appends tokens [skip, tokens) of restored rows to every layer. \return as try_append; then nothing changed
+/// Appends tokens [skip, tokens) of such bytes to every layer. \return as try_append; then nothing changed
+/// Throws std::bad_alloc.
 template <class Cache>
-[[nodiscard]] status append_restored(Cache& cache, std::span<const float> floats, index_t tokens,
-                                     index_t skip) {
+[[nodiscard]] status append_spilled(Cache& cache, std::span<const std::byte> bytes, index_t tokens,
+                                    index_t skip) {
   const cache_shape shape = cache.shape();
-  const auto row = static_cast<std::size_t>(shape.num_kv_heads * shape.head_dim);
-  const std::size_t part = static_cast<std::size_t>(tokens) * row;
+  const std::span<const std::byte> body = bytes.subspan(sizeof(spill_header));
+  const std::size_t element = body.size() / spilled_floats(shape, tokens);
+  const std::size_t part = static_cast<std::size_t>(tokens) * row_floats(shape);
+  const std::size_t from = static_cast<std::size_t>(skip) * row_floats(shape);
   const index_t before = cache.size();
+  std::vector<float> layer_rows(2 * part);
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-    const std::span<const float> both = floats.subspan(2 * part * static_cast<std::size_t>(layer), 2 * part);
-    const std::size_t from = static_cast<std::size_t>(skip) * row;
+    const std::byte* stored = body.data() + static_cast<std::size_t>(layer) * 2 * part * element;
+    for (std::size_t i = 0; i < layer_rows.size(); ++i) {
+      std::byte x[sizeof(float)] = {};
+      std::memcpy(x + sizeof(float) - element, stored + i * element, element);
+      std::memcpy(&layer_rows[i], x, sizeof(float));
+    }
+    const std::span<const float> both(layer_rows);
     if (const status s =
             cache[layer].try_append(both.first(part).subspan(from), both.last(part).subspan(from));
         s != status::ok) {

@@ -50,14 +50,14 @@ class directory_tier {
   explicit directory_tier(std::filesystem::path folder, directory_options options = {});
 
   /// O(record): one read of the file, which also counts as its use.
-  [[nodiscard]] bool get(std::string_view space, std::span<const std::uint32_t> tokens,
+  [[nodiscard]] bool get(std::string_view space, std::span<const token_id> tokens,
                          std::vector<std::byte>& out) noexcept;
   /// O(record); when the budget is used up, the files used least recently go until a tenth of it is free, which looks at
   /// every file once.
-  bool put(std::string_view space, std::span<const std::uint32_t> tokens,
+  bool put(std::string_view space, std::span<const token_id> tokens,
            std::span<const std::byte> payload) noexcept;
-  [[nodiscard]] bool contains(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
-  bool erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
+  [[nodiscard]] bool contains(std::string_view space, std::span<const token_id> tokens) noexcept;
+  bool erase(std::string_view space, std::span<const token_id> tokens) noexcept;
 
   [[nodiscard]] const tier_stats& stats() const noexcept { return stats_; }
 
@@ -126,7 +126,7 @@ inline directory_tier::directory_tier(std::filesystem::path folder, directory_op
   });
 }
 
-inline bool directory_tier::get(std::string_view space, std::span<const std::uint32_t> tokens,
+inline bool directory_tier::get(std::string_view space, std::span<const token_id> tokens,
                                 std::vector<std::byte>& out) noexcept {
   const bool hit = guarded([&] { return read_record({space, tokens}, out); });
   if (!hit) out.clear();
@@ -134,12 +134,12 @@ inline bool directory_tier::get(std::string_view space, std::span<const std::uin
   return hit;
 }
 
-inline bool directory_tier::put(std::string_view space, std::span<const std::uint32_t> tokens,
+inline bool directory_tier::put(std::string_view space, std::span<const token_id> tokens,
                                 std::span<const std::byte> payload) noexcept {
   return guarded([&] { return write_record({space, tokens}, payload); });
 }
 
-inline bool directory_tier::contains(std::string_view space, std::span<const std::uint32_t> tokens) noexcept {
+inline bool directory_tier::contains(std::string_view space, std::span<const token_id> tokens) noexcept {
   return guarded([&] {
     const tier_key key{space, tokens};
     record_check head;
@@ -147,7 +147,7 @@ inline bool directory_tier::contains(std::string_view space, std::span<const std
   });
 }
 
-inline bool directory_tier::erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept {
+inline bool directory_tier::erase(std::string_view space, std::span<const token_id> tokens) noexcept {
   return guarded([&] {
     const tier_key key{space, tokens};
     return within_limits(key) && remove(path_of(key));

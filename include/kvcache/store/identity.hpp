@@ -21,9 +21,6 @@
 
 namespace kvcache::inline v0::store {
 
-/// A token of a vocabulary.
-using token_id = std::int32_t;
-
 enum class rope_kind : std::uint32_t { none = 0, half = 1, interleaved = 2 };
 
 /// How keys were rotated; interop/rope_identity.hpp makes one from a rope_config.

@@ -53,16 +53,16 @@ class lmdb_tier {
   /// call this tier. Nothing is copied and no memory taken. O(record).
   /// \return false on a miss. Throws what `use` throws.
   template <class Use>
-  bool view(std::string_view space, std::span<const std::uint32_t> tokens, Use use);
+  bool view(std::string_view space, std::span<const token_id> tokens, Use use);
 
-  [[nodiscard]] bool get(std::string_view space, std::span<const std::uint32_t> tokens,
+  [[nodiscard]] bool get(std::string_view space, std::span<const token_id> tokens,
                          std::vector<std::byte>& out) noexcept;
   /// O(record + log n) for n records, and for each that has to go; waits for a put of another process.
-  bool put(std::string_view space, std::span<const std::uint32_t> tokens,
+  bool put(std::string_view space, std::span<const token_id> tokens,
            std::span<const std::byte> payload) noexcept;
-  [[nodiscard]] bool contains(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
+  [[nodiscard]] bool contains(std::string_view space, std::span<const token_id> tokens) noexcept;
   /// May be refused, see above; the record stays then.
-  bool erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
+  bool erase(std::string_view space, std::span<const token_id> tokens) noexcept;
 
   [[nodiscard]] const tier_stats& stats() const noexcept { return stats_; }
 
@@ -156,7 +156,7 @@ record_state lmdb_tier::find(const digest256& name, Check check, bool& found) {
 }
 
 template <class Use>
-bool lmdb_tier::view(std::string_view space, std::span<const std::uint32_t> tokens, Use use) {
+bool lmdb_tier::view(std::string_view space, std::span<const token_id> tokens, Use use) {
   const tier_key key{space, tokens};
   bool found = false;
   record_state state = record_state::damaged;
@@ -178,7 +178,7 @@ bool lmdb_tier::view(std::string_view space, std::span<const std::uint32_t> toke
   return hit;
 }
 
-inline bool lmdb_tier::get(std::string_view space, std::span<const std::uint32_t> tokens,
+inline bool lmdb_tier::get(std::string_view space, std::span<const token_id> tokens,
                            std::vector<std::byte>& out) noexcept {
   try {
     if (view(space, tokens,
@@ -192,7 +192,7 @@ inline bool lmdb_tier::get(std::string_view space, std::span<const std::uint32_t
   return false;
 }
 
-inline bool lmdb_tier::contains(std::string_view space, std::span<const std::uint32_t> tokens) noexcept {
+inline bool lmdb_tier::contains(std::string_view space, std::span<const token_id> tokens) noexcept {
   const tier_key key{space, tokens};
   if (!within_limits(key) || !ready()) return false;
   bool found = false;
@@ -200,13 +200,13 @@ inline bool lmdb_tier::contains(std::string_view space, std::span<const std::uin
   return find(record_name(key), check, found) == record_state::good && found;
 }
 
-inline bool lmdb_tier::erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept {
+inline bool lmdb_tier::erase(std::string_view space, std::span<const token_id> tokens) noexcept {
   const tier_key key{space, tokens};
   if (!within_limits(key) || !ready()) return false;
   return erase_record(record_name(key));
 }
 
-inline bool lmdb_tier::put(std::string_view space, std::span<const std::uint32_t> tokens,
+inline bool lmdb_tier::put(std::string_view space, std::span<const token_id> tokens,
                            std::span<const std::byte> payload) noexcept {
   const tier_key key{space, tokens};
   if (!within_limits(key) || payload.size() > static_cast<std::size_t>(options_.map_bytes) / 8 ||

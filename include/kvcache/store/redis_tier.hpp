@@ -48,12 +48,12 @@ class redis_tier {
   /// Connects when first used. Throws shape_error without servers, with a prefix that has braces, or for limits below 1.
   explicit redis_tier(redis_options options = {});
 
-  [[nodiscard]] bool get(std::string_view space, std::span<const std::uint32_t> tokens,
+  [[nodiscard]] bool get(std::string_view space, std::span<const token_id> tokens,
                          std::vector<std::byte>& out) noexcept;
-  bool put(std::string_view space, std::span<const std::uint32_t> tokens,
+  bool put(std::string_view space, std::span<const token_id> tokens,
            std::span<const std::byte> payload) noexcept;
-  [[nodiscard]] bool contains(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
-  bool erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept;
+  [[nodiscard]] bool contains(std::string_view space, std::span<const token_id> tokens) noexcept;
+  bool erase(std::string_view space, std::span<const token_id> tokens) noexcept;
 
   /// Many at once: one round trip to each server, and one more for records of several parts.
   /// \param outs  [keys], as of `get`
@@ -122,13 +122,13 @@ inline redis_tier::redis_tier(redis_options options)
           "timeouts and pauses must be more than nothing");
 }
 
-inline bool redis_tier::get(std::string_view space, std::span<const std::uint32_t> tokens,
+inline bool redis_tier::get(std::string_view space, std::span<const token_id> tokens,
                             std::vector<std::byte>& out) noexcept {
   const tier_key key{space, tokens};
   return get_many({&key, 1}, {&out, 1}) == 1;
 }
 
-inline bool redis_tier::put(std::string_view space, std::span<const std::uint32_t> tokens,
+inline bool redis_tier::put(std::string_view space, std::span<const token_id> tokens,
                             std::span<const std::byte> payload) noexcept {
   const tier_key key{space, tokens};
   return put_many({&key, 1}, {&payload, 1}) == 1;
@@ -160,7 +160,7 @@ inline index_t redis_tier::put_many(std::span<const tier_key> keys,
   }
 }
 
-inline bool redis_tier::contains(std::string_view space, std::span<const std::uint32_t> tokens) noexcept {
+inline bool redis_tier::contains(std::string_view space, std::span<const token_id> tokens) noexcept {
   const tier_key key{space, tokens};
   if (!within_limits(key)) return false;
   try {
@@ -185,7 +185,7 @@ inline bool redis_tier::contains(std::string_view space, std::span<const std::ui
   }
 }
 
-inline bool redis_tier::erase(std::string_view space, std::span<const std::uint32_t> tokens) noexcept {
+inline bool redis_tier::erase(std::string_view space, std::span<const token_id> tokens) noexcept {
   const tier_key key{space, tokens};
   try {
     return within_limits(key) && remove(name_of(key));

@@ -39,13 +39,13 @@ class spill_to {
   explicit spill_to(Tier& to) noexcept : tier_(&to) {}
 
   template <class Space>
-  bool put(const Space& space, std::span<const std::uint32_t> tokens, std::span<const std::byte> bytes) {
+  bool put(const Space& space, std::span<const token_id> tokens, std::span<const std::byte> bytes) {
     return tier_->put(space_of(space.model, space.adapter, space.tenant), tokens, bytes);
   }
 
   /// Writes what was put to the front of `out`. \return how many bytes, -1 if there are none or more than fit
   template <class Space>
-  index_t get(const Space& space, std::span<const std::uint32_t> tokens, std::span<std::byte> out) {
+  index_t get(const Space& space, std::span<const token_id> tokens, std::span<std::byte> out) {
     const std::string name = space_of(space.model, space.adapter, space.tenant);
     index_t size = -1;
     const auto take = [&](std::span<const std::byte> payload) {
@@ -62,12 +62,12 @@ class spill_to {
   }
 
   template <class Space>
-  [[nodiscard]] bool contains(const Space& space, std::span<const std::uint32_t> tokens) {
+  [[nodiscard]] bool contains(const Space& space, std::span<const token_id> tokens) {
     return tier_->contains(space_of(space.model, space.adapter, space.tenant), tokens);
   }
 
   template <class Space>
-  bool erase(const Space& space, std::span<const std::uint32_t> tokens) {
+  bool erase(const Space& space, std::span<const token_id> tokens) {
     return tier_->erase(space_of(space.model, space.adapter, space.tenant), tokens);
   }
 

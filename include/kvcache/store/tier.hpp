@@ -26,7 +26,7 @@ namespace kvcache::inline v0::store {
 struct tier_key {
   /// Model, tokenizer, codec, tenant, and what else must be the same for the bytes to be of use; any bytes.
   std::string_view space;
-  std::span<const std::uint32_t> tokens;  ///< the path from the first token on
+  std::span<const token_id> tokens;  ///< the path from the first token on
 };
 
 /// What a key may have; a longer one is never stored and never found.
@@ -53,7 +53,7 @@ struct tier_stats {
 /// One thread at a time for each object; any number of processes for each place.
 // clang-format off
 template <class T>
-concept tier = requires(T& t, const T& constant, std::string_view space, std::span<const std::uint32_t> tokens,
+concept tier = requires(T& t, const T& constant, std::string_view space, std::span<const token_id> tokens,
                         std::span<const std::byte> payload, std::vector<std::byte>& out) {
   { t.get(space, tokens, out) } noexcept -> std::same_as<bool>;
   { t.put(space, tokens, payload) } noexcept -> std::same_as<bool>;

@@ -8,7 +8,7 @@
 int main() {
   kvcache::store::lmdb_tier local("consumer-tier");
   kvcache::store::redis_tier remote({.servers = {{.host = "127.0.0.1", .port = 1}}});
-  const std::vector<std::uint32_t> tokens{1, 2, 3};
+  const std::vector<kvcache::token_id> tokens{1, 2, 3};
   const std::vector<std::byte> payload(100);
   std::vector<std::byte> out;
   const bool kept = local.put("space", tokens, payload) && local.get("space", tokens, out) && out == payload;
