@@ -161,7 +161,7 @@ TEST_CASE("an LMDB file that a reader keeps full refuses changes, and takes them
   REQUIRE(::read(begun[0], &c, 1) == 1);
   bytes out;
   int num_refused = 0;
-  for (std::uint32_t i = 0; num_refused < 3 && i < 1000; ++i) {
+  for (token_id i = 0; num_refused < 3 && i < 1000; ++i) {
     const bytes other = tiers::payload_of(i, 1, 50'000);
     if (tier->put("s", path{2}, other)) {
       REQUIRE(tier->get("s", path{2}, out));
@@ -171,7 +171,7 @@ TEST_CASE("an LMDB file that a reader keeps full refuses changes, and takes them
     }
   }
   REQUIRE(num_refused == 3);
-  for (std::uint32_t i = 0; i < 20; ++i) {  // small changes find room for longer, but not for ever
+  for (token_id i = 0; i < 20; ++i) {  // small changes find room for longer, but not for ever
     if (tier->put("s", path{3}, bytes(10)) && !tier->erase("s", path{3})) break;
   }
   CHECK(tier->stats().refused > 3);
@@ -191,13 +191,13 @@ TEST_CASE("an LMDB file opened with a smaller map goes on within it", "[store]")
   place.options.map_bytes = 8_MiB;
   {
     auto tier = place.open();
-    for (std::uint32_t who = 0; who < 300; ++who)
+    for (token_id who = 0; who < 300; ++who)
       REQUIRE(tier->put("s", path{who}, tiers::payload_of(who, 0, 30'000)));
   }
   place.options.map_bytes = 2_MiB;
   auto tier = place.open();
   bytes out;
-  for (std::uint32_t who = 1000; who < 1100; ++who) {
+  for (token_id who = 1000; who < 1100; ++who) {
     REQUIRE(tier->put("s", path{who}, tiers::payload_of(who, 0, 30'000)));
     REQUIRE(tier->get("s", path{who}, out));
     REQUIRE(out == tiers::payload_of(who, 0, 30'000));
@@ -209,10 +209,10 @@ TEST_CASE("an LMDB file opened with a smaller map goes on within it", "[store]")
 TEST_CASE("an LMDB file whose tables contradict each other is still bounded and right", "[store]") {
   lmdb_place place;
   place.options.map_bytes = 2_MiB;
-  const auto fill = [&](std::uint32_t first) {
+  const auto fill = [&](token_id first) {
     auto tier = place.open();
     bytes out;
-    for (std::uint32_t who = first; who < first + 100; ++who) {
+    for (token_id who = first; who < first + 100; ++who) {
       REQUIRE(tier->put("s", path{who}, tiers::payload_of(who, 0, 30'000)));
       REQUIRE(tier->get("s", path{who}, out));
       REQUIRE(out == tiers::payload_of(who, 0, 30'000));
@@ -250,7 +250,7 @@ TEST_CASE("an LMDB file whose tables contradict each other is still bounded and 
   }
   SECTION("the uses of records are 3 bytes") {
     place.with_tables([&](MDB_txn* txn, const store::detail::lmdb_environment& env) {
-      for (std::uint32_t who = 0; who < 100; ++who) {
+      for (token_id who = 0; who < 100; ++who) {
         const path tokens{who};
         const digest256 digest = record_name({"s", tokens});
         const bytes use(3);
