@@ -77,7 +77,7 @@ if(NOT before GREATER 0 OR NOT after GREATER 0 OR NOT after LESS before OR count
 endif()
 
 # Too little for one conversation is said, not tried for ever.
-run(1 "does not hold" ${small} --budget 256KiB)
+run(1 "do not hold one sequence" ${small} --budget 256KiB)
 
 run(2 "bogus" --bogus)
 run(2 "--policy" --policy fifo)

@@ -5,7 +5,10 @@
 #include "attention/problem.hpp"
 
 #include <atomic>
+#include <limits>
+#include <span>
 #include <thread>
+#include <vector>
 
 using namespace attention_test;
 
@@ -63,6 +66,9 @@ TEST_CASE("a batch on many workers gives the bits of single calls", "[attention]
     caches.back()[0].append(all.back().k, all.back().v);
   }
   using layer_type = decltype(caches[0][0]);
+  auto empty = pool.sequence();
+  const std::vector<float> empty_q(4 * 16, 1.0F);
+  const std::vector<index_t> empty_positions = {0};
   for (const index_t n : {2, 3, 16}) {
     std::vector<answer> got;
     std::vector<kvcache::attend_item<layer_type>> batch;
@@ -75,11 +81,19 @@ TEST_CASE("a batch on many workers gives the bits of single calls", "[attention]
                        .out = got[i].out,
                        .q_len = all[i].n.q_len,
                        .lse = got[i].lse});
+    answer of_empty{std::vector<float>(empty_q.size(), 1.0F), std::vector<float>(4, 1.0F)};
+    batch.insert(batch.begin() + 2, {.q = empty_q,
+                                     .layer = empty[0],
+                                     .out = of_empty.out,
+                                     .q_positions = empty_positions,
+                                     .lse = of_empty.lse});
     kvcache::attend(std::span<const kvcache::attend_item<layer_type>>(batch), {}, threads{n});
     for (std::size_t i = 0; i < all.size(); ++i) {
       CAPTURE(n, i);
       require_same_bits(got[i], computed(all[i], caches[i][0]));
     }
+    CHECK(of_empty.out == std::vector<float>(empty_q.size(), 0.0F));
+    CHECK(of_empty.lse == std::vector<float>(4, -std::numeric_limits<float>::infinity()));
   }
 }
 

@@ -109,7 +109,9 @@ class item_plan {
   /// Merges the partial states of a tile, [num_spans(), stride] floats, in order.
   void finish_tile(index_t tile_index, float* partials, index_t stride, float* scratch) const {
     const query_tile tile = make_tile(tile_index, scratch);
-    const softmax_state all = state_in(partials, tile.num_rows());
+    float* first = num_spans() > 0 ? partials : scratch;
+    const softmax_state all = state_in(first, tile.num_rows());
+    if (num_spans() == 0) all.reset();
     for (index_t s = 1; s < num_spans(); ++s) {
       float* partial = partials + s * stride;
       all.merge(state_in(partial, tile.num_rows()));
