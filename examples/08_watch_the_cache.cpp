@@ -9,6 +9,7 @@
 #include <kvcache/serving/recommend.hpp>
 
 #include <cstdio>
+#include <numeric>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -26,9 +27,9 @@ double ticking_clock() {
 
 /// 96 tokens of a document, then 32 of a question of the user's own.
 std::vector<token_id> prompt_of(token_id user) {
-  std::vector<token_id> prompt;
-  for (token_id i = 0; i < 96; ++i) prompt.push_back(1000 * (user % 3) + i);
-  for (token_id i = 0; i < 32; ++i) prompt.push_back(10000 * (user + 1) + i);
+  std::vector<token_id> prompt(96 + 32);
+  std::iota(prompt.begin(), prompt.begin() + 96, 1000 * (user % 3));
+  std::iota(prompt.begin() + 96, prompt.end(), 10000 * (user + 1));
   return prompt;
 }
 

@@ -146,7 +146,7 @@ struct low_rank_plan {
 /// Exact until there are tokens enough to find bases in, then low_rank.
 class fitting_cache final : public erased_cache {
  public:
-  explicit fitting_cache(std::shared_ptr<const low_rank_plan> plan)
+  explicit fitting_cache(const std::shared_ptr<const low_rank_plan>& plan)
       : fitting_cache(plan, plan->exact_cache()) {}
   /// \param exact  plan->exact_cache(), which may have got tokens
   fitting_cache(std::shared_ptr<const low_rank_plan> plan, any_cache exact)
