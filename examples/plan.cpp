@@ -11,7 +11,6 @@
 
 #include <kvcache/serving/planner.hpp>
 
-#include <exception>
 #include <iostream>
 #include <stdexcept>
 

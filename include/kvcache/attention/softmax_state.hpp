@@ -13,6 +13,7 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <span>
