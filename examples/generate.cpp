@@ -53,7 +53,7 @@ template <class Executor>
 void write_text(const llama::command_line& options, const llama::decoder& model, const llama::tokenizer& text,
                 const std::vector<index_t>& prompt, index_t num_tokens, Executor& executor) {
   const auto new_cache = [&] {
-    return kvcache::make_cache(options.cache, llama::cache_shape_of(model.config()));
+    return kvcache::make_cache(options.cache, llama::cache_shape_of(model.config()), model.config().rope);
   };
   auto cache = new_cache();
   std::cout << llama::shown(options.prompt) << std::flush;

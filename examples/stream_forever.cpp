@@ -130,7 +130,9 @@ void run(const options& given) {
   if (static_cast<index_t>(prompt.size()) > given.budget)
     throw llama::usage_error("--prompt: longer than the budget");
   streaming::token_stream stream(
-      model, kvcache::make_cache(given.cache, llama::cache_shape_of(model.config(), given.block_size)),
+      model,
+      kvcache::make_cache(given.cache, llama::cache_shape_of(model.config(), given.block_size),
+                          model.config().rope),
       *streaming::policy_named(given.policy),
       {.max_tokens = given.budget,
        .kept_tokens = given.budget - given.budget / 4,

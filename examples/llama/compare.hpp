@@ -92,7 +92,7 @@ void write_comparison(std::ostream& out, const decoder& model, const greedy_text
       {"cache", "tokens/s", "bytes/token", "cache bytes", "slack", "max logit difference", "same text"},
       text_table::names_first);
   for (const auto& spec : kvcache::cache_specs()) {
-    auto cache = kvcache::make_cache(spec, cache_shape_of(model.config()));
+    auto cache = kvcache::make_cache(spec, cache_shape_of(model.config()), model.config().rope);
     const comparison c = follow(model, text, cache, executor);
     table.add({std::string(spec), rate_text(c.tokens_per_second),
                with_commas(c.memory.payload / c.num_tokens), with_commas(c.memory.total),

@@ -7,11 +7,13 @@
 #include "quality/metrics.hpp"
 #include "quality/synthetic_head.hpp"
 
+#include <kvcache/codec/rope_turns.hpp>
 #include <kvcache/interop/codec_spec.hpp>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -117,12 +119,15 @@ struct heads_result {
                                                 const heads_settings& settings = {}) {
   heads_result all{.codecs = std::vector<attention_quality>(specs.size())};
   const double count = static_cast<double>(settings.num_heads);
+  const auto turns = std::make_shared<const kvcache::codec::rope_turns>(rope_of(settings.head));
   for (index_t i = 0; i < settings.num_heads; ++i) {
     const exact_head head(settings.first_seed + static_cast<std::uint64_t>(i), settings);
     all.shape.entropy += head.shape().entropy / count;
     all.shape.largest_weight += head.shape().largest_weight / count;
     for (std::size_t c = 0; c < specs.size(); ++c) {
-      const attention_quality one = head.measure(kvcache::make_codec(specs[c]));
+      kvcache::any_codec codec = kvcache::make_codec(specs[c]);
+      codec.keys = codec.keys.turning_with(turns);
+      const attention_quality one = head.measure(codec);
       all.codecs[c].key_divergence += one.key_divergence / count;
       all.codecs[c].key_output += one.key_output / count;
       all.codecs[c].value_output += one.value_output / count;

@@ -85,7 +85,7 @@ class model_reference {
   /// Calls back(position, logits) after each token of `text`, which enter one by one.
   template <class Back>
   void stream(const ids& text, const std::string& codec, Back back) const {
-    auto cache = kvcache::make_cache("paged/" + codec, shape());
+    auto cache = kvcache::make_cache("paged/" + codec, shape(), config().rope);
     for (std::size_t i = 0; i < text.size(); ++i) {
       const llama::matrix logits = model_.forward(std::span(&text[i], 1), cache);
       back(i, llama::row_of(logits, 0));

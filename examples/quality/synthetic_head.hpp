@@ -32,6 +32,11 @@ struct head_settings {
   double query_mean_size = 0.85;
 };
 
+/// How keys and queries are rotated.
+[[nodiscard]] inline kvcache::rope_config rope_of(const head_settings& settings) {
+  return {.head_dim = settings.head_dim, .pairing = kvcache::rope_pairing::half, .theta = 5e5};
+}
+
 struct synthetic_head {
   std::vector<float> keys;     ///< [num_tokens, head_dim], rotated
   std::vector<float> values;   ///< [num_tokens, head_dim]
@@ -137,8 +142,7 @@ class head_maker {
                                        const numbers& queries) const {
     synthetic_head head{
         {keys.begin(), keys.end()}, {values.begin(), values.end()}, {queries.begin(), queries.end()}};
-    const kvcache::rope_table table{
-        {.head_dim = settings_.head_dim, .pairing = kvcache::rope_pairing::half, .theta = 5e5}};
+    const kvcache::rope_table table(rope_of(settings_));
     for (index_t t = 0; t < settings_.num_tokens; ++t)
       table.rotate(head.keys.data() + t * settings_.head_dim, 1, t);
     table.rotate(head.queries.data(), settings_.num_queries, settings_.num_tokens);

@@ -92,7 +92,8 @@ class document_reader {
                   index_t block_size)
       : model_(&model),
         document_(&document),
-        cache_(kvcache::make_cache(spec, llama::cache_shape_of(model.config(), block_size))),
+        cache_(kvcache::make_cache(spec, llama::cache_shape_of(model.config(), block_size),
+                                   model.config().rope)),
         watch_(model.config().num_layers, 64, true) {
     constexpr index_t piece = 128;
     for (index_t at = 0; at < document.first_question; at += piece) {

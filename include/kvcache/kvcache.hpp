@@ -16,6 +16,7 @@
 #include <kvcache/cache/recoded.hpp>
 #include <kvcache/codec/balanced.hpp>
 #include <kvcache/codec/by_layer.hpp>
+#include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>

@@ -2,6 +2,7 @@
 // rotated, trellis, channel and balanced: their errors, the rows that are special, the same bytes on every instruction set.
 
 #include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/rotated.hpp>
@@ -9,6 +10,7 @@
 #include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/select.hpp>
 
+#include "codec/coded_blocks.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
@@ -21,46 +23,14 @@
 using kvcache::block_geometry;
 using kvcache::index_t;
 using kvcache::status;
+using test::key_value_rows;
+using test::relative_error;
+using test::through;
+using test::zero_block;
 namespace codec = kvcache::codec;
 namespace kernel = kvcache::kernel;
 
 namespace {
-
-struct key_value_rows {
-  std::vector<float> k;  // [tokens, head_dim]
-  std::vector<float> v;
-};
-
-/// A block of memory for one codec, zeroed.
-template <class Codec>
-kvcache::memory_block zero_block(const block_geometry& g, const Codec& codec) {
-  kvcache::memory_block block(codec.block_bytes(g), kvcache::huge_page_resource());
-  std::memset(block.data(), 0, static_cast<std::size_t>(block.size()));
-  return block;
-}
-
-/// Rows of one whole block, there and back.
-template <class Codec>
-key_value_rows through(const block_geometry& g, const key_value_rows& rows, const Codec& codec = {},
-                       const kernel::table& kernels = kernel::best()) {
-  const auto block = zero_block(g, codec);
-  const index_t n = static_cast<index_t>(rows.k.size()) / g.head_dim;
-  REQUIRE(codec.encode(kernels, g, block.data(), 0, n, {rows.k.data(), g.head_dim},
-                       {rows.v.data(), g.head_dim}) == status::ok);
-  key_value_rows back{std::vector<float>(rows.k.size()), std::vector<float>(rows.v.size())};
-  codec.decode(kernels, g, block.data(), 0, n, {back.k.data(), g.head_dim}, {back.v.data(), g.head_dim});
-  return back;
-}
-
-double relative_error(const std::vector<float>& got, const std::vector<float>& expected) {
-  double error = 0;
-  double size = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    error += std::pow(double{got[i]} - double{expected[i]}, 2);
-    size += std::pow(double{expected[i]}, 2);
-  }
-  return size == 0 ? (error == 0 ? 0 : std::numeric_limits<double>::infinity()) : error / size;
-}
 
 /// Relative mean squared error of keys and values over many blocks of normally distributed rows of 128.
 template <class Codec>
@@ -173,7 +143,7 @@ TEST_CASE("balanced codecs take out what channels and tokens have in size", "[co
 
 TEMPLATE_TEST_CASE("special rows", "[codec]", codec::rotated<4>, codec::rotated<3>, codec::rotated<2>,
                    codec::channel<4>, codec::channel<3>, codec::balanced<4>, codec::balanced<3>,
-                   codec::balanced<2>) {
+                   codec::balanced<2>, codec::centred<codec::rotated<3>>, codec::centred<codec::int8>) {
   test::random random;
   for (const index_t dim : {1, 2, 5, 20, 64, 80, 128, 511}) {
     const block_geometry g{.block_size = 16, .head_dim = dim};
@@ -210,7 +180,7 @@ TEMPLATE_TEST_CASE("special rows", "[codec]", codec::rotated<4>, codec::rotated<
 
 TEMPLATE_TEST_CASE("rows that are not finite are refused and nothing is written", "[codec]",
                    codec::rotated<4>, codec::rotated<2>, codec::channel<4>, codec::balanced<3>,
-                   codec::trellis<2>) {
+                   codec::trellis<2>, codec::centred<codec::trellis<2>>) {
   test::random random;
   const block_geometry g{.block_size = 16, .head_dim = 20};
   const TestType codec;
@@ -230,7 +200,8 @@ TEMPLATE_TEST_CASE("rows that are not finite are refused and nothing is written"
 TEMPLATE_TEST_CASE("blocks are the same bytes on every instruction set", "[codec]", codec::rotated<4>,
                    codec::rotated<3>, codec::rotated<2>, codec::channel<4>, codec::channel<3>,
                    codec::balanced<4>, codec::balanced<3>, codec::balanced<2>, codec::trellis<4>,
-                   codec::trellis<3>, codec::trellis<2>) {
+                   codec::trellis<3>, codec::trellis<2>, codec::centred<codec::rotated<4>>,
+                   codec::centred<codec::int8>) {
   test::random random;
   const TestType codec;
   for (const index_t dim : {1, 15, 20, 64, 80, 128, 131}) {

@@ -66,6 +66,13 @@ void with_typed(const std::string& spec, Use use) {
   with_codec(std::type_identity<codec::trellis<4>>{});
   with_codec(std::type_identity<codec::trellis<3>>{});
   with_codec(std::type_identity<codec::trellis<2>>{});
+  with_codec(std::type_identity<codec::centred<codec::int8>>{});
+  with_codec(std::type_identity<codec::centred<codec::rotated<4>>>{});
+  with_codec(std::type_identity<codec::centred<codec::rotated<3>>>{});
+  with_codec(std::type_identity<codec::centred<codec::rotated<2>>>{});
+  with_codec(std::type_identity<codec::centred<codec::trellis<4>>>{});
+  with_codec(std::type_identity<codec::centred<codec::trellis<3>>>{});
+  with_codec(std::type_identity<codec::centred<codec::trellis<2>>>{});
 }
 
 }  // namespace

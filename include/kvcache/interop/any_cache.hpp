@@ -18,6 +18,7 @@
 #include <kvcache/cache/step.hpp>
 #include <kvcache/codec/by_layer.hpp>
 #include <kvcache/core/executor.hpp>
+#include <kvcache/core/rope_config.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -294,11 +295,16 @@ inline std::vector<std::string> cache_specs() {
 /// \param spec  "container/codec", as cache_specs() lists them or with options:
 ///              "chunked/k=channel4,v=rotated4,sinks=4,tail=128"; for some layers only:
 ///              "chunked/k=channel3,v=rotated3,first=2:int8,last=2:int8,tail=128"; see codec_spec.hpp
+/// \param rope  how the keys that will be appended are rotated, for codecs named centred_; without it the spec may say so,
+///              and has the last word
 /// Throws std::invalid_argument that lists what there is, and shape_error.
-inline any_cache make_cache(const std::string& spec, const cache_shape& shape) {
+inline any_cache make_cache(const std::string& spec, const cache_shape& shape,
+                            const std::optional<rope_config>& rope = {}) {
   const detail::spec_parts parts = detail::parts_of(spec);
   validate(shape);
-  return detail::make_container(spec, parts.container, make_codec_by_layer(parts.codec, shape.num_layers),
+  const auto turns = rope ? std::make_shared<const codec::rope_turns>(*rope) : nullptr;
+  return detail::make_container(spec, parts.container,
+                                make_codec_by_layer(parts.codec, shape.num_layers, shape.head_dim, turns),
                                 shape);
 }
 

@@ -15,6 +15,7 @@
 #include <kvcache/codec/description.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/rope_turns.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/sides.hpp>
@@ -72,6 +73,9 @@ class erased_side {
 
 class erased_keys : public erased_side {
  public:
+  /// The same keys with a mean that turns so; null where they have none that can.
+  [[nodiscard]] virtual std::shared_ptr<const erased_keys> turning_with(
+      const std::shared_ptr<const codec::rope_turns>& turns) const = 0;
   [[nodiscard]] virtual index_t prepared_floats(const block_geometry& g) const noexcept = 0;
   virtual const float* prepare(head_id where, const kernel::table& kernels, const block_geometry& g,
                                const float* queries, index_t num_rows, float* prepared) const = 0;
@@ -140,6 +144,16 @@ class erased_keys_of final : public erased_side_of<erased_keys, Keys> {
  public:
   using erased_side_of<erased_keys, Keys>::erased_side_of;
 
+  [[nodiscard]] std::shared_ptr<const erased_keys> turning_with(
+      [[maybe_unused]] const std::shared_ptr<const codec::rope_turns>& turns) const override {
+    if constexpr (requires(Keys & keys) { keys.turns = turns; }) {
+      Keys keys = this->side();
+      keys.turns = turns;
+      return std::make_shared<erased_keys_of>(keys);
+    } else {
+      return nullptr;
+    }
+  }
   [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept override {
     return this->side().prepared_floats(g);
   }
@@ -220,6 +234,12 @@ struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
   /// As they were described, those of any codec that make_codec knows. Defined in interop/codec_spec.hpp. Throws
   /// shape_error.
   static any_keys from_description(const side_description& described, const cache_shape& shape);
+
+  /// The same with a mean that turns so, where they are centred_keys; else as they are.
+  [[nodiscard]] any_keys turning_with(const std::shared_ptr<const rope_turns>& turns) const {
+    auto made = erased->turning_with(turns);
+    return made ? any_keys(std::move(made)) : *this;
+  }
 
   [[nodiscard]] any_keys at(index_t layer, index_t head) const {
     any_keys here = *this;

@@ -5,21 +5,29 @@
 //   codec   = name | name "+" name                                  keys + values
 //   option  = "k=" name | "v=" name | "sinks=" tokens | "tail=" tokens
 //           | "first=" n ":" codec | "last=" n ":" codec | "layers=" n [ "-" n ] ":" codec
+//           | "rope=" ( "half" | "interleaved" ) ":" theta
 //
 //   "k=channel3,v=rotated3,first=2:int8,last=2:channel4+rotated4,tail=128,sinks=4"
+//   "k=centred_trellis3,v=trellis3,rope=half:10000,tail=128"
 //
+// rope= says how the model rotates keys, all dims and without scaling; make_cache takes any rope_config instead. Codecs named
+// centred_ take off the mean that turns so, and where they are told neither, the mean of each channel.
 // Layers count from 0, "3-5" with both ends; of two options that name a layer the later counts. Tail and sinks are the
 // sequence's: where one layer's codec needs whole blocks, all layers have the tail (codec/by_layer.hpp).
 #pragma once
 
 #include <kvcache/codec/balanced.hpp>
 #include <kvcache/codec/by_layer.hpp>
+#include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/low_rank_rows.hpp>
+#include <kvcache/codec/rope_turns.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/trellis.hpp>
+#include <kvcache/core/rope_config.hpp>
+#include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
@@ -27,6 +35,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstddef>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -44,10 +53,12 @@ template <class... Codecs>
 struct codec_list {};
 
 /// What make_codec knows. A new codec is one more name here.
-using known_codecs = codec_list<codec::f32, codec::f16, codec::bf16, codec::int8, codec::rotated<4>,
-                                codec::rotated<3>, codec::rotated<2>, codec::channel<4>, codec::channel<3>,
-                                codec::balanced<4>, codec::balanced<3>, codec::balanced<2>, codec::trellis<4>,
-                                codec::trellis<3>, codec::trellis<2>>;
+using known_codecs = codec_list<
+    codec::f32, codec::f16, codec::bf16, codec::int8, codec::rotated<4>, codec::rotated<3>, codec::rotated<2>,
+    codec::channel<4>, codec::channel<3>, codec::balanced<4>, codec::balanced<3>, codec::balanced<2>,
+    codec::trellis<4>, codec::trellis<3>, codec::trellis<2>, codec::centred<codec::int8>,
+    codec::centred<codec::rotated<4>>, codec::centred<codec::rotated<3>>, codec::centred<codec::rotated<2>>,
+    codec::centred<codec::trellis<4>>, codec::centred<codec::trellis<3>>, codec::centred<codec::trellis<2>>>;
 
 template <class... Codecs>
 std::vector<std::string_view> names_of(codec_list<Codecs...>) {
@@ -96,13 +107,22 @@ struct known_codec_source {
 /// all memory; who wants more sets any_codec::tail_tokens.
 inline constexpr index_t max_spec_tokens = 65536;
 
+using shared_turns = std::shared_ptr<const codec::rope_turns>;
+
 /// Reads a codec's spec, piece by piece.
 template <class Source = known_codec_source>
 class codec_spec_reader {
  public:
   /// \param num_layers  0: options for some layers are refused
-  explicit codec_spec_reader(std::string_view spec, index_t num_layers = 0, const Source& source = {})
-      : spec_(spec), source_(source), of_layer_(static_cast<std::size_t>(num_layers), 0) {}
+  /// \param head_dim    0: rope= is refused
+  /// \param turns       where there is no rope=
+  explicit codec_spec_reader(std::string_view spec, index_t num_layers = 0, index_t head_dim = 0,
+                             const Source& source = {}, shared_turns turns = nullptr)
+      : spec_(spec),
+        source_(source),
+        head_dim_(head_dim),
+        turns_(std::move(turns)),
+        of_layer_(static_cast<std::size_t>(num_layers), 0) {}
 
   /// Throws std::invalid_argument naming what was wrong and what there is, and shape_error where layers do not exist.
   any_codec read() {
@@ -131,6 +151,9 @@ class codec_spec_reader {
       set_option(piece.substr(0, equals), value);
     }
     if (spec_.empty() || spec_.back() == ',') refuse("it ends where a codec or an option is expected");
+    if (turns_ != nullptr) {
+      for (any_codec& codec : codecs_) codec.keys = codec.keys.turning_with(turns_);
+    }
   }
 
   [[noreturn]] void refuse(const std::string& reason) const {
@@ -149,10 +172,31 @@ class codec_spec_reader {
       made.sink_tokens = number_in(value, "a number of tokens", max_spec_tokens);
     } else if (key == "first" || key == "last" || key == "layers") {
       set_layers(key, value);
+    } else if (key == "rope") {
+      set_rope(value);
     } else {
       refuse("there is no option '" + std::string(key) +
-             "'; there is k=, v=, sinks=, tail=, first=, last=, layers=" + std::string(Source::more_options));
+             "'; there is k=, v=, sinks=, tail=, first=, last=, layers=, rope=" +
+             std::string(Source::more_options));
     }
+  }
+
+  /// "half:10000", "interleaved:500000".
+  void set_rope(std::string_view value) {
+    const std::size_t colon = value.find(':');
+    const std::string_view pairing = value.substr(0, colon);
+    const std::string_view number = colon == std::string_view::npos ? "" : value.substr(colon + 1);
+    double theta = 0;
+    const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), theta);
+    if ((pairing != "half" && pairing != "interleaved") || error != std::errc{} ||
+        end != number.data() + number.size() || !(theta > 0) || theta > 1e30)
+      refuse("'rope=" + std::string(value) +
+             "' does not say how keys are rotated; there is rope=half:10000, rope=interleaved:10000");
+    if (head_dim_ == 0) refuse("'rope=" + std::string(value) + "' is for caches, which have a head_dim");
+    turns_ = std::make_shared<const codec::rope_turns>(
+        rope_config{.head_dim = head_dim_,
+                    .pairing = pairing == "half" ? rope_pairing::half : rope_pairing::interleaved,
+                    .theta = theta});
   }
 
   /// "2:int8" for first and last; "3:int8", "3-5:channel4+rotated4" for layers. What is said later counts.
@@ -204,6 +248,9 @@ class codec_spec_reader {
   [[nodiscard]] codec::any_values values_named(std::string_view name) const {
     if (name.substr(0, 7) == "channel")
       refuse("'" + std::string(name) + "' is for keys; its values are those of rotated");
+    if (name.substr(0, 8) == "centred_")
+      refuse("'" + std::string(name) + "' is for keys; its values are those of " +
+             std::string(name.substr(8)));
     if (auto found = source_.values(name)) return *found;
     refuse_name(name);
   }
@@ -223,6 +270,8 @@ class codec_spec_reader {
 
   std::string_view spec_;
   Source source_;
+  index_t head_dim_;
+  shared_turns turns_;                          // null: nothing turns
   std::vector<any_codec> codecs_{any_codec{}};  // the first is that of layers that are not named
   std::vector<index_t> of_layer_;               // [num_layers] which of them a layer has
 };
@@ -264,14 +313,20 @@ inline std::vector<std::string> codec_names() {
 }
 
 /// \param spec  "rotated4", or "k=channel4,v=rotated4,sinks=4,tail=128"; what is not said is bf16, or 0
+/// \param head_dim  what rope= needs
 /// Throws std::invalid_argument that says what was wrong and lists what there is; so do options for some layers only.
-inline any_codec make_codec(std::string_view spec) { return detail::codec_spec_reader<>(spec).read(); }
+inline any_codec make_codec(std::string_view spec, index_t head_dim = 0) {
+  return detail::codec_spec_reader<>(spec, 0, head_dim).read();
+}
 
 /// The same for `num_layers` layers, and options for some of them. What is not said of them is the spec's first codec.
+/// \param turns  how keys are rotated where the spec has no rope=; null: it is not known
 /// Throws std::invalid_argument as make_codec, and shape_error that names the option whose layers do not exist.
-inline codec::by_layer<any_codec> make_codec_by_layer(std::string_view spec, index_t num_layers) {
+inline codec::by_layer<any_codec> make_codec_by_layer(
+    std::string_view spec, index_t num_layers, index_t head_dim = 0,
+    const std::shared_ptr<const codec::rope_turns>& turns = nullptr) {
   if (num_layers < 1) throw shape_error("kvcache: num_layers must be at least 1");
-  return detail::codec_spec_reader<>(spec, num_layers).read_by_layer();
+  return detail::codec_spec_reader<>(spec, num_layers, head_dim, {}, turns).read_by_layer();
 }
 
 }  // namespace kvcache::inline v0

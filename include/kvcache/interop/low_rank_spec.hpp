@@ -126,9 +126,9 @@ struct low_rank_plan {
     }
     if (!parts.codec.empty() && parts.codec.back() == ',') codec.append(",");  // for the reader to refuse
     validate(shape);
-    const auto in_place =
-        codec_spec_reader<low_rank_source>(codec, shape.num_layers, low_rank_source(shape.head_dim))
-            .read_by_layer();
+    const auto in_place = codec_spec_reader<low_rank_source>(codec, shape.num_layers, shape.head_dim,
+                                                             low_rank_source(shape.head_dim))
+                              .read_by_layer();
     tail_tokens = in_place.tail_tokens;
     (void)make_container(spec, container, in_place, shape);  // whatever else it would refuse later
   }
@@ -138,7 +138,8 @@ struct low_rank_plan {
     return make_cache(container + "/bf16,tail=" + std::to_string(std::max(tail_tokens, index_t{1})), shape);
   }
   [[nodiscard]] any_cache fitted_cache(const codec::low_rank_calibration& calibration) const {
-    codec_spec_reader<low_rank_source> reader(codec, shape.num_layers, low_rank_source(calibration));
+    codec_spec_reader<low_rank_source> reader(codec, shape.num_layers, shape.head_dim,
+                                              low_rank_source(calibration));
     return make_container(spec, container, reader.read_by_layer(), shape);
   }
 };

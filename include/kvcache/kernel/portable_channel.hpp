@@ -34,6 +34,23 @@ inline void unfold(const float* part, index_t head_dim, const bfloat16* scales, 
     sums[d] += part[d] * to_float(scales[d]) + offset_weight * to_float(offsets[d]);
 }
 
-inline constexpr channel_kernels kernels_for_channels = {multiply, shift, fold, unfold};
+inline void couple_pairs(const float* a, const float* b, index_t first, index_t num_pairs,
+                         const bfloat16* means, float* out) {
+  for (index_t i = first; i < num_pairs; ++i) {
+    const float mean_a = to_float(means[i]);
+    const float mean_b = to_float(means[num_pairs + i]);
+    out[i] = a[i] * mean_a + b[i] * mean_b;
+    out[num_pairs + i] = b[i] * mean_a - a[i] * mean_b;
+  }
+}
+
+inline void couple(const float* queries, index_t num_rows, index_t stride, index_t num_pairs,
+                   const bfloat16* means, float* out) {
+  for (index_t r = 0; r < num_rows; ++r)
+    couple_pairs(queries + r * stride, queries + r * stride + num_pairs, 0, num_pairs, means,
+                 out + r * 2 * num_pairs);
+}
+
+inline constexpr channel_kernels kernels_for_channels = {multiply, shift, fold, unfold, couple};
 
 }  // namespace kvcache::inline v0::kernel::portable

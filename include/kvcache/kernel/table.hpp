@@ -152,6 +152,13 @@ struct channel_kernels {
   /// sums[d] += part[d] * scales[d] + offset_weight * offsets[d].
   void (*unfold)(const float* part, index_t head_dim, const bfloat16* scales, const bfloat16* offsets,
                  float offset_weight, float* sums);
+
+  /// Products of queries with a row that turns, as sums over what turns (codec/rope_turns.hpp). With a = [0, pairs) and
+  /// b = [pairs, 2 pairs) of a row: out[r, a] = q[a] means[a] + q[b] means[b], out[r, b] = q[b] means[a] - q[a] means[b].
+  /// \param queries  [num_rows, stride], the first 2 * num_pairs of each
+  /// \param out      [num_rows, 2 * num_pairs]
+  void (*couple)(const float* queries, index_t num_rows, index_t stride, index_t num_pairs,
+                 const bfloat16* means, float* out);
 };
 
 /// What a row's root mean square is in numbers of a trellis table.

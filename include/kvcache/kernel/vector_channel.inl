@@ -65,4 +65,20 @@ KVCACHE_TARGET inline void unfold(const float* part, index_t head_dim, const bfl
   portable::unfold(part + d, head_dim - d, scales + d, offsets + d, offset_weight, sums + d);
 }
 
-inline constexpr channel_kernels kernels_for_channels = {multiply, shift, fold, unfold};
+KVCACHE_TARGET inline void couple(const float* queries, index_t num_rows, index_t stride, index_t num_pairs,
+                                  const bfloat16* means, float* out) {
+  for (index_t r = 0; r < num_rows; ++r, queries += stride, out += 2 * num_pairs) {
+    const float* a = queries;
+    const float* b = queries + num_pairs;
+    index_t i = 0;
+    for (; i + key_lanes <= num_pairs; i += key_lanes) {
+      const vec mean_a = load_widened(means + i);
+      const vec mean_b = load_widened(means + num_pairs + i);
+      store(out + i, fma(load(a + i), mean_a, mul(load(b + i), mean_b)));
+      store(out + num_pairs + i, sub(mul(load(b + i), mean_a), mul(load(a + i), mean_b)));
+    }
+    portable::couple_pairs(a, b, i, num_pairs, means, out);
+  }
+}
+
+inline constexpr channel_kernels kernels_for_channels = {multiply, shift, fold, unfold, couple};

@@ -8,6 +8,7 @@
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
@@ -66,12 +67,28 @@ constexpr named_sizes sizes_of() {
 }
 
 /// All codecs that make_codec knows (a test compares the names).
-inline constexpr std::array known_sizes = {
-    sizes_of<codec::f32>(),         sizes_of<codec::f16>(),         sizes_of<codec::bf16>(),
-    sizes_of<codec::int8>(),        sizes_of<codec::rotated<4>>(),  sizes_of<codec::rotated<3>>(),
-    sizes_of<codec::rotated<2>>(),  sizes_of<codec::channel<4>>(),  sizes_of<codec::channel<3>>(),
-    sizes_of<codec::balanced<4>>(), sizes_of<codec::balanced<3>>(), sizes_of<codec::balanced<2>>(),
-    sizes_of<codec::trellis<4>>(),  sizes_of<codec::trellis<3>>(),  sizes_of<codec::trellis<2>>()};
+inline constexpr std::array known_sizes = {sizes_of<codec::f32>(),
+                                           sizes_of<codec::f16>(),
+                                           sizes_of<codec::bf16>(),
+                                           sizes_of<codec::int8>(),
+                                           sizes_of<codec::rotated<4>>(),
+                                           sizes_of<codec::rotated<3>>(),
+                                           sizes_of<codec::rotated<2>>(),
+                                           sizes_of<codec::channel<4>>(),
+                                           sizes_of<codec::channel<3>>(),
+                                           sizes_of<codec::balanced<4>>(),
+                                           sizes_of<codec::balanced<3>>(),
+                                           sizes_of<codec::balanced<2>>(),
+                                           sizes_of<codec::trellis<4>>(),
+                                           sizes_of<codec::trellis<3>>(),
+                                           sizes_of<codec::trellis<2>>(),
+                                           sizes_of<codec::centred<codec::int8>>(),
+                                           sizes_of<codec::centred<codec::rotated<4>>>(),
+                                           sizes_of<codec::centred<codec::rotated<3>>>(),
+                                           sizes_of<codec::centred<codec::rotated<2>>>(),
+                                           sizes_of<codec::centred<codec::trellis<4>>>(),
+                                           sizes_of<codec::centred<codec::trellis<3>>>(),
+                                           sizes_of<codec::centred<codec::trellis<2>>>()};
 
 /// Throws std::invalid_argument naming the codec that there is none of.
 inline const named_sizes& sizes_named(std::string_view name) {
@@ -136,7 +153,8 @@ class cache_sizes {
 inline cache_sizes::cache_sizes(const cache_shape& shape, const codec_choice& codec)
     : block_size_(shape.block_size), tail_tokens_(codec.tail_tokens) {
   validate(shape);
-  if (codec.values != codec.keys && codec.values.starts_with("channel"))
+  if (codec.values != codec.keys &&
+      (codec.values.starts_with("channel") || codec.values.starts_with("centred_")))
     throw std::invalid_argument("kvcache: '" + codec.values + "' is for keys");
   if (codec.tail_tokens < 0) throw shape_error("kvcache: tail_tokens must not be negative");
   if (codec.sink_tokens < 0 || codec.sink_tokens > shape.block_size)
