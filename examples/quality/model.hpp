@@ -9,19 +9,29 @@
 #include "llama/input_file.hpp"
 #include "llama/load_model.hpp"
 #include "llama/model_error.hpp"
+#include "quality/calibration.hpp"
 #include "quality/metrics.hpp"
 
+#include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/rope_turns.hpp>
 #include <kvcache/interop/any_cache.hpp>
+#include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/codec_spec.hpp>
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -35,6 +45,18 @@ struct model_settings {
   index_t num_documents = 64;  ///< recall documents, as many as there are
   index_t block_size = 128;    ///< tokens
 };
+
+/// "klt3.4": codec::klt behind centred keys, of 3.4 bits, calibrated on what is left of the model's sample.
+[[nodiscard]] inline bool is_klt_spec(std::string_view spec) { return spec.starts_with("klt"); }
+/// Throws std::invalid_argument if it names no number of bits from 1 to 8.
+[[nodiscard]] inline double klt_bits_in(std::string_view spec) {
+  const std::string_view number = spec.substr(3, std::min(spec.find(','), spec.size()) - 3);
+  double bits = 0;
+  const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), bits);
+  if (error != std::errc{} || end != number.data() + number.size() || !(bits >= 1 && bits <= 8))
+    throw std::invalid_argument("'" + std::string(spec) + "' names no bits from 1 to 8, as in klt3.4");
+  return bits;
+}
 
 /// Token ids; questions are asked from `first_question` on: key, value, key, value ...
 struct recall_document {
@@ -60,14 +82,18 @@ class model_reference {
   /// Throws llama::model_error.
   model_reference(const std::filesystem::path& folder, const model_settings& settings);
 
-  /// \param codec  as in "paged/<codec>"
-  [[nodiscard]] model_quality measure(const std::string& codec) const;
+  /// \param spec  of a codec, see make_codec; or "klt3.4", see is_klt_spec
+  [[nodiscard]] model_quality measure(const std::string& spec) const;
 
-  /// Bits per number of a block of the codec in this model, scales and padding included.
+  /// Bits per number of a block of the codec in this model, scales and padding included, mean over layers.
   [[nodiscard]] double bits(const std::string& codec) const {
     const auto g = kvcache::geometry_of(shape());
-    return 8.0 * static_cast<double>(kvcache::make_codec(codec).block_bytes(g)) /
-           static_cast<double>(2 * g.block_size * g.head_dim);
+    const layered_codec made = codec_of(codec);
+    index_t bytes = 0;
+    for (index_t layer = 0; layer < config().num_layers; ++layer)
+      bytes += kvcache::block_bytes_at(made, layer, g);
+    return 8.0 * static_cast<double>(bytes) /
+           static_cast<double>(config().num_layers * 2 * g.block_size * g.head_dim);
   }
 
   [[nodiscard]] const llama::model_config& config() const noexcept { return model_.config(); }
@@ -82,30 +108,37 @@ class model_reference {
   [[nodiscard]] ids written_text() const;
   void read_documents(const std::filesystem::path& file);
 
+  /// The codec of a spec; that of klt_spec from texts that are not measured, which takes some seconds once.
+  [[nodiscard]] layered_codec codec_of(const std::string& spec) const;
+  [[nodiscard]] const klt_calibration& calibration() const;
+
   /// Calls back(position, logits) after each token of `text`, which enter one by one.
   template <class Back>
-  void stream(const ids& text, const std::string& codec, Back back) const {
-    auto cache = kvcache::make_cache("paged/" + codec, shape(), config().rope);
+  void stream(const ids& text, const layered_codec& codec, Back back) const {
+    auto cache = cache_of(codec, shape());
     for (std::size_t i = 0; i < text.size(); ++i) {
       const llama::matrix logits = model_.forward(std::span(&text[i], 1), cache);
       back(i, llama::row_of(logits, 0));
     }
   }
+  /// Calls back(logarithms) at each position of the second half of each text.
   template <class Back>
-  void stream_texts(const std::string& codec, Back back) const {
-    for (const ids& text : texts_) {
+  void stream_texts(std::span<const ids> texts, const layered_codec& codec, Back back) const {
+    for (const ids& text : texts) {
       stream(text, codec, [&](std::size_t at, std::span<const float> logits) {
         if (at >= text.size() / 2) back(log_softmax(logits));
       });
     }
   }
-  void count_answers(const std::string& codec, model_quality& result) const;
+  void count_answers(const layered_codec& codec, model_quality& result) const;
 
   llama::decoder model_;
   model_settings settings_;
   std::vector<ids> texts_;
+  std::vector<ids> other_texts_;  // for calibration
   std::vector<recall_document> documents_;
   std::vector<std::vector<double>> expected_;  // of each measured position, logarithms
+  mutable std::unique_ptr<const klt_calibration> calibration_;
 };
 
 inline model_reference::model_reference(const std::filesystem::path& folder, const model_settings& settings)
@@ -118,13 +151,15 @@ inline model_reference::model_reference(const std::filesystem::path& folder, con
     all = written_text();
   }
   const auto length = static_cast<std::size_t>(settings_.num_tokens);
-  for (std::size_t at = 0; at + length <= all.size() && std::ssize(texts_) < settings_.num_texts;
-       at += length)
-    texts_.emplace_back(all.begin() + static_cast<std::ptrdiff_t>(at),
-                        all.begin() + static_cast<std::ptrdiff_t>(at + length));
+  for (std::size_t at = 0; at + length <= all.size(); at += length) {
+    auto& texts = std::ssize(texts_) < settings_.num_texts ? texts_ : other_texts_;
+    texts.emplace_back(all.begin() + static_cast<std::ptrdiff_t>(at),
+                       all.begin() + static_cast<std::ptrdiff_t>(at + length));
+  }
   if (texts_.empty()) throw llama::model_error(folder / "sample.txt", "", "is shorter than one text");
   read_documents(folder / "reference.json");
-  stream_texts("f32", [&](std::vector<double> logs) { expected_.push_back(std::move(logs)); });
+  stream_texts(texts_, codec_of("f32"),
+               [&](std::vector<double> logs) { expected_.push_back(std::move(logs)); });
 }
 
 /// Tokens of as many texts as asked for, drawn from the model itself.
@@ -158,7 +193,41 @@ inline void model_reference::read_documents(const std::filesystem::path& file) {
   }
 }
 
-inline void model_reference::count_answers(const std::string& codec, model_quality& result) const {
+inline layered_codec model_reference::codec_of(const std::string& spec) const {
+  if (!is_klt_spec(spec)) {
+    const auto turns = std::make_shared<const kvcache::codec::rope_turns>(config().rope);
+    return kvcache::make_codec_by_layer(spec, config().num_layers, config().head_dim, turns);
+  }
+  const std::size_t end = std::min(spec.find(','), spec.size());
+  any_codec codec = calibration().codec(klt_bits_in(spec));
+  const any_codec options = kvcache::make_codec("bf16" + spec.substr(end));
+  codec.tail_tokens = options.tail_tokens;
+  codec.sink_tokens = options.sink_tokens;
+  return codec;
+}
+
+inline const klt_calibration& model_reference::calibration() const {
+  if (calibration_ != nullptr) return *calibration_;
+  constexpr std::size_t num_weighed = 3;
+  if (other_texts_.size() <= num_weighed)
+    throw std::invalid_argument(
+        "klt needs more of sample.txt than is measured: fewer --texts, or shorter ones");
+  auto made = std::make_unique<klt_calibration>(model_, shape(), other_texts_);
+  const auto weighed = std::span(other_texts_).last(num_weighed);
+  std::vector<std::vector<double>> exact;
+  stream_texts(weighed, codec_of("f32"), [&](std::vector<double> logs) { exact.push_back(std::move(logs)); });
+  made->weigh([&](const layered_codec& codec) {
+    std::vector<double> divergences;
+    stream_texts(weighed, codec, [&](const std::vector<double>& logs) {
+      divergences.push_back(divergence(exact[divergences.size()], logs));
+    });
+    return quantile(divergences, 0.5);
+  });
+  calibration_ = std::move(made);
+  return *calibration_;
+}
+
+inline void model_reference::count_answers(const layered_codec& codec, model_quality& result) const {
   for (const recall_document& document : documents_) {
     stream(document.ids, codec, [&](std::size_t at, std::span<const float> logits) {
       const bool is_key = at >= document.first_question && (at - document.first_question) % 2 == 0;
@@ -169,10 +238,11 @@ inline void model_reference::count_answers(const std::string& codec, model_quali
   }
 }
 
-inline model_quality model_reference::measure(const std::string& codec) const {
+inline model_quality model_reference::measure(const std::string& spec) const {
+  const layered_codec codec = codec_of(spec);
   std::vector<double> divergences;
   std::size_t same = 0;
-  stream_texts(codec, [&](const std::vector<double>& logs) {
+  stream_texts(texts_, codec, [&](const std::vector<double>& logs) {
     const std::vector<double>& exact = expected_[divergences.size()];
     divergences.push_back(divergence(exact, logs));
     const auto first = [](const std::vector<double>& of) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "llama/command_line.hpp"
+#include "quality/model.hpp"
 
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
@@ -36,6 +37,12 @@ struct options {
   index_t block_size = 128;
   std::uint64_t seed = 1;
 
+  /// Those that need no model to be calibrated on.
+  [[nodiscard]] std::vector<std::string> codecs_but_klt() const {
+    std::vector<std::string> specs = codecs;
+    std::erase_if(specs, [](const std::string& spec) { return is_klt_spec(spec); });
+    return specs;
+  }
   [[nodiscard]] bool wants(const std::string& part) const {
     return parts.empty() || std::find(parts.begin(), parts.end(), part) != parts.end();
   }
@@ -73,6 +80,10 @@ inline void check_range(const char* name, index_t value, index_t low, index_t hi
 inline void check(const options& given) {
   for (const std::string& spec : given.codecs) {
     try {
+      if (is_klt_spec(spec)) {
+        (void)klt_bits_in(spec);
+        continue;
+      }
       (void)kvcache::make_codec(spec);
     } catch (const std::invalid_argument& error) {
       throw llama::usage_error("--codecs: " + std::string(error.what()));

@@ -40,7 +40,7 @@ namespace detail {
                     .bits_axis = "bits per number of the keys, scales included (head_dim 128)",
                     .hollow_means = "",
                     .shannon_bound = true};
-  for (const std::string& spec : given.codecs) {
+  for (const std::string& spec : given.codecs_but_klt()) {
     const gaussian_quality q = measure_gaussian(spec, {.block_size = given.block_size});
     const auto times = [](double x) { return llama::formatted(x < 100 ? "%.2f" : "%.0f", x); };
     table.add({spec, detail::bits_text(q.both().bits), detail::bits_text(q.keys.bits),
@@ -58,7 +58,8 @@ namespace detail {
                                 .num_heads = given.num_heads,
                                 .block_size = given.block_size,
                                 .first_seed = given.seed};
-  const heads_result heads = measure_heads(given.codecs, settings);
+  const std::vector<std::string> specs = given.codecs_but_klt();
+  const heads_result heads = measure_heads(specs, settings);
   out << "Synthetic heads with outlier channels: " << given.num_heads << " of " << given.head_tokens
       << " tokens, head_dim 128, blocks of " << given.block_size << "; entropy of the weights "
       << llama::formatted("%.1f", heads.shape.entropy) << " nats, largest "
@@ -68,8 +69,8 @@ namespace detail {
   chart_panel panel{.title = "Synthetic heads: only the keys are stored in the codec",
                     .error_axis = "KL divergence of attention weights, nats",
                     .bits_axis = "bits per number of the keys, scales included (head_dim 128)"};
-  for (std::size_t i = 0; i < given.codecs.size(); ++i) {
-    const std::string& spec = given.codecs[i];
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    const std::string& spec = specs[i];
     const attention_quality& q = heads.codecs[i];
     const double bits = key_bits(spec, settings);
     table.add({spec, detail::bits_text(bits), detail::short_number(q.key_divergence),

@@ -39,10 +39,11 @@ struct encoded {
   }
 };
 
-encoded encode(kernel::isa level, int bits, const std::vector<float>& row, const std::int8_t* table) {
+encoded encode(kernel::isa level, int bits, const std::vector<float>& row, const std::int8_t* table,
+               float unit = 0.0F) {
   encoded out{0, std::vector<std::uint8_t>(row.size(), 0xff)};
   out.scale = kernel::select(level).trellis.encode(bits, row.data(), static_cast<index_t>(row.size()), table,
-                                                   out.codes.data());
+                                                   unit, out.codes.data());
   return out;
 }
 

@@ -20,7 +20,7 @@ set(forbidden_store attention)
 set(may_use_eigen "^(attention/multi_head_attention|codec/low_rank|interop/[a-z0-9_]+)\\.hpp$")
 
 # Headers that need more than Eigen/Core and the standard library; kvcache.hpp leaves them out.
-set(optional_headers codec/low_rank.hpp interop/eigen_thread_pool.hpp interop/low_rank_snapshot.hpp
+set(optional_headers codec/klt.hpp codec/low_rank.hpp interop/eigen_thread_pool.hpp interop/low_rank_snapshot.hpp
     interop/low_rank_spec.hpp interop/mpi.hpp
     store/lmdb_environment.hpp store/lmdb_tier.hpp store/redis_cluster.hpp store/redis_connection.hpp store/redis_parts.hpp
     store/redis_tier.hpp store/zstd.hpp)

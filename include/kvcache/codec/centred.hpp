@@ -62,8 +62,47 @@ struct centred_name {
   }();
 };
 
-/// The mean of rows as it is stored, as floats.
 using mean_row = std::array<float, max_head_dim>;
+
+/// A mean as it is in slot t. \param turns  null: nothing turns
+inline void turn_mean(const rope_turns* turns, const float* mean, index_t t, index_t head_dim,
+                      float* out) noexcept {
+  if (turns != nullptr) {
+    turns->turn(mean, t, head_dim, out);
+  } else {
+    std::copy_n(mean, head_dim, out);
+  }
+}
+
+/// The mean of rows, turned back to slot 0, apart, of numbers in bfloat16. \param first  slot of row 0
+inline mean_row mean_before_rope(const rope_turns* turns, index_t head_dim, index_t first, index_t count,
+                                 const_rows rows) noexcept {
+  mean_row mean;
+  mean.fill(0.0F);
+  mean_row back;
+  const float share = 1.0F / static_cast<float>(count);
+  for (index_t t = first; t < first + count; ++t) {
+    const float* row = rows.row(t - first);
+    if (turns != nullptr) {
+      turns->turn_back(row, t, head_dim, back.data());
+      row = back.data();
+    }
+    lanes::transform(
+        head_dim, mean.data(), [share](auto sum, auto x) { return sum + x * share; }, mean.data(), row);
+  }
+  for (float& x : mean) x = to_float(to_finite_bfloat16(x));
+  return mean;
+}
+
+/// out = row - mean as it is in slot t, within the range of bfloat16.
+inline void take_off(const rope_turns* turns, const float* mean, index_t t, index_t head_dim,
+                     const float* row, float* out) noexcept {
+  mean_row turned;
+  turn_mean(turns, mean, t, head_dim, turned.data());
+  lanes::transform(
+      head_dim, out, [](auto x, auto m) { return x - m; }, row, turned.data());
+  for (index_t d = 0; d < head_dim; ++d) out[d] = std::clamp(out[d], -0x1.FEp127F, 0x1.FEp127F);
+}
 
 }  // namespace detail
 
@@ -111,21 +150,13 @@ struct centred_keys : plain_side {
   void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
               index_t count, const_rows rows) const {
     if (count == 0) return;
-    detail::mean_row mean = mean_of(g, first, count, rows);
-    for (index_t d = 0; d < g.head_dim; ++d) {
-      const bfloat16 stored = to_finite_bfloat16(mean[static_cast<std::size_t>(d)]);
-      set_scale(section + rest.section_bytes(g), d, stored);
-      mean[static_cast<std::size_t>(d)] = to_float(stored);
-    }
-    alignas(64) detail::mean_row turned;
+    const detail::mean_row mean = detail::mean_before_rope(turns.get(), g.head_dim, first, count, rows);
+    for (index_t d = 0; d < g.head_dim; ++d)
+      set_scale(section + rest.section_bytes(g), d, from_float<bfloat16>(mean[static_cast<std::size_t>(d)]));
+    alignas(64) detail::mean_row left;
     for (index_t t = first; t < first + count; ++t) {
-      turn(g, mean.data(), t, turned.data());
-      lanes::transform(
-          g.head_dim, turned.data(), [](auto x, auto m) { return x - m; }, rows.row(t - first),
-          turned.data());
-      for (float& x : std::span(turned).first(static_cast<std::size_t>(g.head_dim)))
-        x = std::clamp(x, -0x1.FEp127F, 0x1.FEp127F);
-      rest.encode(kernels, g, section, t, 1, {turned.data(), 0});
+      detail::take_off(turns.get(), mean.data(), t, g.head_dim, rows.row(t - first), left.data());
+      rest.encode(kernels, g, section, t, 1, {left.data(), 0});
     }
   }
 
@@ -137,7 +168,7 @@ struct centred_keys : plain_side {
       mean[static_cast<std::size_t>(d)] = to_float(stored_mean(g, section)[d]);
     detail::mean_row turned;
     for (index_t t = first; t < first + count; ++t) {
-      turn(g, mean.data(), t, turned.data());
+      detail::turn_mean(turns.get(), mean.data(), t, g.head_dim, turned.data());
       float* row = rows.row(t - first);
       lanes::transform(
           g.head_dim, row, [](auto x, auto m) { return x + m; }, row, turned.data());
@@ -189,32 +220,6 @@ struct centred_keys : plain_side {
     return round_up(std::max(rest.prepared_floats(g), g.head_dim), 16);
   }
   [[nodiscard]] index_t rotary_dim() const noexcept { return turns ? turns->rotary_dim() : 0; }
-
-  void turn(const block_geometry& g, const float* row, index_t t, float* out) const noexcept {
-    if (turns) {
-      turns->turn(row, t, g.head_dim, out);
-    } else {
-      std::copy_n(row, g.head_dim, out);
-    }
-  }
-
-  [[nodiscard]] detail::mean_row mean_of(const block_geometry& g, index_t first, index_t count,
-                                         const_rows rows) const noexcept {
-    detail::mean_row mean;
-    mean.fill(0.0F);
-    detail::mean_row back;
-    const float share = 1.0F / static_cast<float>(count);
-    for (index_t t = first; t < first + count; ++t) {
-      const float* row = rows.row(t - first);
-      if (turns) {
-        turns->turn_back(row, t, g.head_dim, back.data());
-        row = back.data();
-      }
-      lanes::transform(
-          g.head_dim, mean.data(), [share](auto sum, auto x) { return sum + x * share; }, mean.data(), row);
-    }
-    return mean;
-  }
 
   /// scores[r, t] += q[r] . R_t m
   void add_mean_scores(const kernel::table& kernels, const block_geometry& g, const bfloat16* mean,
@@ -309,6 +314,25 @@ struct centred : sides<centred_keys<typename Codec::keys_type>, typename Codec::
     this->values = codec.values;
   }
 };
+
+/// What centred keys leave to their encoding of each block, in place: what low_rank_calibration is given for them.
+/// \param k      [tokens, num_kv_heads, head_dim], blocks of shape.block_size tokens from the first on, rotated
+/// \param turns  null: nothing turns
+/// Throws shape_error if that is not a whole number of tokens.
+inline void take_off_means(std::span<float> k, const cache_shape& shape, const rope_turns* turns) {
+  const index_t stride = shape.num_kv_heads * shape.head_dim;
+  const auto size = static_cast<index_t>(k.size());
+  if (size % stride != 0) throw shape_error("kvcache: centred: rows must be a whole number of tokens");
+  for (index_t first = 0; first < size / stride; first += shape.block_size) {
+    const index_t count = std::min(shape.block_size, size / stride - first);
+    for (index_t head = 0; head < shape.num_kv_heads; ++head) {
+      float* rows = k.data() + first * stride + head * shape.head_dim;
+      const detail::mean_row mean = detail::mean_before_rope(turns, shape.head_dim, 0, count, {rows, stride});
+      for (index_t t = 0; t < count; ++t)
+        detail::take_off(turns, mean.data(), t, shape.head_dim, rows + t * stride, rows + t * stride);
+    }
+  }
+}
 
 static_assert(sealing_codec<centred<int8>> && sealing_codec<centred<rotated<4>>> &&
               sealing_codec<centred<trellis<4>>>);

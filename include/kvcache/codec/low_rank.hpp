@@ -107,11 +107,13 @@ inline void append_spreads(const low_rank_layout& layout, const std::vector<doub
   }
 }
 
+inline void append_row(const Eigen::MatrixXd& matrix, index_t row, std::vector<float>& to) {
+  for (Eigen::Index d = 0; d < matrix.cols(); ++d) to.push_back(static_cast<float>(matrix(row, d)));
+}
+
 /// The first `rank` rows.
 inline void append_rows(const Eigen::MatrixXd& matrix, index_t rank, std::vector<float>& to) {
-  for (index_t i = 0; i < rank; ++i) {
-    for (Eigen::Index d = 0; d < matrix.cols(); ++d) to.push_back(static_cast<float>(matrix(i, d)));
-  }
+  for (index_t i = 0; i < rank; ++i) append_row(matrix, i, to);
 }
 
 }  // namespace detail
@@ -161,6 +163,27 @@ class low_rank_calibration {
       moments_[i].queries += (wide + wide.transpose()) / 2;
     }
   }
+
+  /// Components of the keys and the values of each head, [num_layers, num_kv_heads]; those of keys by what they matter to the
+  /// queries that were added. O(heads * head_dim^3). Throws shape_error.
+  [[nodiscard]] std::vector<detail::components> key_components(double ridge = 1e-6) const {
+    if (!(ridge >= 0 && std::isfinite(ridge))) refuse("ridge must not be negative");
+    std::vector<detail::components> all;
+    for (const head_moments& head : moments_)
+      all.push_back(detail::query_components(head.keys, head.queries, ridge));
+    return all;
+  }
+  [[nodiscard]] std::vector<detail::components> value_components() const {
+    std::vector<detail::components> all;
+    for (const head_moments& head : moments_) all.push_back(detail::principal_components(head.values));
+    return all;
+  }
+  /// Whether queries were added: keys have two matrices then.
+  [[nodiscard]] bool has_queries() const noexcept {
+    return std::any_of(moments_.begin(), moments_.end(),
+                       [](const head_moments& head) { return head.queries.trace() > 0; });
+  }
+  [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
 
   /// The best bases for what was added. O(heads * head_dim^3). Throws shape_error if options cannot be.
   [[nodiscard]] std::shared_ptr<const low_rank_bases> bases(const low_rank_options& keys,
@@ -213,21 +236,18 @@ class low_rank_calibration {
 
 inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
     const low_rank_options& keys, const low_rank_options& values) const {
-  if (!(keys.ridge >= 0 && std::isfinite(keys.ridge))) refuse("ridge must not be negative");
-  bool weighted = false;
-  std::vector<detail::components> key_components;
-  std::vector<detail::components> value_components;
+  const bool weighted = has_queries();
+  const auto all_of = [this](const detail::components& none) {
+    return std::vector<detail::components>(moments_.size(), none);
+  };
+  const std::vector<detail::components> key_components =
+      keys.left_out ? all_of({}) : this->key_components(keys.ridge);
+  const std::vector<detail::components> value_components =
+      values.left_out ? all_of({}) : this->value_components();
   std::vector<std::vector<double>> key_energies;
   std::vector<std::vector<double>> value_energies;
-  for (const head_moments& head : moments_) {
-    weighted = weighted || head.queries.trace() > 0;
-    key_components.push_back(keys.left_out ? detail::components{}
-                                           : detail::query_components(head.keys, head.queries, keys.ridge));
-    value_components.push_back(values.left_out ? detail::components{}
-                                               : detail::principal_components(head.values));
-    key_energies.push_back(key_components.back().energies);
-    value_energies.push_back(value_components.back().energies);
-  }
+  for (const detail::components& head : key_components) key_energies.push_back(head.energies);
+  for (const detail::components& head : value_components) value_energies.push_back(head.energies);
   low_rank_matrices made;
   made.key_layouts = detail::layout_chooser<detail::key_groups>(shape_, keys, key_energies).choose();
   made.value_layouts = detail::layout_chooser<detail::value_groups>(shape_, values, value_energies).choose();

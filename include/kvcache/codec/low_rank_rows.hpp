@@ -15,6 +15,7 @@
 #include <kvcache/codec/low_rank_bases.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/codec/low_rank_settings.hpp>
+#include <kvcache/codec/low_rank_side.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
@@ -38,130 +39,17 @@ namespace kvcache::inline v0::codec {
 
 namespace detail {
 
-/// Rows that are worked on at a time.
-inline constexpr index_t work_rows = 16;
-/// Components of one row, and of so many.
-using component_row = std::array<float, max_head_dim>;
-using component_rows = std::array<float, work_rows * max_head_dim>;
-
-/// Sixteen sums in the registers of any processor: four at a time, multiplied, then added.
-class lane_sums {
- public:
-  void add(const float* factors, float x) noexcept {
-#pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) parts_[i] += load(factors + 4 * i) * x;
-  }
-  void add(const float* factors, const float* x) noexcept {
-#pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) parts_[i] += load(factors + 4 * i) * load(x + 4 * i);
-  }
-  void store(float* out) const noexcept { std::memcpy(out, parts_, sizeof(parts_)); }
-
- private:
-  using four [[gnu::vector_size(16)]] = float;
-  static four load(const float* from) noexcept {
-    four loaded;
-    std::memcpy(&loaded, from, sizeof(loaded));
-    return loaded;
-  }
-  four parts_[4] = {};
-};
-
-/// out[i] = sum_d matrix[i, d] x[d], the matrix in lanes: [rank/16][head_dim][16].
-inline void project_lanes(const float* matrix, index_t rank, index_t head_dim, const float* x, float* out) {
-  for (index_t i = 0; i < rank; i += key_lanes, out += key_lanes) {
-    lane_sums sums;
-    for (index_t d = 0; d < head_dim; ++d, matrix += key_lanes) sums.add(matrix, x[d]);
-    sums.store(out);
-  }
-}
-
-/// The same, the matrix in rows: [rank][head_dim].
-inline void project_rows(const float* matrix, index_t rank, index_t head_dim, const float* x, float* out) {
-  for (index_t i = 0; i < rank; ++i, matrix += head_dim) {
-    lane_sums sums;
-    index_t d = 0;
-    for (; d + key_lanes <= head_dim; d += key_lanes) sums.add(matrix + d, x + d);
-    std::array<float, key_lanes> lanes;
-    sums.store(lanes.data());
-    for (; d < head_dim; ++d) lanes[static_cast<std::size_t>(d % key_lanes)] += matrix[d] * x[d];
-    for (std::size_t half = key_lanes / 2; half > 0; half /= 2) {
-      for (std::size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    out[i] = lanes[0];
-  }
-}
-
-/// x[d] = sum_i matrix[i, d] c[i], the matrix in lanes.
-inline void rebuild_lanes(const float* matrix, index_t rank, index_t head_dim, const float* c, float* x) {
-  std::fill_n(x, head_dim, 0.0F);
-  for (index_t i = 0; i < rank; i += key_lanes) {
-    const index_t lanes = std::min(key_lanes, rank - i);
-    for (index_t d = 0; d < head_dim; ++d, matrix += key_lanes) {
-      for (index_t lane = 0; lane < lanes; ++lane) x[d] += matrix[lane] * c[i + lane];
-    }
-  }
-}
-
-/// The same, the matrix in rows.
-inline void rebuild_rows(const float* matrix, index_t rank, index_t head_dim, const float* c, float* x) {
-  std::fill_n(x, head_dim, 0.0F);
-  for (index_t i = 0; i < rank; ++i, matrix += head_dim) {
-    for (index_t d = 0; d < head_dim; ++d) x[d] += matrix[d] * c[i];
-  }
-}
-
-/// to[i] += from[i], in steps that compilers vectorise at -O2; `to` and `from` do not overlap.
-inline void add_floats(const float* from, index_t count, float* to) noexcept {
-  std::array<float, key_lanes> sum;
-  for (; count >= key_lanes; count -= key_lanes, from += key_lanes, to += key_lanes) {
-    std::memcpy(sum.data(), to, sizeof(sum));
-    for (std::size_t lane = 0; lane < key_lanes; ++lane) sum[lane] += from[lane];
-    std::memcpy(to, sum.data(), sizeof(sum));
-  }
-  for (index_t i = 0; i < count; ++i) to[i] += from[i];
-}
-
 /// What keys and values have in common. \tparam Groups  key_groups or value_groups
 template <class Groups>
-struct low_rank_rows : plain_side {
-  static constexpr bool is_keys = std::is_same_v<Groups, key_groups>;
-
-  std::shared_ptr<const low_rank_bases> bases = nullptr;
-  low_rank_basis basis = {};  ///< of the head that this is for; see at()
-
-  /// Throws shape_error where there are no bases, or those of another model.
-  void validate(const cache_shape& shape) const {
-    if (bases == nullptr) throw shape_error("kvcache: low_rank needs bases; see low_rank_bases::fit");
-    if (!same_heads(bases->shape(), shape))
-      throw shape_error("kvcache: the bases of low_rank are for another number of layers, heads or dims");
-    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-      if (layout_of(layer).rank() < 1)
-        throw shape_error(std::string("kvcache: low_rank has no bases for ") + (is_keys ? "keys" : "values"));
-    }
-  }
-
+struct low_rank_rows : low_rank_side<std::is_same_v<Groups, key_groups>> {
   static constexpr std::string_view side_name() noexcept { return "low_rank"; }
-  /// The bases; see codec/low_rank_settings.hpp.
-  void put_settings(std::vector<std::byte>& out) const {
-    if (bases != nullptr) put_low_rank_settings(*bases, is_keys, out);
-  }
-
-  /// Bytes of the bases of this side, of all heads.
-  [[nodiscard]] index_t settings_bytes() const noexcept {
-    if (bases == nullptr) return 0;
-    return is_keys ? bases->key_bytes() : bases->value_bytes();
-  }
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
-    return here_or_most(
+    return this->here_or_most(
         [&](const low_rank_layout& l) { return detail::section_bytes<Groups>(l, g.block_size); });
   }
   [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept {
-    return here_or_most([&](const low_rank_layout& l) { return detail::row_bytes<Groups>(l, g.block_size); });
-  }
-  static status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
-                        const_rows rows) {
-    return finite_rows(kernels, g, count, rows);
+    return this->here_or_most(
+        [&](const low_rank_layout& l) { return detail::row_bytes<Groups>(l, g.block_size); });
   }
 
   void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
@@ -172,18 +60,15 @@ struct low_rank_rows : plain_side {
       const float* row = rows.row(t - first);
       const unit_range range = unit_range_of(kernels, row, g.head_dim);
       std::transform(row, row + g.head_dim, x.begin(), [&](float number) { return number * range.inverse; });
-      if constexpr (is_keys) {
-        project_lanes(basis_in(), rank(), g.head_dim, x.data(), c.data());
-      } else {
-        project_rows(basis_in(), rank(), g.head_dim, x.data(), c.data());
-      }
-      for (index_t i = 0; i < rank(); ++i) {
+      this->project(x.data(), g.head_dim, c.data());
+      for (index_t i = 0; i < this->rank(); ++i) {
         float& component = c[static_cast<std::size_t>(i)];
-        component = std::clamp(component / basis.spreads[i] * range.unit, -0x1.FEp127F, 0x1.FEp127F);
+        component = std::clamp(component / this->basis.spreads[i] * range.unit, -0x1.FEp127F, 0x1.FEp127F);
       }
-      for_each_group<Groups>(layout(), g.block_size, [&](const auto& side, const component_group& group) {
-        side.encode(kernels, group.geometry, section + group.offset, t, 1, {c.data() + group.first, 0});
-      });
+      for_each_group<Groups>(
+          this->layout(), g.block_size, [&](const auto& side, const component_group& group) {
+            side.encode(kernels, group.geometry, section + group.offset, t, 1, {c.data() + group.first, 0});
+          });
     }
   }
 
@@ -191,52 +76,19 @@ struct low_rank_rows : plain_side {
               index_t count, mutable_rows rows) const {
     alignas(64) component_row c;
     for (index_t t = first; t < first + count; ++t) {
-      for_each_group<Groups>(layout(), g.block_size, [&](const auto& side, const component_group& group) {
-        side.decode(kernels, group.geometry, section + group.offset, t, 1, {c.data() + group.first, 0});
-      });
-      for (index_t i = 0; i < rank(); ++i) c[static_cast<std::size_t>(i)] *= basis.spreads[i];
-      if constexpr (is_keys) {
-        rebuild_lanes(basis.out, rank(), g.head_dim, c.data(), rows.row(t - first));
-      } else {
-        rebuild_rows(basis.out, rank(), g.head_dim, c.data(), rows.row(t - first));
-      }
+      for_each_group<Groups>(
+          this->layout(), g.block_size, [&](const auto& side, const component_group& group) {
+            side.decode(kernels, group.geometry, section + group.offset, t, 1, {c.data() + group.first, 0});
+          });
+      this->rebuild(c.data(), g.head_dim, rows.row(t - first));
     }
   }
 
   void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
                 index_t to_slot) const noexcept {
-    for_each_group<Groups>(layout(), g.block_size, [&](const auto& side, const component_group& group) {
+    for_each_group<Groups>(this->layout(), g.block_size, [&](const auto& side, const component_group& group) {
       side.move_row(group.geometry, from + group.offset, from_slot, to + group.offset, to_slot);
     });
-  }
-
- protected:
-  [[nodiscard]] low_rank_layout layout() const noexcept {
-    return basis.layout != nullptr ? *basis.layout : low_rank_layout{};
-  }
-  [[nodiscard]] const low_rank_layout& layout_of(index_t layer) const noexcept {
-    return is_keys ? bases->key_layout(layer) : bases->value_layout(layer);
-  }
-  /// count(layout) of the layer that this is for; the largest of any layer where it is for none.
-  template <class Count>
-  [[nodiscard]] index_t here_or_most(Count count) const {
-    if (basis.layout != nullptr || bases == nullptr) return count(layout());
-    index_t most = 0;
-    for (index_t layer = 0; layer < bases->shape().num_layers; ++layer)
-      most = std::max(most, count(layout_of(layer)));
-    return most;
-  }
-  [[nodiscard]] index_t rank() const noexcept { return layout().rank(); }
-  /// Components and the padding behind them.
-  [[nodiscard]] index_t padded_rank() const noexcept { return round_up(rank(), key_lanes); }
-  [[nodiscard]] const float* basis_in() const noexcept {
-    KVCACHE_ASSERT(basis.in != nullptr, "low_rank: a side is used through at(layer, head)");
-    return basis.in;
-  }
-  /// out, as a kernel takes it.
-  [[nodiscard]] const std::byte* basis_out() const noexcept {
-    KVCACHE_ASSERT(basis.out != nullptr, "low_rank: a side is used through at(layer, head)");
-    return reinterpret_cast<const std::byte*>(basis.out);
   }
 };
 
@@ -248,10 +100,10 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
 
   /// Throws shape_error.
   static low_rank_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
-    return {{{}, detail::low_rank_bases_from(settings, is_keys, shape)}};
+    return {{{{}, detail::low_rank_bases_from(settings, is_keys, shape)}}};
   }
   [[nodiscard]] low_rank_keys at(index_t layer, index_t head) const {
-    return {{{}, this->bases, this->bases ? this->bases->keys(layer, head) : low_rank_basis{}}};
+    return {{{{}, this->bases, this->basis_at(layer, head)}}};
   }
 
   [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
@@ -344,10 +196,10 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
 
   /// Throws shape_error.
   static low_rank_values from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
-    return {{{}, detail::low_rank_bases_from(settings, is_keys, shape)}};
+    return {{{{}, detail::low_rank_bases_from(settings, is_keys, shape)}}};
   }
   [[nodiscard]] low_rank_values at(index_t layer, index_t head) const {
-    return {{{}, this->bases, this->bases ? this->bases->values(layer, head) : low_rank_basis{}}};
+    return {{{{}, this->bases, this->basis_at(layer, head)}}};
   }
 
   /// Components of row r come to lie in sums[r, 0 .. rank).

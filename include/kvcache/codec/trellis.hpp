@@ -51,7 +51,7 @@ struct trellis_quantiser {
 
   static float encode(const kernel::table& kernels, float* row, index_t count, std::uint8_t* codes) {
     // Of a row of a few numbers the nearest path may point the other way; weights take no negative scales.
-    return std::max(kernels.trellis.encode(Bits, row, count, table(), codes), 0.0F);
+    return std::max(kernels.trellis.encode(Bits, row, count, table(), 0.0F, codes), 0.0F);
   }
   static void levels(const std::uint8_t* codes, index_t count, float* row) noexcept {
     unsigned state = 0;

@@ -39,10 +39,10 @@ namespace kvcache::inline v0 {
 
 namespace detail {
 
-/// Which head of which layer.
+/// Which head of which layer; unless it is said, none.
 struct head_id {
-  index_t layer = 0;
-  index_t head = 0;
+  index_t layer = -1;
+  index_t head = -1;
 };
 
 /// What any_keys and any_values call; one function for each member of a side.
@@ -58,8 +58,8 @@ class erased_side {
   [[nodiscard]] virtual std::string_view side_name() const noexcept = 0;
   virtual void put_settings(std::vector<std::byte>& out) const = 0;
   [[nodiscard]] virtual bool needs_whole_blocks() const noexcept = 0;
-  [[nodiscard]] virtual index_t section_bytes(const block_geometry& g) const noexcept = 0;
-  [[nodiscard]] virtual index_t row_bytes(const block_geometry& g) const noexcept = 0;
+  [[nodiscard]] virtual index_t section_bytes(head_id where, const block_geometry& g) const noexcept = 0;
+  [[nodiscard]] virtual index_t row_bytes(head_id where, const block_geometry& g) const noexcept = 0;
   [[nodiscard]] virtual status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
                                        const_rows rows) const = 0;
   virtual void encode(head_id where, const kernel::table& kernels, const block_geometry& g,
@@ -76,7 +76,7 @@ class erased_keys : public erased_side {
   /// The same keys with a mean that turns so; null where they have none that can.
   [[nodiscard]] virtual std::shared_ptr<const erased_keys> turning_with(
       const std::shared_ptr<const codec::rope_turns>& turns) const = 0;
-  [[nodiscard]] virtual index_t prepared_floats(const block_geometry& g) const noexcept = 0;
+  [[nodiscard]] virtual index_t prepared_floats(head_id where, const block_geometry& g) const noexcept = 0;
   virtual const float* prepare(head_id where, const kernel::table& kernels, const block_geometry& g,
                                const float* queries, index_t num_rows, float* prepared) const = 0;
   virtual void scores(head_id where, const kernel::table& kernels, const block_geometry& g,
@@ -107,11 +107,11 @@ class erased_side_of : public Base {
     if constexpr (!std::is_empty_v<Side>) side_.put_settings(out);
   }
   [[nodiscard]] bool needs_whole_blocks() const noexcept override { return side_.needs_whole_blocks; }
-  [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept override {
-    return side_.section_bytes(g);
+  [[nodiscard]] index_t section_bytes(head_id where, const block_geometry& g) const noexcept override {
+    return size_of(where, [&g](const auto& side) { return side.section_bytes(g); });
   }
-  [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept override {
-    return side_.row_bytes(g);
+  [[nodiscard]] index_t row_bytes(head_id where, const block_geometry& g) const noexcept override {
+    return size_of(where, [&g](const auto& side) { return side.row_bytes(g); });
   }
   [[nodiscard]] status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
                                const_rows rows) const override {
@@ -134,6 +134,11 @@ class erased_side_of : public Base {
  protected:
   [[nodiscard]] decltype(auto) at(head_id where) const { return codec_at(side_, where.layer, where.head); }
   [[nodiscard]] const Side& side() const noexcept { return side_; }
+  /// What the side says for one head, or for none.
+  template <class Size>
+  [[nodiscard]] index_t size_of(head_id where, Size size) const noexcept {
+    return where.layer < 0 ? size(side_) : size(at(where));
+  }
 
  private:
   [[no_unique_address]] Side side_;
@@ -154,8 +159,8 @@ class erased_keys_of final : public erased_side_of<erased_keys, Keys> {
       return nullptr;
     }
   }
-  [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept override {
-    return this->side().prepared_floats(g);
+  [[nodiscard]] index_t prepared_floats(head_id where, const block_geometry& g) const noexcept override {
+    return this->size_of(where, [&g](const auto& side) { return side.prepared_floats(g); });
   }
   const float* prepare(head_id where, const kernel::table& kernels, const block_geometry& g,
                        const float* queries, index_t num_rows, float* prepared) const override {
@@ -198,9 +203,11 @@ struct any_side {
   void put_settings(std::vector<std::byte>& out) const { erased->put_settings(out); }
 
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
-    return erased->section_bytes(g);
+    return erased->section_bytes(where, g);
   }
-  [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept { return erased->row_bytes(g); }
+  [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept {
+    return erased->row_bytes(where, g);
+  }
   [[nodiscard]] status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
                                const_rows rows) const {
     return erased->accepts(kernels, g, count, rows);
@@ -247,7 +254,7 @@ struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
     return here;
   }
   [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
-    return erased->prepared_floats(g);
+    return erased->prepared_floats(where, g);
   }
   const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
                        index_t num_rows, float* prepared) const {

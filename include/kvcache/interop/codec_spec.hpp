@@ -22,6 +22,7 @@
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/klt_rows.hpp>
 #include <kvcache/codec/low_rank_rows.hpp>
 #include <kvcache/codec/rope_turns.hpp>
 #include <kvcache/codec/rotated.hpp>
@@ -276,7 +277,7 @@ class codec_spec_reader {
   std::vector<index_t> of_layer_;               // [num_layers] which of them a layer has
 };
 
-/// Side::of for the side of `known_codecs`, or of low_rank, that has that name.
+/// Side::of for the side of `known_codecs`, of low_rank or klt, that has that name.
 template <class AnySide, class... Codecs>
 AnySide any_side_from(codec_list<Codecs...>, const side_description& described, const cache_shape& shape) {
   std::optional<AnySide> found;
@@ -287,9 +288,12 @@ AnySide any_side_from(codec_list<Codecs...>, const side_description& described, 
   if constexpr (std::is_same_v<AnySide, codec::any_keys>) {
     (take_if.template operator()<typename Codecs::keys_type>(), ...);
     take_if.template operator()<codec::low_rank_keys>();
+    take_if.template operator()<codec::klt_keys>();
+    take_if.template operator()<codec::centred_keys<codec::klt_keys>>();
   } else {
     (take_if.template operator()<typename Codecs::values_type>(), ...);
     take_if.template operator()<codec::low_rank_values>();
+    take_if.template operator()<codec::klt_values>();
   }
   if (!found) throw shape_error("kvcache: there is no codec '" + described.name + "'");
   return *found;

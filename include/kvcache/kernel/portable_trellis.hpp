@@ -68,8 +68,8 @@ constexpr int largest_exponent(std::uint32_t largest_bits) noexcept {
   return exponent != 0 ? exponent - 127 : static_cast<int>(std::bit_width(largest_bits)) - 150;
 }
 
-/// Steps 1 and 2. Returns false for a row of zeros.
-[[gnu::always_inline]] inline bool prepare_trellis(int bits, const float* row, index_t count,
+/// Steps 1 and 2, with `unit` in place of the root mean square unless it is 0. Returns false for a row of zeros then.
+[[gnu::always_inline]] inline bool prepare_trellis(int bits, const float* row, index_t count, float unit,
                                                    trellis_row& out) {
   alignas(64) std::array<float, max_head_dim> x;
   const index_t padded = ceil_div(count, key_lanes) * key_lanes;
@@ -84,7 +84,12 @@ constexpr int largest_exponent(std::uint32_t largest_bits) noexcept {
     }
   }
   const std::uint32_t largest = *std::max_element(lane.begin(), lane.end());
-  if (largest == 0) return false;
+  if (largest == 0) {
+    out.m.fill(0);
+    out.targets.fill(0);
+    out.exponent = 0;
+    return unit > 0;
+  }
 
   // m = x * 2^k in two steps, because 2^k alone need not be a float
   constexpr float round_to_integer = 0x1.8p23F;
@@ -102,7 +107,8 @@ constexpr int largest_exponent(std::uint32_t largest_bits) noexcept {
     for (index_t j = 0; j < key_lanes; ++j) squares += std::int64_t{to[j]} * to[j];
   }
 
-  const double rms = std::sqrt(static_cast<double>(squares) / static_cast<double>(count));
+  const double rms = unit > 0 ? std::ldexp(static_cast<double>(unit), out.exponent)
+                              : std::sqrt(static_cast<double>(squares) / static_cast<double>(count));
   const auto factor =
       static_cast<std::int32_t>(static_cast<double>((trellis_unit << 16) << trellis_fraction(bits)) / rms);
   for (index_t i = 0; i < padded; i += key_lanes) {
@@ -165,10 +171,10 @@ inline void walk_trellis(const trellis_row& row, index_t count, const std::int8_
   return static_cast<float>(std::clamp(std::ldexp(scale, -row.exponent), -largest, largest));
 }
 
-inline float encode_trellis(int bits, const float* row, index_t count, const std::int8_t* table,
+inline float encode_trellis(int bits, const float* row, index_t count, const std::int8_t* table, float unit,
                             std::uint8_t* codes) {
   trellis_row prepared;
-  if (!prepare_trellis(bits, row, count, prepared)) {
+  if (!prepare_trellis(bits, row, count, unit, prepared)) {
     std::fill_n(codes, count, std::uint8_t{0});
     return 0.0F;
   }

@@ -170,8 +170,11 @@ inline constexpr index_t trellis_states = 256;
 struct trellis_kernels {
   /// The codes, [count], nearest to a row in its own units, and the scale of least squares: row[i] ~ scale *
   /// table[state[i]]. A row of zeros gets zeros. The scale of a row of a few numbers may be negative.
-  /// \pre 1 <= count <= 512, the row is finite
-  float (*encode)(int bits, const float* row, index_t count, const std::int8_t* table, std::uint8_t* codes);
+  /// \param unit  0: the row's root mean square is trellis_unit; else the number that is, and codes are those nearest to the
+  ///              row in these units, of zeros too
+  /// \pre 1 <= count <= 512, the row is finite; unit is 0, or |row[i]| <= 127 / trellis_unit * unit
+  float (*encode)(int bits, const float* row, index_t count, const std::int8_t* table, float unit,
+                  std::uint8_t* codes);
 
   /// Turns codes into the table's numbers, both in the block order of bytes: `num_groups` groups of 16 keys. What stands
   /// in the padding of the last dims is indeterminate. `out` may be `codes`.

@@ -75,9 +75,9 @@ KVCACHE_TARGET inline void walk_states(const portable::trellis_row& row, index_t
 }
 
 KVCACHE_TARGET inline float encode_trellis(int num_bits, const float* row, index_t count,
-                                           const std::int8_t* table, std::uint8_t* codes) {
+                                           const std::int8_t* table, float unit, std::uint8_t* codes) {
   portable::trellis_row prepared;
-  if (!portable::prepare_trellis(num_bits, row, count, prepared)) {
+  if (!portable::prepare_trellis(num_bits, row, count, unit, prepared)) {
     std::fill_n(codes, count, std::uint8_t{0});
     return 0.0F;
   }
