@@ -11,6 +11,7 @@
 #include "llama/model_error.hpp"
 #include "quality/calibration.hpp"
 #include "quality/metrics.hpp"
+#include "quality/random_numbers.hpp"
 
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/rope_turns.hpp>
@@ -23,6 +24,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -193,6 +195,24 @@ inline void model_reference::read_documents(const std::filesystem::path& file) {
   }
 }
 
+/// The text with facts scattered through its first three quarters and asked for at its end, as in recall documents: bytes 128
+/// to 191 are keys, 192 to 255 values.
+inline std::vector<index_t> with_facts(std::vector<index_t> text, std::uint64_t seed) {
+  random_numbers random(seed);
+  constexpr std::size_t num_facts = 24;
+  std::size_t question = text.size() - 2 * num_facts;
+  for (std::size_t fact = 0; fact < num_facts; ++fact, question += 2) {
+    const auto key = static_cast<index_t>(128 + (fact * 37 + seed) % 64);  // each once
+    const auto value = static_cast<index_t>(192 + random.below(64));
+    const std::size_t at = 2 * random.below(text.size() * 3 / 8);
+    for (const std::size_t place : {at, question}) {
+      text[place] = key;
+      text[place + 1] = value;
+    }
+  }
+  return text;
+}
+
 inline layered_codec model_reference::codec_of(const std::string& spec) const {
   if (!is_klt_spec(spec)) {
     const auto turns = std::make_shared<const kvcache::codec::rope_turns>(config().rope);
@@ -212,8 +232,10 @@ inline const klt_calibration& model_reference::calibration() const {
   if (other_texts_.size() <= num_weighed)
     throw std::invalid_argument(
         "klt needs more of sample.txt than is measured: fewer --texts, or shorter ones");
-  auto made = std::make_unique<klt_calibration>(model_, shape(), other_texts_);
-  const auto weighed = std::span(other_texts_).last(num_weighed);
+  std::vector<ids> texts = other_texts_;
+  for (std::size_t i = 0; !documents_.empty() && i < texts.size(); i += 2) texts[i] = with_facts(texts[i], i);
+  auto made = std::make_unique<klt_calibration>(model_, shape(), texts);
+  const auto weighed = std::span(texts).last(num_weighed);
   std::vector<std::vector<double>> exact;
   stream_texts(weighed, codec_of("f32"), [&](std::vector<double> logs) { exact.push_back(std::move(logs)); });
   made->weigh([&](const layered_codec& codec) {

@@ -24,6 +24,7 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
+#include <algorithm>
 #include <charconv>
 #include <cstddef>
 #include <memory>
@@ -67,8 +68,8 @@ class erased_side {
   virtual void decode(head_id where, const kernel::table& kernels, const block_geometry& g,
                       const std::byte* section, index_t first, index_t count, mutable_rows rows) const = 0;
   [[nodiscard]] virtual bool moves_rows() const noexcept = 0;
-  virtual void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
-                        index_t to_slot) const noexcept = 0;
+  virtual void move_row(head_id where, const block_geometry& g, const std::byte* from, index_t from_slot,
+                        std::byte* to, index_t to_slot) const noexcept = 0;
 };
 
 class erased_keys : public erased_side {
@@ -126,13 +127,19 @@ class erased_side_of : public Base {
     at(where).decode(kernels, g, section, first, count, rows);
   }
   [[nodiscard]] bool moves_rows() const noexcept override { return codec::moves_rows(side_); }
-  void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
-                index_t to_slot) const noexcept override {
-    if constexpr (codec::row_moving_side<Side>) side_.move_row(g, from, from_slot, to, to_slot);
+  void move_row(head_id where, const block_geometry& g, const std::byte* from, index_t from_slot,
+                std::byte* to, index_t to_slot) const noexcept override {
+    if constexpr (codec::row_moving_side<Side>) {
+      if (where.layer < 0) return side_.move_row(g, from, from_slot, to, to_slot);
+      at(where).move_row(g, from, from_slot, to, to_slot);
+    }
   }
 
  protected:
-  [[nodiscard]] decltype(auto) at(head_id where) const { return codec_at(side_, where.layer, where.head); }
+  /// Where no head is named, the first.
+  [[nodiscard]] decltype(auto) at(head_id where) const {
+    return codec_at(side_, std::max(where.layer, index_t{0}), std::max(where.head, index_t{0}));
+  }
   [[nodiscard]] const Side& side() const noexcept { return side_; }
   /// What the side says for one head, or for none.
   template <class Size>
@@ -223,7 +230,7 @@ struct any_side {
   [[nodiscard]] bool moves_rows() const noexcept { return erased->moves_rows(); }
   void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
                 index_t to_slot) const noexcept {
-    erased->move_row(g, from, from_slot, to, to_slot);
+    erased->move_row(where, g, from, from_slot, to, to_slot);
   }
 };
 
