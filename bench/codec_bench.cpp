@@ -2,8 +2,11 @@
 // Codecs against bf16: attention over both in the same loop, each over a ring of its own, and what encoding a token costs.
 #include <kvcache/attention/attend.hpp>
 #include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/int8.hpp>
+#include <kvcache/codec/klt.hpp>
+#include <kvcache/codec/low_rank.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/sealing.hpp>
@@ -19,6 +22,8 @@
 #include "support/rows.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <memory>
 #include <span>
 #include <string>
@@ -30,6 +35,47 @@ namespace {
 
 constexpr index_t head_dim = 128;
 constexpr index_t num_q_heads = 32;
+
+/// Keys turn as those of Llama 3 do.
+template <class Codec>
+struct turning : codec::centred<Codec> {
+  turning() : codec::centred<Codec>({.head_dim = head_dim, .pairing = rope_pairing::half, .theta = 5e5}) {}
+};
+
+/// Tokens whose dims are the less the further back they are, so that components have energies to be sorted by.
+codec::low_rank_calibration falling_rows(const cache_shape& shape) {
+  constexpr index_t tokens = 256;
+  const noise rows(shape.num_kv_heads * shape.head_dim);
+  codec::low_rank_calibration seen(shape);
+  for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+    const auto k = rows.keys(0, tokens);
+    const auto v = rows.values(0, tokens);
+    std::vector<float> keys(k.begin(), k.end());
+    std::vector<float> values(v.begin(), v.end());
+    for (auto* side : {&keys, &values}) {
+      for (std::size_t i = 0; i < side->size(); ++i)
+        (*side)[i] *= std::pow(0.97F, static_cast<float>(i % static_cast<std::size_t>(head_dim)));
+    }
+    seen.add(layer, keys, values);
+  }
+  return seen;
+}
+
+/// Half of the components, in bytes.
+struct half_rank : codec::low_rank {
+  using codec::low_rank::low_rank;
+  static half_rank for_shape(const cache_shape& shape) {
+    return half_rank(falling_rows(shape).bases({.rank = head_dim / 2}));
+  }
+};
+
+/// klt of 3.25 bits.
+struct klt_of_3_bits : codec::klt {
+  using codec::klt::klt;
+  static klt_of_3_bits for_shape(const cache_shape& shape) {
+    return klt_of_3_bits(codec::klt_bases(falling_rows(shape), {.bits_per_value = 3.25}));
+  }
+};
 
 struct codec_case {
   index_t kv_heads;
@@ -92,7 +138,7 @@ template <class Codec>
 void run_encode(benchmark::State& state, kernel::isa isa) {
   constexpr index_t kv_heads = 8;
   constexpr index_t tokens = 256;
-  chunked_cache<Codec> cache({.num_layers = 1, .num_kv_heads = kv_heads, .head_dim = head_dim});
+  auto cache = chunked::make<Codec>({.num_layers = 1, .num_kv_heads = kv_heads, .head_dim = head_dim}, 0);
   cache.use_kernels(kernel::select(isa));
   fill(cache, 512);
   const noise rows(kv_heads * head_dim);
@@ -144,6 +190,11 @@ void register_rows() {
   add_rows<mixed<channel<3>, rotated<3>>>("channel3+rotated3");
   add_rows<mixed<balanced<2>, rotated<2>>>("balanced2+rotated2");
   add_rows<rotated<2>>("rotated2");
+  add_rows<turning<rotated<4>>>("centred_rotated4");
+  add_rows<turning<trellis<3>>>("centred_trellis3");
+  add_rows<turning<trellis<2>>>("centred_trellis2");
+  add_rows<klt_of_3_bits>("klt3.25");
+  add_rows<half_rank>("low_rank64");
   add_rows<trellis<4>>("trellis4");
   add_rows<trellis<2>>("trellis2");
   add_rows<exact_sinks<exact_tail<mixed<channel<4>, rotated<4>>>>>("channel4+rotated4,sinks=4,tail=128");

@@ -20,13 +20,23 @@
 
 namespace kvcache::bench {
 
+/// A codec for caches of this shape: what it says itself, or a default-made one.
+template <class Codec>
+Codec codec_for([[maybe_unused]] const cache_shape& shape) {
+  if constexpr (requires { Codec::for_shape(shape); }) {
+    return Codec::for_shape(shape);
+  } else {
+    return Codec{};
+  }
+}
+
 struct contiguous {
   static constexpr const char* name = "contiguous";
   /// \param max_tokens  expected; nothing is granted for them yet
   template <class Codec>
   static contiguous_cache<Codec> make(const cache_shape& shape, index_t max_tokens,
                                       std::pmr::memory_resource* /*memory*/ = nullptr) {
-    return contiguous_cache<Codec>(shape, Codec{}, {.max_tokens = max_tokens});
+    return contiguous_cache<Codec>(shape, codec_for<Codec>(shape), {.max_tokens = max_tokens});
   }
 };
 
@@ -35,7 +45,7 @@ struct chunked {
   template <class Codec>
   static chunked_cache<Codec> make(const cache_shape& shape, index_t /*max_tokens*/,
                                    std::pmr::memory_resource* memory = huge_page_resource()) {
-    return chunked_cache<Codec>(shape, Codec{}, {.memory = memory});
+    return chunked_cache<Codec>(shape, codec_for<Codec>(shape), {.memory = memory});
   }
 };
 
@@ -44,7 +54,7 @@ struct paged {
   template <class Codec>
   static paged_cache<Codec> make(const cache_shape& shape, index_t /*max_tokens*/,
                                  std::pmr::memory_resource* /*memory*/ = nullptr) {
-    return page_pool<Codec>(shape).sequence();
+    return page_pool<Codec>(shape, {}, codec_for<Codec>(shape)).sequence();
   }
 };
 

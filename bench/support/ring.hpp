@@ -53,7 +53,7 @@ class kv_ring {
     cache_shape shape = size.shape;
     shape.num_layers = 1;
     step_bytes_ = size.batch * size.kv_len * shape.num_kv_heads *
-                  Codec{}.token_bytes({shape.block_size, shape.head_dim});
+                  codec_for<Codec>(shape).token_bytes({shape.block_size, shape.head_dim});
     const index_t wanted = size.hot ? 1 : std::max(ceil_div(ring_bytes(), step_bytes_), index_t{3});
     // More layers are more like a model; fewer are quicker to fill, since the rest are clones.
     const index_t several = std::clamp(256_MiB / step_bytes_, index_t{1}, index_t{4});
