@@ -335,6 +335,7 @@ inline bool runs_here() noexcept {
 #include <kvcache/kernel/vector_trellis_decode.inl>
 
 #include <kvcache/kernel/avx512_trellis.inl>
+#include <kvcache/kernel/avx512_trellis_sums.inl>
 
 }  // namespace vbmi
 
