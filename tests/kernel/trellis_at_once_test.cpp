@@ -152,12 +152,12 @@ TEST_CASE("the head_dims of models are multiplied at once where the processor ca
     const problem p(kernel::select(kernel::isa::avx512), {64, head_dim}, 64, 8, random);
     const memory_block codes = zeros(packed_order<4>::section_bytes(order::key_size(p.g)));
     std::vector<float> rows(static_cast<std::size_t>(8 * (head_dim + 64)));
-    const memory_block prepared =
-        zeros(8 * kernel::prepared_query_floats(head_dim) * index_t{sizeof(float)});
+    const memory_block prepared = zeros(8 * kernel::prepared_query_floats(head_dim) * index_t{sizeof(float)});
     for (const int bits : {2, 3, 4}) {
       const kernel::packed_section section{bits, codes.data(), p.table.data()};
       CHECK(p.kernels.trellis.scores(section, p.g, p.scales.data(), 64,
-                                     reinterpret_cast<const float*>(prepared.data()), 8, rows.data(), nullptr));
+                                     reinterpret_cast<const float*>(prepared.data()), 8, rows.data(),
+                                     nullptr));
       CHECK(p.kernels.trellis.accumulate(section, p.g, p.scales.data(), 64, rows.data(), 8,
                                          rows.data() + 8 * 64, nullptr));
     }

@@ -10,6 +10,7 @@
 // of the first dim is the field of the line before, of the last dim.
 
 inline constexpr std::int32_t low_nibbles = 0x0f0f0f0f;
+inline constexpr std::int32_t even_pairs = 0x33333333;
 
 /// Bits of a where the mask has ones, else of b.
 KVCACHE_INLINE __m512i select(std::int32_t mask, __m512i a, __m512i b) {
@@ -38,8 +39,7 @@ using trellis_lines = std::array<std::byte, static_cast<std::size_t>(sum_tokens*
 KVCACHE_INLINE byte_table load_table(const std::int8_t* table, std::uint8_t flip) {
   byte_table loaded(table);
 #pragma GCC unroll 4
-  for (__m512i& part : loaded.part)
-    part = _mm512_xor_si512(part, _mm512_set1_epi8(static_cast<char>(flip)));
+  for (__m512i& part : loaded.part) part = _mm512_xor_si512(part, _mm512_set1_epi8(static_cast<char>(flip)));
   return loaded;
 }
 
