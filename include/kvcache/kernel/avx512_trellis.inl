@@ -25,13 +25,6 @@ KVCACHE_INLINE __m512i shift_right(__m512i a) {
   return _mm512_maskz_srli_epi32(all, a, N);
 }
 
-/// 64 bytes; g++ 12 would load them again for every use.
-KVCACHE_INLINE __m512i load_once(const std::byte* p) {
-  __m512i x = _mm512_loadu_si512(p);
-  __asm__("" : "+v"(x));
-  return x;
-}
-
 /// Lines of 64 tokens.
 using trellis_lines = std::array<std::byte, static_cast<std::size_t>(sum_tokens* max_head_dim)>;
 
@@ -80,11 +73,9 @@ struct key_stream<2> {
   template <int Line>
   KVCACHE_INLINE __m512i states(const std::byte* at) {
     __m512i window = codes;
-    if constexpr (Line == 0) {
-      codes = in_order(load_once(at));
+    if constexpr (Line == 0) {  // begins with codes of the unit before
+      codes = in_order(load_bits(at).x);
       window = _mm512_shldi_epi32(window, codes, 8);
-    } else {
-      window = codes;
     }
     const auto from = _mm512_set1_epi64(static_cast<long long>(offsets<Line>()));
     return _mm512_maskz_multishift_epi64_epi8(~__mmask64{0}, from, window);
@@ -98,7 +89,7 @@ struct key_stream<4> {
   KVCACHE_INLINE void start() { high = _mm512_setzero_si512(); }
   template <int Line>
   KVCACHE_INLINE __m512i states(const std::byte* at) {
-    const __m512i packed = load_once(at);
+    const __m512i packed = load_bits(at).x;
     if constexpr (Line == 0) return select(low_nibbles, packed, _mm512_shldi_epi32(packed, high, 12));
     high = shift_right<4>(packed);
     return select(low_nibbles, high, _mm512_shldi_epi32(packed, shift_left<4>(packed), 8));

@@ -32,8 +32,8 @@ struct value_states<2, 0> {
     return select(even_pairs, shift_right<2>(packed), earlier);
   }
   KVCACHE_INLINE static void take(const std::byte* at, const std::byte* unit_before, __m512i (&out)[4]) {
-    const __m512i now = load_once(at);
-    const __m512i before = load_once(unit_before);
+    const __m512i now = load_bits(at).x;
+    const __m512i before = load_bits(unit_before).x;
     const __m512i wrapped =
         select(static_cast<std::int32_t>(0xfcfcfcfcU), shift_left<2>(now), shift_right<6>(before));
     const __m512i earlier = words_after<1>(now, wrapped);
@@ -54,10 +54,10 @@ struct value_states<2, 0> {
 template <>
 struct value_states<4, 0> {
   KVCACHE_INLINE static void take(const std::byte* at, const std::byte* unit_before, __m512i (&out)[4]) {
-    __m512i before = load_once(unit_before);
+    __m512i before = load_bits(unit_before).x;
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {
-      const __m512i now = load_once(at + u * packed_order<4>::unit_bytes);
+      const __m512i now = load_bits(at + u * packed_order<4>::unit_bytes).x;
       const __m512i up = shift_left<4>(now);
       out[2 * u] = select(low_nibbles, now, words_after<1>(up, before));
       out[2 * u + 1] = select(low_nibbles, shift_right<4>(now), words_after<1>(now, up));
