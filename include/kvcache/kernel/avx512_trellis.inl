@@ -202,16 +202,23 @@ KVCACHE_TARGET inline void score_trellis_tile(trellis_keys keys, const byte_tabl
   sums.finish(scales, prepared, row_floats, out, g.block_size);
 }
 
-/// Of lines that a tile before has made.
-template <int Rows, int Groups>
+/// Of lines that a tile before has made. What is next is asked for again: the first time, in a hurry, some of it was not
+/// brought.
+template <int Bits, int Rows, int Groups>
 KVCACHE_TARGET inline void score_lines_tile(const trellis_keys& keys, const block_geometry& g,
                                             const bfloat16* scales, const float* prepared, float* out) {
   const index_t row_floats = prepared_query_floats(g.head_dim);
   const auto* query = reinterpret_cast<const std::int8_t*>(prepared + prepared_head_floats);
   const std::byte* lines = keys.lines;
+  const std::byte* next = keys.next;
   score_sums<Rows, Groups> sums;
   sums.start(prepared, row_floats);
   for (index_t d = 0; d < g.head_dim; d += 4, lines += packed_line_bytes, query += 4) {
+    if (d % (4 * packed_order<Bits>::lines_per_unit) == 0) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Groups; ++i) fetch_unit<Bits>(next + i * keys.group_bytes);
+      next += packed_order<Bits>::unit_bytes;
+    }
     __m512i k[Groups];
 #pragma GCC unroll 4
     for (int i = 0; i < Groups; ++i) k[i] = load_bits(lines + i * keys.group_lines).x;
@@ -228,7 +235,7 @@ KVCACHE_TARGET inline void score_trellis_rows(const trellis_keys& keys, const by
                                               bool unpacked) {
   for (; num_rows >= Rows; num_rows -= Rows, out += Rows * g.block_size) {
     if (unpacked) {
-      score_lines_tile<Rows, Groups>(keys, g, scales, prepared, out);
+      score_lines_tile<Bits, Rows, Groups>(keys, g, scales, prepared, out);
     } else {
       score_trellis_tile<Bits, Rows, Groups>(keys, table, g, scales, prepared, out);
       unpacked = true;

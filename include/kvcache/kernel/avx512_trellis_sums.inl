@@ -143,14 +143,17 @@ KVCACHE_TARGET inline void sum_trellis_tile(trellis_values v, const byte_table& 
   sum.finish(w, sums, sum_stride);
 }
 
-/// Of lines that a tile before has made.
-template <int Rows>
+/// Of lines that a tile before has made; fetches again, as for scores.
+template <int Bits, int Rows>
 KVCACHE_TARGET inline void sum_lines_tile(const trellis_values& v, const weight_bytes<1, Rows>& w,
                                           float* sums, index_t sum_stride) {
   const std::byte* lines = v.lines;
+  const std::byte* next = v.next;
   value_sums<Rows> sum;
   sum.start();
-  for (index_t p = 0; p < v.num_packs; ++p, lines += v.pack_lines) {
+  for (index_t p = 0; p < v.num_packs; ++p, lines += v.pack_lines, next += v.pack_bytes) {
+    fetch_unit<Bits>(next);
+    if constexpr (Bits == 4) fetch_unit<Bits>(next + packed_order<4>::unit_bytes);
     __m512i x[sum_lines];
 #pragma GCC unroll 4
     for (int c = 0; c < sum_lines; ++c) x[c] = load_bits(lines + c * packed_line_bytes).x;
@@ -165,7 +168,7 @@ KVCACHE_INLINE void sum_trellis_dims(trellis_values& v, const byte_table& table,
                                      const weight_bytes<1, Rows>& w, bool unpacked, float* sums,
                                      index_t sum_stride) {
   if (unpacked)
-    sum_lines_tile(v, w, sums, sum_stride);
+    sum_lines_tile<Bits>(v, w, sums, sum_stride);
   else
     sum_trellis_tile<Bits, First>(v, table, w, sums, sum_stride);
   if (v.lines != nullptr) v.lines += sum_lines * packed_line_bytes;
