@@ -62,6 +62,10 @@ struct trellis_quantiser {
   }
   static void scores(const looked_up<Bits>& codes, const bfloat16* scales, const float* prepared,
                      index_t num_rows, float* scores) {
+    const auto at_once = codes.kernels.trellis.scores;
+    if (at_once != nullptr && at_once({Bits, codes.section, table()}, codes.g, scales, codes.count, prepared,
+                                      num_rows, scores, codes.next))
+      return;
     codes.template for_each_piece<keys_in_order>([&](index_t t, index_t num_tokens, std::int8_t* bytes) {
       codes.kernels.trellis.decode_keys(Bits, codes.g.head_dim, ceil_div(num_tokens, key_lanes),
                                         reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
@@ -71,6 +75,10 @@ struct trellis_quantiser {
   }
   static void accumulate(const looked_up<Bits>& codes, const bfloat16* scales, const float* weights,
                          index_t num_rows, float* sums) {
+    const auto at_once = codes.kernels.trellis.accumulate;
+    if (at_once != nullptr && at_once({Bits, codes.section, table()}, codes.g, scales, codes.count, weights,
+                                      num_rows, sums, codes.next))
+      return;
     codes.template for_each_piece<values_in_order>([&](index_t t, index_t num_tokens, std::int8_t* bytes) {
       codes.kernels.trellis.decode_values(Bits, codes.g.head_dim,
                                           ceil_div(num_tokens, values_in_order::order::pack),

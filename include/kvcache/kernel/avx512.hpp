@@ -328,11 +328,14 @@ struct byte_table {
   }
 };
 
-#include <kvcache/kernel/vector_trellis_decode.inl>
-
 inline bool runs_here() noexcept {
   return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
 }
+
+#include <kvcache/kernel/vector_trellis_decode.inl>
+
+#include <kvcache/kernel/avx512_trellis.inl>
+#include <kvcache/kernel/avx512_trellis_sums.inl>
 
 }  // namespace vbmi
 
@@ -351,7 +354,8 @@ inline void decode_trellis_values_best(int num_bits, index_t head_dim, index_t n
 }
 
 inline constexpr trellis_kernels kernels_for_trellis = {encode_trellis, decode_trellis_keys_best,
-                                                        decode_trellis_values_best};
+                                                        decode_trellis_values_best, vbmi::trellis_scores,
+                                                        vbmi::trellis_accumulate};
 
 inline constexpr table kernels = {isa::avx512,
                                   kernels_for<float>,

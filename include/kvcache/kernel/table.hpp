@@ -96,7 +96,8 @@ struct scalar_codebook {
   float thresholds[7];     ///< between neighbouring positive levels, in units of the row's rms; ascending
 };
 
-/// Codes of 2, 3 or 4 bits that are packed as in block/packed.hpp, and the 16 bytes that they index.
+/// Codes of 2, 3 or 4 bits that are packed as in block/packed.hpp, and the 16 bytes that they index, or the 256 that their
+/// states do.
 struct packed_section {
   int bits;
   const std::byte* codes;
@@ -185,6 +186,12 @@ struct trellis_kernels {
   /// The same for `num_packs` packs of 4 values.
   void (*decode_values)(int bits, index_t head_dim, index_t num_packs, const std::uint8_t* codes,
                         const std::int8_t* table, std::int8_t* out);
+
+  /// As in low_bit_kernels, of packed codes whose codebook is a table of 256 entries.
+  bool (*scores)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,
+                 const float* prepared, index_t num_rows, float* scores, const std::byte* next) = nullptr;
+  bool (*accumulate)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,
+                     const float* weights, index_t num_rows, float* sums, const std::byte* next) = nullptr;
 };
 
 struct table {
