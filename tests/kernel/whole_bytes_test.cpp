@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,21 @@ using namespace kvcache;
 namespace {
 
 using order = block_order<std::int8_t>;
+
+#if defined(__x86_64__) && defined(__linux__)
+/// AMX-BF16 without AMX-INT8.
+struct tiles_of_bf16 : test::emulated_tiles {
+  static bool multiply_bytes_here() { return false; }
+  template <int C, int A, int B>
+  static void multiply_signed() {
+    throw std::logic_error("illegal instruction");
+  }
+  template <int C, int A, int B>
+  static void multiply_unsigned() {
+    throw std::logic_error("illegal instruction");
+  }
+};
+#endif
 
 /// Kernels that take queries and weights as integers up to these.
 struct integer_kernels {
@@ -47,7 +63,9 @@ std::vector<integer_kernels> all_integer_kernels() {
   if (kernel::avx512::runs_here()) {
     using tiles = test::emulated_tiles;
     const kernel::table& t = kernel::amx::kernels_on<tiles>;
+    const kernel::table& without = kernel::amx::kernels_on<tiles_of_bf16>;
     add("emulated tiles where they pay", t.int8, t.coarse);
+    add("emulated tiles of bf16 only", without.int8, without.coarse);
     kernel::int8_kernels fine = t.int8;
     kernel::int8_kernels coarse = t.coarse;
     fine.scores = kernel::amx::score_bytes<tiles, 2>;

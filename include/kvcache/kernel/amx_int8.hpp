@@ -7,9 +7,9 @@
 // Queries and weights are the bytes that avx512_bytes.inl makes of them, one or two rows of A for each. Integers are exact
 // and the few float operations the same, so that results are those of AVX-512 bit by bit, and either may do any part.
 //
-// Which one does is reasoned, not measured. For 64 tokens x 128 dims the tiles take 16 multiplications of 16 cycles, scores
-// and sums together, for up to 16 rows of A, and as many stores of a C; AVX-512 takes 256 dot products for each row of A, two
-// a cycle at best. So tiles begin to pay at about four rows of A. Packed codes multiplied as they are unpacked are
+// Which one does is reasoned, not measured. For 64 tokens x 128 dims, scores and sums together, the tiles take 16
+// multiplications of 16 cycles for up to 16 rows of A, and 12 stores of a C; AVX-512 takes 256 dot products for each row of
+// A, two a cycle at best. So tiles begin to pay at about four rows of A. Packed codes multiplied as they are unpacked are
 // unpacked again for every four queries: with more, unpacking to memory once and multiplying in tiles takes half as long.
 #pragma once
 
