@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The kernels on blocks of bytes, both accuracies, against double-precision loops over the same stored numbers.
 #include "support/catch.hpp"
+#include "support/emulated_tiles.hpp"
+#include "support/integer_levels.hpp"
 #include "support/random.hpp"
 
 #include <kvcache/block/order.hpp>
@@ -34,13 +36,22 @@ struct accuracy {
   double weight;
 };
 
+/// Every table that runs here, and that for AMX on emulated tiles.
+std::vector<const kernel::table*> tables() {
+  std::vector<const kernel::table*> all;
+  for (const kernel::isa level : kernel::available()) all.push_back(&kernel::select(level));
+#if defined(__x86_64__) && defined(__linux__)
+  if (kernel::avx512::runs_here()) all.push_back(&kernel::amx::kernels_on<test::emulated_tiles>);
+#endif
+  return all;
+}
+
 std::vector<accuracy> accuracies() {
   std::vector<accuracy> all;
-  for (const kernel::isa level : kernel::available()) {
-    const kernel::table& t = kernel::select(level);
-    const bool whole = level == kernel::isa::avx512 || level == kernel::isa::amx;
-    all.push_back({&t, &t.int8, whole ? 0.5 / 16256 : 0, whole ? 0.5 / 65280 : 0});
-    all.push_back({&t, &t.coarse, whole ? 1.0 / 254 : 0, whole ? 1.0 / 510 : 0});
+  for (const kernel::table* t : tables()) {
+    const bool whole = test::multiplies_integers(t->level);
+    all.push_back({t, &t->int8, whole ? 0.5 / 16256 : 0, whole ? 0.5 / 65280 : 0});
+    all.push_back({t, &t->coarse, whole ? 1.0 / 254 : 0, whole ? 1.0 / 510 : 0});
   }
   return all;
 }
@@ -357,8 +368,8 @@ void require_packed_like_bytes(const kernel::table& t, const block_geometry& g, 
 
 TEST_CASE("packed codes are multiplied as the bytes that they stand for", "[kernel]") {
   test::random random;
-  for (const kernel::isa level : kernel::available()) {
-    const kernel::table& t = kernel::select(level);
+  for (const kernel::table* table : tables()) {
+    const kernel::table& t = *table;
     if (t.low_bit.scores == nullptr) continue;
     for (const index_t head_dim : {8, 16, 32, 64, 80, 96, 128, 256}) {
       for (const index_t block_size : {16, 64, 128}) {

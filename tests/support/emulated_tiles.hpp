@@ -9,6 +9,7 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -67,6 +68,32 @@ struct emulated_tiles {
           const float y = flushed(kvcache::to_float(b[k / 2 * 32 + 2 * n + k % 2]));
           c[m * 16 + n] = flushed(c[m * 16 + n] + x * y);
         }
+      }
+    }
+    std::memcpy(tile<C>(), c.data(), 1024);
+  }
+  template <int C, int A, int B>
+  static void multiply_signed() {
+    multiply_bytes<std::int8_t, C, A, B>();
+  }
+  template <int C, int A, int B>
+  static void multiply_unsigned() {
+    multiply_bytes<std::uint8_t, C, A, B>();
+  }
+  static bool multiply_bytes_here() { return true; }
+
+ private:
+  template <class Left, int C, int A, int B>
+  static void multiply_bytes() {
+    std::array<std::int32_t, 256> c;
+    std::array<Left, 1024> a;
+    std::array<std::int8_t, 1024> b;
+    std::memcpy(c.data(), tile<C>(), 1024);
+    std::memcpy(a.data(), tile<A>(), 1024);
+    std::memcpy(b.data(), tile<B>(), 1024);
+    for (std::size_t m = 0; m < 16; ++m) {
+      for (std::size_t k = 0; k < 64; ++k) {
+        for (std::size_t n = 0; n < 16; ++n) c[m * 16 + n] += a[m * 64 + k] * b[k / 4 * 64 + 4 * n + k % 4];
       }
     }
     std::memcpy(tile<C>(), c.data(), 1024);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The kernels for x86 with AMX (Intel since Sapphire Rapids): bf16 blocks are multiplied in tiles, everything else
-// is AVX-512. Linux only, since a process must ask for the tile registers.
+// The kernels for x86 with AMX (Intel since Sapphire Rapids): bf16 blocks are multiplied in tiles, blocks of bytes too
+// (amx_int8.hpp), everything else is AVX-512. The level needs AMX-BF16; a processor that has it without AMX-INT8, as
+// a virtual machine may show one, multiplies bytes by AVX-512 VNNI, and one that has only AMX-INT8 runs avx512.
 //
 //   scores   C[rows, 16 tokens] += A[rows, 32 dims]   * B[16 pairs of dims, 16 tokens]     B: a piece of the keys as stored
 //   sums     C[rows, 16 dims]   += A[rows, 32 tokens] * B[16 pairs of tokens, 16 dims]     B: a piece of the values
@@ -16,14 +17,12 @@
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
+#include <kvcache/kernel/amx_int8.hpp>
+#include <kvcache/kernel/amx_tiles.hpp>
 #include <kvcache/kernel/avx512.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #if defined(__x86_64__) && defined(__linux__)
-
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -35,43 +34,6 @@
 
 namespace kvcache::inline v0::kernel::amx {
 
-/// The tile registers: eight of 16 rows of 64 bytes. Kernels take them as a parameter, so that tests can run on
-/// emulated ones anywhere. Instructions are spelled as text because intrinsics want literal tile numbers.
-struct hardware_tiles {
-  static void configure() noexcept {
-    struct configuration {
-      std::uint8_t palette = 1;
-      std::uint8_t start_row = 0;
-      std::array<std::uint8_t, 14> reserved{};
-      std::array<std::uint16_t, 16> row_bytes{64, 64, 64, 64, 64, 64, 64, 64};
-      std::array<std::uint8_t, 16> num_rows{16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static_assert(sizeof(configuration) == 64);
-    alignas(64) static constexpr configuration all_full;
-    __asm__ volatile("ldtilecfg %0" : : "m"(all_full));
-  }
-  static void release() noexcept { __asm__ volatile("tilerelease"); }
-
-  template <int Tile>
-  static void zero() noexcept {
-    __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
-  }
-  template <int Tile>
-  static void load(const void* rows, index_t stride) noexcept {
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(Tile) : "memory");
-  }
-  template <int Tile>
-  static void store(void* rows, index_t stride) noexcept {
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(Tile) : "memory");
-  }
-  /// C[m, n] += sum_k A[m, 2k] * B[k, 2n] + A[m, 2k+1] * B[k, 2n+1], bf16 into float.
-  template <int C, int A, int B>
-  static void multiply() noexcept {
-    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
-  }
-};
-
-inline constexpr index_t tile_rows = 16;    // rows of a tile, and floats in one of them
 inline constexpr index_t tile_depth = 32;   // bf16 in a row of A
 inline constexpr index_t rows_at_once = 8;  // each takes two rows of a tile
 
@@ -125,15 +87,6 @@ template <class Tiles, int C>
 inline void multiply_by(const void* b, index_t b_stride) noexcept {
   Tiles::template load<5>(b, b_stride);
   Tiles::template multiply<C, 4, 5>();
-}
-
-/// Calls f.operator()<i>(i) for i in [0, n), n <= 4.
-template <class F>
-inline void for_tiles(index_t n, F f) {
-  f.template operator()<0>(0);
-  if (n > 1) f.template operator()<1>(1);
-  if (n > 2) f.template operator()<2>(2);
-  if (n > 3) f.template operator()<3>(3);
 }
 
 /// What tiles 0 to 3 hold in the end.
@@ -329,9 +282,9 @@ inline constexpr table kernels_on = {
     avx512::kernels_for<half>,
     {avx512::encode_keys<bfloat16>, avx512::encode_values<bfloat16>, portable::element<bfloat16>::decode_keys,
      portable::element<bfloat16>::decode_values, scores<Tiles>, accumulate<Tiles>},
-    avx512::kernels_for_bytes<2>,
-    avx512::kernels_for_bytes<1>,
-    avx512::kernels_for_packed,
+    kernels_for_bytes<Tiles, 2>,
+    kernels_for_bytes<Tiles, 1>,
+    kernels_for_packed<Tiles>,
     avx512::kernels_for_channels,
     avx512::kernels_for_trellis,
     avx512::softmax,
@@ -340,22 +293,9 @@ inline constexpr table kernels_on = {
 
 inline constexpr const table& kernels = kernels_on<hardware_tiles>;
 
-/// Whether the processor has the tiles, the system saves them, and this process got leave to use them.
+/// Whether the processor has the tiles and AVX-512, and this process got leave to use them.
 inline bool runs_here() noexcept {
-  static const bool answer = [] {
-    constexpr unsigned tiles_and_bf16 = (1U << 24) | (1U << 22);
-    constexpr unsigned saved_tiles = (1U << 17) | (1U << 18);
-    constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-    constexpr long tile_data = 18;               // XFEATURE_XTILEDATA
-    unsigned a = 0;
-    unsigned b = 0;
-    unsigned c = 0;
-    unsigned d = 0;
-    if (!avx512::runs_here() || __get_cpuid(1, &a, &b, &c, &d) == 0 || (c & bit_OSXSAVE) == 0) return false;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & tiles_and_bf16) != tiles_and_bf16) return false;
-    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
-    return (a & saved_tiles) == saved_tiles && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  }();
+  static const bool answer = avx512::runs_here() && processor_tiles().bf16 && may_use_tiles();
   return answer;
 }
 

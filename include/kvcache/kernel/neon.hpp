@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The kernels for 64-bit ARM: Advanced SIMD, which every such processor has. 16 lanes are four registers.
+// The kernels for 64-bit ARM: Advanced SIMD, which every such processor has. 16 lanes are four registers. Blocks of bytes
+// are multiplied by integer dot products where the processor has them (neon_int8.inl).
 #pragma once
 
 #include <kvcache/core/half.hpp>
@@ -10,6 +11,12 @@
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
+
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -342,13 +349,23 @@ struct byte_table {
 #include <kvcache/kernel/vector_kernels.inl>
 #include <kvcache/kernel/vector_trellis_decode.inl>
 
+// after what it builds on
+#include <kvcache/kernel/neon_int8.inl>
+
 inline constexpr trellis_kernels kernels_for_trellis = {encode_trellis, decode_trellis_keys,
                                                         decode_trellis_values};
 
-inline constexpr table kernels = {
-    isa::neon,        kernels_for<float>,   kernels_for<half>,    kernels_for<bfloat16>, kernels_for_int8,
-    kernels_for_int8, kernels_for_low_bits, kernels_for_channels, kernels_for_trellis,   softmax,
-    soft_cap};
+inline constexpr table kernels = {isa::neon,
+                                  kernels_for<float>,
+                                  kernels_for<half>,
+                                  kernels_for<bfloat16>,
+                                  kernels_for_bytes<2>,
+                                  kernels_for_bytes<1>,
+                                  kernels_for_low_bits,
+                                  kernels_for_channels,
+                                  kernels_for_trellis,
+                                  softmax,
+                                  soft_cap};
 
 inline bool runs_here() noexcept { return true; }
 

@@ -200,8 +200,9 @@ struct table {
   element_kernels f16;
   element_kernels bf16;
 
-  /// Levels with integer dot products take queries as integers of 15 bits, weights as 16 bits relative to the largest of
-  /// a row; the others take both as floats.
+  /// Where bytes are multiplied as integers, queries are taken as 15 bits, weights as 16 bits relative to the largest of
+  /// a row, and the results are the same bit by bit: avx512, amx, and neon on a processor with dot products. Elsewhere
+  /// both are floats.
   int8_kernels int8;
 
   /// The same with half the multiplications: queries of 8 bits, off by at most 1/254 of the row's largest number, weights
