@@ -96,6 +96,9 @@ struct channel_scaled_rows : plain_side {
   static const bfloat16* token_scales(const block_geometry& g, const std::byte* section) noexcept {
     return scales(section + token_scales_offset(g));
   }
+  static void fetch_scales(const block_geometry& g, const std::byte* next) noexcept {
+    fetch_behind(next, codes::section_bytes(g), section_bytes(g));
+  }
   static const bfloat16* scales_of_tokens(const block_geometry& g, const std::byte* section) noexcept {
     return Traits::has_token_scales ? token_scales(g, section) : unit_scales();
   }
@@ -114,6 +117,7 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
               const float* queries, index_t num_rows, float* scores, const std::byte* next) const {
     alignas(64) std::array<float, rows_at_once*(16 + max_head_dim)> prepared;
     std::array<float, rows_at_once> constants;
+    rows::fetch_scales(g, next);
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = queries + first * g.head_dim;
@@ -149,6 +153,7 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
                   const std::byte* next) const {
     constexpr index_t rows_at_once = 8;
     alignas(64) std::array<float, rows_at_once * max_head_dim> parts;
+    rows::fetch_scales(g, next);
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = weights + first * g.block_size;
