@@ -291,6 +291,7 @@ struct byte_table {
 
 // after what it builds on
 #include <kvcache/kernel/avx512_bytes.inl>
+#include <kvcache/kernel/avx512_fold.inl>
 #include <kvcache/kernel/avx512_int8.inl>
 #include <kvcache/kernel/avx512_packed.inl>
 
