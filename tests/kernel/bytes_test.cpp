@@ -431,3 +431,93 @@ TEST_CASE("channels' scales and offsets are folded in on every level", "[kernel]
     }
   }
 }
+
+namespace {
+
+/// Queries, and what a block's channels fold into them.
+struct folding {
+  folding(index_t head_dim, index_t num_rows, test::random& random)
+      : queries(random.floats(num_rows * head_dim)),
+        scales(static_cast<std::size_t>(round_up(head_dim, 32)), from_float<bfloat16>(not_a_number)),
+        offsets(scales) {
+    for (std::size_t d = 0; d < static_cast<std::size_t>(head_dim); ++d) {
+      scales[d] = from_float<bfloat16>(std::exp2(4 * random.normal()));
+      offsets[d] = from_float<bfloat16>(random.normal());
+    }
+  }
+  std::vector<float> queries;
+  std::vector<bfloat16> scales;  // what is behind the channels does not count
+  std::vector<bfloat16> offsets;
+};
+
+/// Scores through prepare_folded.
+std::vector<float> folded_scores(const kernel::int8_kernels& kernels, const byte_block& block,
+                                 const folding& f, const float* queries, index_t num_rows) {
+  const index_t dim = block.g.head_dim;
+  const memory_block prepared(num_rows * kernel::prepared_query_floats(dim) * 4, huge_page_resource());
+  auto* ready = reinterpret_cast<float*>(prepared.data());
+  kernels.prepare_folded(dim, queries, num_rows, f.scales.data(), f.offsets.data(), ready);
+  std::vector<float> scores(static_cast<std::size_t>(num_rows * block.g.block_size));
+  kernels.scores(block.g, block.keys.data(), block.scales.data(), block.count, ready, num_rows, scores.data(),
+                 nullptr);
+  return scores;
+}
+
+void require_folded_scores(const kernel::int8_kernels& kernels, const byte_block& block, const folding& f,
+                           index_t num_rows) {
+  const index_t dim = block.g.head_dim;
+  const std::vector<float> scores = folded_scores(kernels, block, f, f.queries.data(), num_rows);
+  for (index_t r = 0; r < num_rows; ++r) {
+    const float* query = f.queries.data() + r * dim;
+    const std::vector<float> alone = folded_scores(kernels, block, f, query, 1);
+    double largest = 0;
+    double constant = 0;
+    for (index_t d = 0; d < dim; ++d) {
+      const auto i = static_cast<std::size_t>(d);
+      largest = std::max(largest, std::fabs(double{query[d]} * to_float(f.scales[i])));
+      constant += double{query[d]} * to_float(f.offsets[i]);
+    }
+    for (index_t t = 0; t < block.count; ++t) {
+      double score = 0;
+      double size = 0;
+      for (index_t d = 0; d < dim; ++d) {
+        const auto key = static_cast<double>(
+            reinterpret_cast<const std::int8_t*>(block.keys.data())[order::key_index(block.g, t, d)]);
+        score += double{query[d]} * to_float(f.scales[static_cast<std::size_t>(d)]) * key;
+        size += std::fabs(key);
+      }
+      const double scale = to_float(block.scales[static_cast<std::size_t>(t)]);
+      const float got = scores[static_cast<std::size_t>(r * block.g.block_size + t)];
+      REQUIRE(got == alone[static_cast<std::size_t>(t)]);
+      REQUIRE(std::fabs(got - (scale * score + constant)) <=
+              scale * size * largest * (1.0 / 254 + 1e-5) + 1e-4);
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("queries are folded and made ready at once as in two steps", "[kernel]") {
+  test::random random;
+  for (const kernel::isa level : kernel::available()) {
+    const kernel::int8_kernels& kernels = kernel::select(level).coarse;
+    if (kernels.prepare_folded == nullptr) continue;
+    for (const index_t head_dim : {1, 7, 16, 33, 48, 64, 80, 128, 200, 512}) {
+      for (const index_t num_rows : {1, 4, 7, 8}) {
+        CAPTURE(kernel::to_string(level), head_dim, num_rows);
+        const byte_block block({.block_size = 64, .head_dim = head_dim}, 50, random);
+        folding f(head_dim, num_rows, random);
+        require_folded_scores(kernels, block, f, num_rows);
+
+        std::fill_n(f.queries.begin(), head_dim, 0.0F);
+        for (const float score : folded_scores(kernels, block, f, f.queries.data(), 1))
+          REQUIRE((score == 0.0F || score != score));  // NaN where there is no token
+        for (const float bad : {not_a_number, infinity, -infinity}) {
+          f.queries[static_cast<std::size_t>(head_dim) - 1] = bad;
+          const std::vector<float> scores = folded_scores(kernels, block, f, f.queries.data(), 1);
+          REQUIRE(std::none_of(scores.begin(), scores.end(), [](float x) { return std::isfinite(x); }));
+        }
+      }
+    }
+  }
+}

@@ -101,6 +101,15 @@ struct block_tokens {
   [[nodiscard]] index_t count() const noexcept { return tokens.last - base; }
 };
 
+/// Whether dot products are logits already for all rows: a block full of tokens that all of them see, as most are.
+inline bool scores_are_logits(const span_context& c, const query_tile& tile,
+                              const block_tokens& in) noexcept {
+  if (c.visible.soft_cap() != 0.0F || !c.alibi_slopes.empty()) return false;
+  if (in.tokens.first != in.base || in.count() != in.num_scores) return false;
+  const auto sees = [&](index_t position) { return c.visible.all(position, in.segments, in.tokens); };
+  return std::all_of(tile.positions, tile.positions + tile.num_queries, sees);
+}
+
 /// Dot products to logits: soft cap, ALiBi, mask.
 inline void finish_scores(const span_context& c, const query_tile& tile, index_t row, const block_tokens& in,
                           float* scores) noexcept {
@@ -131,10 +140,11 @@ void attend_block(const Codec& codec, const span_context& c, const block_geometr
                   const float* queries, const block_tokens& in, float* scores, const softmax_state& state,
                   const span_sums& all_sums, float* sums) {
   codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
+  const bool finished = scores_are_logits(c, tile, in);
   std::array<float, kernel::max_softmax_rows> rescales;
   for (index_t first = 0; first < tile.num_rows(); first += kernel::max_softmax_rows) {
     const index_t num_rows = std::min(tile.num_rows() - first, kernel::max_softmax_rows);
-    for (index_t r = first; r < first + num_rows; ++r)
+    for (index_t r = first; !finished && r < first + num_rows; ++r)
       finish_scores(c, tile, r, in, scores + r * g.block_size);
     c.kernels->softmax(scores + first * g.block_size, g.block_size, in.num_scores, num_rows,
                        state.rows.data() + first, rescales.data());
@@ -256,10 +266,11 @@ void weigh_span(const Codec& codec, const span_context& c, const query_tile& til
       codec, c, tile, blocks, span, scratch,
       [&](const auto& of, const block_geometry& g, const float* queries, const block_tokens& in) {
         of.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
+        const bool finished = scores_are_logits(c, tile, in);
         for (index_t r = 0; r < tile.num_rows(); ++r) {
           if (lse[r] == -std::numeric_limits<float>::infinity()) continue;  // sees nothing
           float* row = scores + r * g.block_size;
-          finish_scores(c, tile, r, in, row);
+          if (!finished) finish_scores(c, tile, r, in, row);
           kernel::softmax_row all{lse[r], 0.0F};
           float rescale = 1;  // not 1 where the key is far more than lse says
           c.kernels->softmax(row, g.block_size, in.num_scores, 1, &all, &rescale);

@@ -48,6 +48,14 @@ class visibility {
     return is_seen;
   }
 
+  /// Whether the query surely sees all of `tokens`. May say no where it should say yes.
+  [[nodiscard]] bool all(index_t query_position, std::span<const position_segment> segments,
+                         token_range tokens) const noexcept {
+    if (!k_positions_.empty() || !mask_.empty() || segments.size() != 1) return false;
+    const token_range seen = window_of(query_position, segments.front());
+    return tokens.last <= seen.last && (tokens.first >= seen.first || tokens.last <= options_->sinks);
+  }
+
   /// Sets scores that the query does not see to -infinity.
   /// \param scores  scores[t] belongs to token `base + t`; `num_scores` of them
   /// \param tokens  those of the block that count; they lie in `segments`

@@ -96,6 +96,9 @@ struct channel_scaled_rows : plain_side {
   static const bfloat16* token_scales(const block_geometry& g, const std::byte* section) noexcept {
     return scales(section + token_scales_offset(g));
   }
+  static void fetch_scales(const block_geometry& g, const std::byte* next) noexcept {
+    fetch_behind(next, codes::section_bytes(g), section_bytes(g));
+  }
   static const bfloat16* scales_of_tokens(const block_geometry& g, const std::byte* section) noexcept {
     return Traits::has_token_scales ? token_scales(g, section) : unit_scales();
   }
@@ -114,13 +117,15 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
               const float* queries, index_t num_rows, float* scores, const std::byte* next) const {
     alignas(64) std::array<float, rows_at_once*(16 + max_head_dim)> prepared;
     std::array<float, rows_at_once> constants;
+    rows::fetch_scales(g, next);
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = queries + first * g.head_dim;
       float* to = scores + first * g.block_size;
-      fold(kernels, g, section, from, n, prepared.data(), constants.data());
+      const bool with_constants = fold(kernels, g, section, from, n, prepared.data(), constants.data());
       looked_up<Traits::bits>{kernels, g, section, Traits::levels(), count, next}.scores(
           rows::scales_of_tokens(g, section), prepared.data(), n, to);
+      if (with_constants) continue;
       const index_t num_scores = round_up(count, key_lanes);
       for (index_t r = 0; r < n; ++r)
         kernels.channel.shift(to + r * g.block_size, num_scores, constants[static_cast<std::size_t>(r)]);
@@ -131,12 +136,19 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
   static constexpr index_t rows_at_once = 8;
 
   /// Queries times the channels' scales, made ready, and their dot products with the offsets.
-  static void fold(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+  /// \return whether these are in `prepared` too, and not in `constants`
+  static bool fold(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                    const float* queries, index_t num_rows, float* prepared, float* constants) {
+    if (const auto at_once = kernels.coarse.prepare_folded; at_once != nullptr) {
+      at_once(g.head_dim, queries, num_rows, rows::channel_scales(g, section),
+              rows::channel_offsets(g, section), prepared);
+      return true;
+    }
     alignas(64) std::array<float, rows_at_once * max_head_dim> folded;
     kernels.channel.fold(queries, num_rows, g.head_dim, rows::channel_scales(g, section),
                          rows::channel_offsets(g, section), folded.data(), constants);
     kernels.coarse.prepare(g.head_dim, folded.data(), num_rows, prepared);
+    return false;
   }
 };
 
@@ -149,6 +161,7 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
                   const std::byte* next) const {
     constexpr index_t rows_at_once = 8;
     alignas(64) std::array<float, rows_at_once * max_head_dim> parts;
+    rows::fetch_scales(g, next);
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = weights + first * g.block_size;

@@ -118,6 +118,7 @@ struct rotated_rows : plain_side {
   [[nodiscard]] static looked_up<Quantiser::bits> codes_of(const kernel::table& kernels,
                                                            const block_geometry& g, const std::byte* section,
                                                            index_t count, const std::byte* next) noexcept {
+    fetch_behind(next, codes::section_bytes(g), section_bytes(g));
     return {kernels, g, section, Quantiser::unpack_book(), count, next};
   }
   static const bfloat16* section_scales(const block_geometry& g, const std::byte* section) noexcept {

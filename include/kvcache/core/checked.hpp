@@ -5,6 +5,7 @@
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 
+#include <cstdint>
 #include <limits>
 
 namespace kvcache::inline v0 {
@@ -12,8 +13,10 @@ namespace kvcache::inline v0 {
 /// \return the product; throws shape_error if a factor is negative or the product does not fit index_t.
 constexpr index_t checked_mul(index_t a, index_t b) {
   if (a < 0 || b < 0) throw shape_error("kvcache: negative size");
-  if (b != 0 && a > std::numeric_limits<index_t>::max() / b) throw shape_error("kvcache: size overflows");
-  return a * b;
+  index_t product = 0;
+  if (__builtin_mul_overflow(a, b, &product))
+    throw shape_error("kvcache: size overflows");  // divides nothing
+  return product;
 }
 
 template <class... More>
@@ -29,7 +32,11 @@ constexpr index_t checked_add(index_t a, index_t b) {
 }
 
 /// ceil(a / b). \pre `a >= 0`, `b > 0`
-constexpr index_t ceil_div(index_t a, index_t b) noexcept { return a / b + (a % b != 0 ? 1 : 0); }
+constexpr index_t ceil_div(index_t a, index_t b) noexcept {
+  const auto n = static_cast<std::uint64_t>(a);  // divides by powers of two with a shift
+  const auto unit = static_cast<std::uint64_t>(b);
+  return static_cast<index_t>(n / unit + (n % unit != 0 ? 1 : 0));
+}
 
 /// The smallest multiple of `unit` that is >= `n`; throws shape_error if it does not fit.
 constexpr index_t round_up(index_t n, index_t unit) { return checked_mul(ceil_div(n, unit), unit); }

@@ -50,7 +50,8 @@ inline constexpr index_t byte_rows_at_once = tile_rows / Parts;
 template <index_t MaxColumns>
 struct byte_operand {
   alignas(64) std::array<std::int8_t, ceil_div(MaxColumns, line_bytes) * tile_rows * line_bytes> bytes;
-  std::array<float, tile_rows> scales;  // of rows
+  std::array<float, tile_rows> scales;     // of rows
+  std::array<float, tile_rows> constants;  // added to the scores of rows
 
   [[nodiscard]] std::int8_t* tile(index_t piece) noexcept {
     return &bytes[static_cast<std::size_t>(piece * tile_rows * line_bytes)];
@@ -65,6 +66,7 @@ struct byte_operand {
       avx512::prepared_head head;
       std::memcpy(&head, prepared + r * row_floats, sizeof(head));
       scales[static_cast<std::size_t>(r)] = head.scale;
+      constants[static_cast<std::size_t>(r)] = head.constant;
     }
     for (index_t d = 0; d < head_dim; d += line_bytes) {
       const index_t rest = std::min(part_bytes - d, line_bytes);
@@ -184,9 +186,10 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::byte*
         const avx512::vec key_scale = avx512::widen_low(avx512::load_low_halves(scales + t));
         for (index_t r = 0; r < rows; ++r) {
           const avx512::vec scale = avx512::broadcast(q.scales[static_cast<std::size_t>(r)]);
+          const avx512::vec constant = avx512::broadcast(q.constants[static_cast<std::size_t>(r)]);
           avx512::store(out + (row + r) * g.block_size + t,
-                        avx512::mul(c.row_of<Parts>(i, r, avx512::byte_split<Parts>::query_shift),
-                                    avx512::mul(key_scale, scale)));
+                        avx512::fma(c.row_of<Parts>(i, r, avx512::byte_split<Parts>::query_shift),
+                                    avx512::mul(key_scale, scale), constant));
         }
       }
     }
@@ -291,9 +294,12 @@ inline bool sum_packed_best(const packed_section& section, const block_geometry&
 }
 
 template <class Tiles, int Parts>
-inline constexpr int8_kernels kernels_for_bytes = {
-    avx512::kernels_for_bytes<Parts>.largest, avx512::kernels_for_bytes<Parts>.quantize,
-    avx512::kernels_for_bytes<Parts>.prepare, score_bytes_best<Tiles, Parts>, sum_bytes_best<Tiles, Parts>};
+inline constexpr int8_kernels kernels_for_bytes = {avx512::kernels_for_bytes<Parts>.largest,
+                                                   avx512::kernels_for_bytes<Parts>.quantize,
+                                                   avx512::kernels_for_bytes<Parts>.prepare,
+                                                   score_bytes_best<Tiles, Parts>,
+                                                   sum_bytes_best<Tiles, Parts>,
+                                                   avx512::kernels_for_bytes<Parts>.prepare_folded};
 
 template <class Tiles>
 inline constexpr low_bit_kernels kernels_for_packed = {

@@ -79,16 +79,18 @@ KVCACHE_INLINE __m256 add_to_exponent(__m256 p, __m256 n) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shifted));
 }
-KVCACHE_INLINE vec add_to_exponent(vec p, vec n) {
-  return {add_to_exponent(p.low, n.low), add_to_exponent(p.high, n.high)};
-}
-
 KVCACHE_INLINE __m256 zero_below(__m256 x, float limit, __m256 y) {
   const __m256 kept = _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLT_UQ), y);
   return _mm256_blendv_ps(kept, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
-KVCACHE_INLINE vec zero_below(vec x, float limit, vec y) {
-  return {zero_below(x.low, limit, y.low), zero_below(x.high, limit, y.high)};
+KVCACHE_INLINE vec times_power(vec p, vec /*n*/, vec shifted, vec x) {
+  return {zero_below(x.low, portable::least_exp, add_to_exponent(p.low, shifted.low)),
+          zero_below(x.high, portable::least_exp, add_to_exponent(p.high, shifted.high))};
+}
+KVCACHE_INLINE std::uint32_t reaches(vec a, vec b) {
+  const __m256 either =
+      _mm256_or_ps(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ));
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(either));
 }
 
 KVCACHE_INLINE float sum_of(vec a) {

@@ -63,16 +63,11 @@ KVCACHE_INLINE vec either_below(vec x, float limit, vec a, vec b) {
   return {_mm512_mask_mov_ps(b.x, _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(limit), _CMP_LT_OQ), a.x)};
 }
 
-KVCACHE_INLINE vec add_to_exponent(vec p, vec n) {
-  const __m512i shifted = _mm512_maskz_slli_epi32(all, _mm512_castps_si512(n.x), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.x), shifted))};
+KVCACHE_INLINE vec times_power(vec p, vec n, vec /*shifted*/, vec x) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(portable::least_exp), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(keep, p.x, n.x)};
 }
-
-KVCACHE_INLINE vec zero_below(vec x, float limit, vec y) {
-  const __mmask16 keep = _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(limit), _CMP_NLT_UQ);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.x, x.x, _CMP_UNORD_Q);
-  return {_mm512_mask_mov_ps(_mm512_maskz_mov_ps(keep, y.x), nan, x.x)};
-}
+KVCACHE_INLINE std::uint32_t reaches(vec a, vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GE_OQ); }
 
 KVCACHE_INLINE __m256 lower(vec a) { return __builtin_shufflevector(a.x, a.x, 0, 1, 2, 3, 4, 5, 6, 7); }
 KVCACHE_INLINE __m256 upper(vec a) { return __builtin_shufflevector(a.x, a.x, 8, 9, 10, 11, 12, 13, 14, 15); }
@@ -296,6 +291,7 @@ struct byte_table {
 
 // after what it builds on
 #include <kvcache/kernel/avx512_bytes.inl>
+#include <kvcache/kernel/avx512_fold.inl>
 #include <kvcache/kernel/avx512_int8.inl>
 #include <kvcache/kernel/avx512_packed.inl>
 

@@ -48,6 +48,19 @@ KVCACHE_INLINE __m128i sum_of_four(const __m512i (&row)[4]) {
   return _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
 }
 
+/// The same of floats.
+KVCACHE_INLINE __m512 fold_sums(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_maskz_unpacklo_ps(all, a, b), _mm512_maskz_unpackhi_ps(all, a, b));
+}
+KVCACHE_INLINE __m128 sum_of_four(const __m512 (&row)[4]) {
+  const __m512d a = _mm512_castps_pd(fold_sums(row[0], row[1]));
+  const __m512d b = _mm512_castps_pd(fold_sums(row[2], row[3]));
+  const vec four{_mm512_add_ps(_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(__mmask8{0xff}, a, b)),
+                               _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(__mmask8{0xff}, a, b)))};
+  const __m256 two = _mm256_add_ps(lower(four), upper(four));
+  return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
+
 /// Of up to four rows: number = scale * whole, whole = number * inverse. Tiny rows are taken as relative to 2^-110, so
 /// that both are normal numbers; a row that is not finite gets a scale that is NaN.
 struct byte_scales {
@@ -94,11 +107,18 @@ KVCACHE_INLINE __m512i unsigned_bytes(const __m512i (&w)[4]) {
 struct prepared_head {
   float scale;
   std::int32_t starts[2];  // of the accumulators of the parts: -128 * their sum
+  float constant;          // added to every score
 };
 
 inline constexpr index_t prepared_head_floats = 16;
 
 constexpr index_t round_up_16(index_t n) { return (n + 15) / 16 * 16; }
+constexpr index_t round_up_64(index_t n) { return (n + 63) / 64 * 64; }
+
+/// The first `count` of 16 lanes, all if there are more.
+constexpr __mmask16 first_lanes(index_t count) {
+  return static_cast<__mmask16>((1U << std::clamp(count, index_t{0}, key_lanes)) - 1U);
+}
 
 /// Part `Part` of 64 dims.
 template <int Parts, int Part>
@@ -119,10 +139,7 @@ KVCACHE_INLINE __m512i query_part(const __m512i (&whole)[4]) {
 /// Floats [0, 64) of a row, zeros from `count` on.
 KVCACHE_INLINE void load_64(const float* p, index_t count, __m512 (&x)[4]) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const index_t rest = std::clamp(count - 16 * i, index_t{0}, key_lanes);
-    x[i] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << rest) - 1U), p + 16 * i);
-  }
+  for (int i = 0; i < 4; ++i) x[i] = _mm512_maskz_loadu_ps(first_lanes(count - 16 * i), p + 16 * i);
 }
 KVCACHE_INLINE void load_64(const float* p, __m512 (&x)[4]) {
 #pragma GCC unroll 4
@@ -209,7 +226,7 @@ KVCACHE_TARGET inline void prepare_rows(index_t head_dim, const float* queries, 
     _mm_store_si128(reinterpret_cast<__m128i*>(starts[p]), sum_of_four(sums[p]));
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-    const prepared_head head{s.scale[r], {-128 * starts[0][r], -128 * starts[1][r]}};
+    const prepared_head head{s.scale[r], {-128 * starts[0][r], -128 * starts[1][r]}, 0.0F};
     std::memcpy(prepared + r * row_floats, &head, sizeof(head));
   }
 }

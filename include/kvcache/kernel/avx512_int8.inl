@@ -73,7 +73,7 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_
     for (int r = 0; r < Rows; ++r) {
       const __m512i whole = joined<Parts>(sum[r][0][i], sum[r][Parts - 1][i], byte_split<Parts>::query_shift);
       store(out + r * g.block_size + i * key_lanes,
-            mul(to_floats(whole), mul(key_scale, broadcast(head[r].scale))));
+            fma(to_floats(whole), mul(key_scale, broadcast(head[r].scale)), broadcast(head[r].constant)));
     }
   }
 }
@@ -223,5 +223,9 @@ KVCACHE_TARGET inline void accumulate_vnni(const block_geometry& g, const std::b
 }
 
 template <int Parts>
-inline constexpr int8_kernels kernels_for_bytes = {largest, quantize, prepare_vnni<Parts>, scores_vnni<Parts>,
-                                                   accumulate_vnni<Parts>};
+inline constexpr int8_kernels kernels_for_bytes = {largest,
+                                                   quantize,
+                                                   prepare_vnni<Parts>,
+                                                   scores_vnni<Parts>,
+                                                   accumulate_vnni<Parts>,
+                                                   Parts == 1 ? prepare_folded : nullptr};

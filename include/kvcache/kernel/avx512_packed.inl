@@ -92,7 +92,8 @@ KVCACHE_TARGET inline void score_packed_tile(const packed_keys& keys, const bloc
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
       store(out + r * g.block_size + i * key_lanes,
-            mul(to_floats(reinterpret_cast<__m512i>(sum[r][i])), mul(key_scale, broadcast(head[r].scale))));
+            fma(to_floats(reinterpret_cast<__m512i>(sum[r][i])), mul(key_scale, broadcast(head[r].scale)),
+                broadcast(head[r].constant)));
   }
 }
 

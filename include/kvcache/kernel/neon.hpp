@@ -112,6 +112,15 @@ KVCACHE_INLINE vec zero_below(vec x, float limit, vec y) {
   });
 }
 
+KVCACHE_INLINE vec times_power(vec p, vec /*n*/, vec shifted, vec x) {
+  return zero_below(x, portable::least_exp, add_to_exponent(p, shifted));
+}
+KVCACHE_INLINE std::uint32_t reaches(vec a, vec b) {
+  uint32x4_t any = vcgeq_f32(a.x[0], b.x[0]);
+  for (int i = 1; i < 4; ++i) any = vorrq_u32(any, vcgeq_f32(a.x[i], b.x[i]));
+  return vmaxvq_u32(any);
+}
+
 KVCACHE_INLINE float sum_of(vec a) {
   return vaddvq_f32(vaddq_f32(vaddq_f32(a.x[0], a.x[1]), vaddq_f32(a.x[2], a.x[3])));
 }

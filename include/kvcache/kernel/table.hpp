@@ -87,6 +87,11 @@ struct int8_kernels {
                  const float* prepared, index_t num_rows, float* scores, const std::byte* next);
   void (*accumulate)(const block_geometry&, const std::byte* values, const bfloat16* scales, index_t count,
                      const float* weights, index_t num_rows, float* sums, const std::byte* next);
+
+  /// `prepare` of what channel_kernels.fold makes of queries; their scores get its dots added. Null on levels where both
+  /// one after the other are no slower.
+  void (*prepare_folded)(index_t head_dim, const float* queries, index_t num_rows, const bfloat16* scales,
+                         const bfloat16* offsets, float* prepared) = nullptr;
 };
 
 /// A scalar quantiser for numbers with a symmetric distribution.

@@ -6,8 +6,9 @@
 //   vec, bits           16 floats; 16 words of 32 bits
 //   zero, broadcast, load, store, add, sub, mul, div, fma (a * b + c), larger (a < b ? b : a)
 //   magnitude, with_sign(sign, size), either_below(x, limit, a, b)    |x|; x < limit ? a : b
-//   add_to_exponent(p, n)      p * 2^n, n in the low mantissa bits of a float in [2^23, 2^24)
-//   zero_below(x, limit, y)    x is NaN ? x : x < limit ? 0 : y
+//   times_power(p, n, shifted, x)      p * 2^n, n whole and in the low mantissa bits of shifted too; 0 where x < least_exp,
+//                              NaN where x is
+//   reaches(a, b)              not 0 if a >= b anywhere
 //   sum_of, largest_of, all_finite
 //   widened<n>, widen(const Element*)      one 64-byte line in block order -> `pack` vectors, .part[j]
 //   narrow<Element>(vec)       rounded to 16 bits, in the low half of each word
@@ -42,80 +43,7 @@ KVCACHE_INLINE vec load_first(const float* p, index_t count) {
   return load(padded.data());
 }
 
-// ---- softmax --------------------------------------------------------------------------------------------------------
-
-/// As portable::exp_below_slack, with the same polynomial and bound.
-KVCACHE_INLINE vec exp_below_slack(vec x) {
-  const vec round_to_integer = broadcast(0x1.8p23F);
-  const vec shifted = fma(x, broadcast(1.44269504F), round_to_integer);
-  const vec n = sub(shifted, round_to_integer);
-  const vec r = fma(n, broadcast(-0x1.7f7d1cp-20F), fma(n, broadcast(-0x1.62e4p-1F), x));
-  vec p = fma(r, broadcast(1.0F / 5040.0F), broadcast(1.0F / 720.0F));
-  p = fma(p, r, broadcast(1.0F / 120.0F));
-  p = fma(p, r, broadcast(1.0F / 24.0F));
-  p = fma(p, r, broadcast(1.0F / 6.0F));
-  p = fma(p, r, broadcast(0.5F));
-  p = fma(p, r, broadcast(1.0F));
-  p = fma(p, r, broadcast(1.0F));
-  return zero_below(x, -87.3F, add_to_exponent(p, shifted));
-}
-
-/// `Rows` rows side by side: what one row waits for, the others fill.
-template <int Rows>
-KVCACHE_TARGET inline void softmax_of_rows(float* scores, index_t stride, index_t count, softmax_row* rows,
-                                           float* rescales) {
-  vec largest[Rows];
-#pragma GCC unroll 4
-  for (vec& l : largest) l = broadcast(-std::numeric_limits<float>::infinity());
-  for (index_t t = 0; t < count; t += key_lanes) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) largest[r] = larger(largest[r], load(scores + r * stride + t));
-  }
-  vec shift[Rows];
-  vec sum[Rows];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    rescales[r] = portable::raise_max(rows[r], largest_of(largest[r]));
-    shift[r] = broadcast(portable::softmax_shift(rows[r]));
-    sum[r] = zero();
-  }
-  for (index_t t = 0; t < count; t += key_lanes) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      float* at = scores + r * stride + t;
-      const vec weights = exp_below_slack(sub(load(at), shift[r]));
-      store(at, weights);
-      sum[r] = add(sum[r], weights);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) rows[r].sum += sum_of(sum[r]);
-}
-
-KVCACHE_TARGET inline void softmax(float* scores, index_t stride, index_t count, index_t num_rows,
-                                   softmax_row* rows, float* rescales) {
-  index_t r = 0;
-  for (; r + 4 <= num_rows; r += 4)
-    softmax_of_rows<4>(scores + r * stride, stride, count, rows + r, rescales + r);
-  for (; r < num_rows; ++r) softmax_of_rows<1>(scores + r * stride, stride, count, rows + r, rescales + r);
-}
-
-/// As portable::tanh, times `cap`.
-KVCACHE_TARGET inline void soft_cap(float* scores, index_t count, float cap) {
-  for (index_t t = 0; t < count; t += key_lanes) {
-    const vec x = div(load(scores + t), broadcast(cap));
-    const vec size = magnitude(x);
-    const vec x2 = mul(x, x);
-    vec p = fma(x2, broadcast(-1382.0F / 155925.0F), broadcast(62.0F / 2835.0F));
-    p = fma(p, x2, broadcast(-17.0F / 315.0F));
-    p = fma(p, x2, broadcast(2.0F / 15.0F));
-    p = fma(p, x2, broadcast(-1.0F / 3.0F));
-    const vec near_zero = fma(mul(size, x2), p, size);
-    const vec e = exp_below_slack(mul(broadcast(-2.0F), size));
-    const vec far = div(sub(broadcast(1.0F), e), add(broadcast(1.0F), e));
-    store(scores + t, mul(broadcast(cap), with_sign(x, either_below(size, 0.35F, near_zero, far))));
-  }
-}
+#include <kvcache/kernel/vector_softmax.inl>
 
 // ---- reading ahead --------------------------------------------------------------------------------------------------
 

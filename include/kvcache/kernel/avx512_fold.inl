@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT
+// Queries times the scales of a block's channels as bytes, in one go: it happens in every block. Included by avx512.hpp.
+//
+//   prepared   as prepare_vnni<1> makes it of queries[r, d] * scales[d]; the head's constant is sum_d queries[r, d] * offsets[d]
+
+/// The low 16 bits of the words of two vectors, in order.
+KVCACHE_INLINE __m512i low_halves(__m512 a, __m512 b) {
+  alignas(64) static constexpr auto even = [] {
+    std::array<std::int16_t, 32> halves{};
+    for (std::size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<std::int16_t>(2 * i);
+    return halves;
+  }();
+  return _mm512_permutex2var_epi16(_mm512_castps_si512(a), _mm512_load_si512(even.data()),
+                                   _mm512_castps_si512(b));
+}
+
+/// 64 numbers times their scales and `inverse`, rounded to bytes.
+KVCACHE_INLINE __m512i rounded_bytes(const __m512 (&x)[4], const float* scales, __m512 inverse) {
+  const __m512 round_to_integer = _mm512_set1_ps(0x1.8p23F);  // leaves the integer in the low bits
+  __m512 w[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    w[i] = _mm512_fmadd_ps(_mm512_mul_ps(x[i], _mm512_load_ps(scales + 16 * i)), inverse, round_to_integer);
+  const __m512i by_turns = _mm512_packs_epi16(low_halves(w[0], w[1]), low_halves(w[2], w[3]));
+  return _mm512_maskz_permutexvar_epi64(__mmask8{0xff}, _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), by_turns);
+}
+
+/// |a| or |b|, whichever is larger; of a number and NaN the number.
+KVCACHE_INLINE __m512 larger_magnitude(__m512 a, __m512 b) {
+  constexpr int without_sign = 0b1011;
+  return _mm512_maskz_range_ps(all, a, b, without_sign);
+}
+
+/// 16 bfloat16 as floats, zeros where the mask is.
+KVCACHE_INLINE __m512 load_widened(__mmask16 mask, const bfloat16* p) {
+  return widen_low(bits{_mm512_maskz_cvtepu16_epi32(all, _mm256_maskz_loadu_epi16(mask, p))}).x;
+}
+
+/// Of up to four rows: the largest magnitudes and the dot products. And the channels' scales as floats.
+struct folded_rows {
+  __m512i most[4] = {};
+  __m512 dot[4] = {};
+  alignas(64) std::array<float, round_up_64(max_head_dim)> scales;
+};
+
+/// 16 dims of pass 1.
+template <int Rows>
+KVCACHE_INLINE void measure_16(const float* queries, index_t head_dim, __mmask16 mask, __m512 scale,
+                               __m512 offset, __m512 (&most)[Rows], __m512 (&dot)[Rows]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    const __m512 q = _mm512_maskz_loadu_ps(mask, queries + r * head_dim);
+    most[r] = larger_magnitude(most[r], _mm512_mul_ps(q, scale));
+    dot[r] = _mm512_fmadd_ps(q, offset, dot[r]);
+  }
+}
+
+/// Pass 1: what the bytes are relative to, and the constants.
+template <int Rows>
+KVCACHE_INLINE void measure_folded(const float* queries, index_t head_dim, const bfloat16* scales,
+                                   const bfloat16* offsets, folded_rows& out) {
+  __m512 most[Rows];
+  __m512 dot[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) most[r] = dot[r] = _mm512_setzero_ps();
+  index_t d = 0;
+  for (; d + key_lanes <= head_dim; d += key_lanes) {
+    const __m512 scale = load_widened(scales + d).x;
+    _mm512_store_ps(&out.scales[static_cast<std::size_t>(d)], scale);
+    measure_16<Rows>(queries + d, head_dim, all, scale, load_widened(offsets + d).x, most, dot);
+  }
+  for (; d < round_up_64(head_dim); d += key_lanes) {
+    const __mmask16 mask = first_lanes(head_dim - d);
+    const __m512 scale = load_widened(mask, scales + d);
+    _mm512_store_ps(&out.scales[static_cast<std::size_t>(d)], scale);
+    measure_16<Rows>(queries + d, head_dim, mask, scale, load_widened(mask, offsets + d), most, dot);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    out.most[r] = _mm512_castps_si512(most[r]);
+    out.dot[r] = dot[r];
+  }
+}
+
+/// Pass 2: one row. \return sums of its bytes, in words
+KVCACHE_INLINE __m512i store_folded(const float* query, index_t head_dim, const float* scales, float inverse,
+                                    std::int8_t* to) {
+  __m512i sum = _mm512_setzero_si512();
+  const __m512 factor = _mm512_set1_ps(inverse);
+  __m512 x[4];
+  index_t d = 0;
+  for (; d + 64 <= head_dim; d += 64) {
+    load_64(query + d, x);
+    store_query(to + d, rounded_bytes(x, scales + d, factor), 64, sum);
+  }
+  if (d < head_dim) {
+    load_64(query + d, head_dim - d, x);
+    store_query(to + d, rounded_bytes(x, scales + d, factor), head_dim - d, sum);
+  }
+  return sum;
+}
+
+/// As prepare_rows.
+template <int Rows>
+KVCACHE_TARGET inline void prepare_folded_rows(index_t head_dim, const float* queries, const bfloat16* scales,
+                                               const bfloat16* offsets, float* prepared) {
+  const index_t row_floats = 16 + round_up_16(head_dim);
+  folded_rows rows;
+  measure_folded<Rows>(queries, head_dim, scales, offsets, rows);
+  byte_scales s;
+  scale_to(byte_split<1>::largest_query, rows.most, s);
+  __m512i sums[4] = {};
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+    sums[r] = store_folded(queries + r * head_dim, head_dim, rows.scales.data(), s.inverse[r],
+                           reinterpret_cast<std::int8_t*>(prepared + r * row_floats + prepared_head_floats));
+  alignas(16) std::int32_t starts[4];
+  alignas(16) float constants[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(starts), sum_of_four(sums));
+  _mm_store_ps(constants, sum_of_four(rows.dot));
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    const prepared_head head{s.scale[r], {-128 * starts[r], 0}, constants[r]};
+    std::memcpy(prepared + r * row_floats, &head, sizeof(head));
+  }
+}
+
+KVCACHE_TARGET inline void prepare_folded(index_t head_dim, const float* queries, index_t num_rows,
+                                          const bfloat16* scales, const bfloat16* offsets, float* prepared) {
+  const index_t row_floats = prepared_query_floats(head_dim);
+  index_t r = 0;
+  for (; r + 4 <= num_rows; r += 4)
+    prepare_folded_rows<4>(head_dim, queries + r * head_dim, scales, offsets, prepared + r * row_floats);
+  for (; r < num_rows; ++r)
+    prepare_folded_rows<1>(head_dim, queries + r * head_dim, scales, offsets, prepared + r * row_floats);
+}
