@@ -235,9 +235,10 @@ struct centred_keys : plain_side {
       alignas(64) std::array<float, rows_at_once*(16 + max_head_dim)> made;
       const index_t dim = rotary_dim();
       kernels.channel.couple(queries, num_rows, stride, turns->num_pairs(), mean, coupled.data());
-      kernels.int8.prepare(dim, coupled.data(), num_rows, made.data());
-      kernels.int8.scores(turns->carrier_geometry(g.block_size), turns->carriers(), carrier_scales(), count,
-                          made.data(), num_rows, of_mean.data(), nullptr);
+      const kernel::int8_kernels& bytes = bytes_in(kernels);
+      bytes.prepare(dim, coupled.data(), num_rows, made.data());
+      bytes.scores(turns->carrier_geometry(g.block_size), turns->carriers(), carrier_scales(), count,
+                   made.data(), num_rows, of_mean.data(), nullptr);
     }
     for (index_t r = 0; r < num_rows; ++r) {
       float* row = scores + r * g.block_size;
@@ -251,6 +252,15 @@ struct centred_keys : plain_side {
       for (index_t d = rotary_dim(); d < g.head_dim; ++d)
         constant += queries[r * stride + d] * to_float(mean[d]);
       kernels.channel.shift(row, num_scores, constant);
+    }
+  }
+
+  /// As exact as the rest needs them.
+  static const kernel::int8_kernels& bytes_in(const kernel::table& kernels) noexcept {
+    if constexpr (requires { Keys::coarse_queries; }) {
+      return kernels.coarse;
+    } else {
+      return kernels.int8;
     }
   }
 

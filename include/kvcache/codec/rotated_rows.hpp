@@ -128,6 +128,8 @@ struct rotated_rows : plain_side {
 
 template <class Quantiser>
 struct rotated_keys : rotated_rows<Quantiser, keys_in_order> {
+  static constexpr bool coarse_queries = true;  ///< queries are bytes
+
   [[nodiscard]] rotated_keys at(index_t layer, index_t head) const {
     return {{{}, this->rotation.at(layer, head)}};
   }
