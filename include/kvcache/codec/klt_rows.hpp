@@ -264,7 +264,6 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
 
 struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   using group = detail::component_group;
-  static constexpr bool coarse_queries = true;  ///< those of most components are bytes
 
   /// Throws shape_error.
   static klt_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
