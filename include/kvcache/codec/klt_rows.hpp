@@ -15,7 +15,6 @@
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
-#include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/klt_groups.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
@@ -23,14 +22,12 @@
 #include <kvcache/codec/low_rank_settings.hpp>
 #include <kvcache/codec/low_rank_side.hpp>
 #include <kvcache/codec/scales.hpp>
-#include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <span>
@@ -185,42 +182,31 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   }
   const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
                        index_t num_rows, float* prepared) const {
-    alignas(64) detail::component_rows memory;
-    const index_t stride = padded_rank();
-    for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-      const index_t n = std::min(detail::work_rows, num_rows - first);
-      kernels.f32.scores({stride, g.head_dim}, basis_out(), stride, queries + first * g.head_dim, n,
-                         memory.data(), nullptr);
+    for_each_query(kernels, g, queries, num_rows, [&](index_t r, float* row) {
       float* of_group = prepared;
       for_each(g, [&](auto with, const group& part) {
         const index_t floats = kernel::prepared_query_floats(part.geometry.head_dim);
-        for (index_t r = 0; r < n; ++r) {
-          float* row = memory.data() + r * stride + part.first;
-          for (index_t i = 0; i < part.geometry.head_dim; ++i)
-            row[i] *= basis.spreads[part.first + i] * with.unit * detail::klt_scale_divisor;
-          with.kernels_in(kernels).prepare(part.geometry.head_dim, row, 1, of_group + (first + r) * floats);
-        }
+        float* own = row + part.first;
+        for (index_t i = 0; i < part.geometry.head_dim; ++i) own[i] *= with.unit * detail::klt_scale_divisor;
+        with.kernels_in(kernels).prepare(part.geometry.head_dim, own, 1, of_group + r * floats);
         of_group += num_rows * floats;
       });
-    }
+    });
     return prepared;
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
-    alignas(64) std::array<float, detail::work_rows * max_block_size> memory;
-    const index_t num_scores = round_up(count, key_lanes);
     for_each(g, [&](auto with, const group& part) {
       const index_t floats = kernel::prepared_query_floats(part.geometry.head_dim);
-      const std::byte* after =
-          part.first + part.geometry.head_dim == rank() ? next : section + part.next_offset;
-      for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-        const index_t n = std::min(detail::work_rows, num_rows - first);
-        float* to = scores + first * g.block_size;
+      const auto write = [&](index_t first, index_t n, float* out) {
         with.scores(kernels, part.geometry, section + part.offset, token_scales(g, section), count,
-                    prepared + first * floats, n, part.first == 0 ? to : memory.data(), after);
-        for (index_t r = 0; part.first != 0 && r < n; ++r)
-          detail::add_floats(memory.data() + r * g.block_size, num_scores, to + r * g.block_size);
+                    prepared + first * floats, n, out, after(part, section, next));
+      };
+      if (part.first == 0) {
+        write(0, num_rows, scores);
+      } else {
+        detail::add_scores(g.block_size, count, num_rows, scores, write);
       }
       prepared += num_rows * floats;
     });
@@ -243,38 +229,23 @@ struct klt_values : detail::klt_rows<detail::values_in_order> {
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
-    alignas(64) detail::component_rows memory;
     for_each(g, [&](auto with, const group& part) {
-      const index_t dim = part.geometry.head_dim;
-      const std::byte* after = part.first + dim == rank() ? next : section + part.next_offset;
-      for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-        const index_t n = std::min(detail::work_rows, num_rows - first);
-        std::fill_n(memory.begin(), n * dim, 0.0F);
-        with.accumulate(kernels, part.geometry, section + part.offset, token_scales(g, section), count,
-                        weights + first * g.block_size, n, memory.data(), after);
-        for (index_t r = 0; r < n; ++r)
-          detail::add_floats(memory.data() + r * dim, dim, sums + (first + r) * g.head_dim + part.first);
-      }
+      detail::add_sums(part.geometry.head_dim, g.head_dim, num_rows, sums + part.first,
+                       [&](index_t first, index_t n, float* out) {
+                         with.accumulate(kernels, part.geometry, section + part.offset,
+                                         token_scales(g, section), count, weights + first * g.block_size, n,
+                                         out, after(part, section, next));
+                       });
     });
   }
 
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
-    alignas(64) detail::component_rows memory;
-    const index_t stride = padded_rank();
-    for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-      const index_t n = std::min(detail::work_rows, num_rows - first);
-      float* rows = sums + first * g.head_dim;
-      std::fill_n(memory.begin(), n * stride, 0.0F);
+    rebuild_sums(kernels, g, num_rows, sums, [&](float* row) {
       for_each(g, [&](auto with, const group& part) {
-        for (index_t r = 0; r < n; ++r) {
-          for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i)
-            memory[static_cast<std::size_t>(r * stride + i)] =
-                rows[r * g.head_dim + i] * (basis.spreads[i] * with.unit * detail::klt_scale_divisor);
-        }
+        for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i)
+          row[i] *= with.unit * detail::klt_scale_divisor;
       });
-      std::fill_n(rows, n * g.head_dim, 0.0F);
-      kernels.f32.accumulate({stride, g.head_dim}, basis_out(), rank(), memory.data(), n, rows, nullptr);
-    }
+    });
   }
 };
 
