@@ -13,6 +13,7 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -142,6 +143,31 @@ TEMPLATE_TEST_CASE("scores are those of the rows that are read back", "[codec]",
   }
   const block_geometry g{.block_size = 32, .head_dim = 20};
   check({}, g, {random.floats(32 * 20), random.floats(32 * 20)});
+}
+
+TEST_CASE("keys at the ends of float are centred without infinities", "[codec]") {
+  test::random random;
+  for (const rope_config& rope : configurations()) {
+    const block_geometry g{.block_size = 16, .head_dim = rope.head_dim};
+    const codec::centred<codec::int8> codec(rope);
+    for (const float size : {3.3e38F, 2.5e38F, 1e38F}) {
+      for (const bool same_sign : {true, false}) {
+        CAPTURE(rope.head_dim, size, same_sign);
+        key_value_rows rows{std::vector<float>(static_cast<std::size_t>(16 * rope.head_dim), size), {}};
+        for (float& x : rows.k)
+          if (!same_sign && random.chance(0.5)) x = -x;
+        rows.v = rows.k;
+        for (const index_t count : {1, 16}) {
+          key_value_rows some = rows;
+          some.k.resize(static_cast<std::size_t>(count * rope.head_dim));
+          some.v.resize(some.k.size());
+          const auto back = through(g, some, codec);
+          CHECK(std::none_of(back.k.begin(), back.k.end(), [](float x) { return std::isnan(x); }));
+          if (size < 1.1e38F) CHECK(relative_error(back.k, some.k) < 1e-3);
+        }
+      }
+    }
+  }
 }
 
 TEST_CASE("settings of centred come back, and others are refused", "[codec]") {

@@ -14,6 +14,7 @@
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/kernel/select.hpp>
 
+#include "codec/coded_attention.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
@@ -36,6 +37,7 @@ namespace kernel = kvcache::kernel;
 using codec::component_store;
 using codec::low_rank_bases;
 using codec::low_rank_options;
+using test::attention_error;
 
 namespace {
 
@@ -333,35 +335,6 @@ TEST_CASE("bytes of low_rank are what the layout adds up to", "[codec]") {
   CHECK(kvcache::chunked_cache<kvcache::any_codec>(shape, any).bytes().total ==
         half_rank.keys.bases->key_bytes());
 }
-
-namespace {
-
-/// The worst difference between attention over a cache and over an f32 cache of the rows it gives back.
-template <class Cache>
-double attention_error(const Cache& cache, index_t layer, const kernel::table& kernels, index_t q_len,
-                       test::random& random) {
-  const cache_shape shape = cache.shape();
-  const index_t size = cache[layer].size();
-  const auto n = static_cast<std::size_t>(size * shape.num_kv_heads * shape.head_dim);
-  std::vector<float> k(n);
-  std::vector<float> v(n);
-  cache[layer].copy_out(0, size, k, v);
-  kvcache::contiguous_cache<codec::f32> plain(shape);
-  plain[layer].append(k, v);
-  constexpr index_t group = 5;
-  const std::vector<float> q = random.floats(q_len * group * shape.num_kv_heads * shape.head_dim);
-  std::vector<float> got(q.size());
-  std::vector<float> expected(q.size());
-  const kvcache::attend_options options{.q_len = q_len, .kernel = &kernels};
-  attend(q, cache[layer], got, options);
-  attend(q, plain[layer], expected, options);
-  double worst = 0;
-  for (std::size_t i = 0; i < got.size(); ++i)
-    worst = std::max(worst, std::fabs(double{got[i]} - double{expected[i]}));
-  return worst;
-}
-
-}  // namespace
 
 TEST_CASE("attention over components is that over the rows they stand for", "[codec]") {
   test::random random;

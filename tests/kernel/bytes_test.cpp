@@ -521,3 +521,41 @@ TEST_CASE("queries are folded and made ready at once as in two steps", "[kernel]
     }
   }
 }
+
+TEST_CASE("products with a row that turns are coupled from what turns, on every level", "[kernel]") {
+  test::random random;
+  constexpr float guard = 77.0F;
+  for (const index_t num_pairs : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 256}) {
+    for (const index_t num_rows : {1, 3, 8}) {
+      for (const index_t more : {0, 1, 5, 16}) {
+        const index_t stride = 2 * num_pairs + more;
+        const auto queries = random.floats(num_rows * stride);
+        std::vector<bfloat16> means;
+        for (index_t d = 0; d < 2 * num_pairs; ++d) means.push_back(from_float<bfloat16>(random.normal()));
+        for (const kernel::isa level : kernel::available()) {
+          CAPTURE(num_pairs, num_rows, stride, kernel::to_string(level));
+          std::vector<float> out(static_cast<std::size_t>(num_rows * 2 * num_pairs + 1), guard);
+          kernel::select(level).channel.couple(queries.data(), num_rows, stride, num_pairs, means.data(),
+                                               out.data());
+          double worst = 0;
+          for (index_t r = 0; r < num_rows; ++r) {
+            const float* q = queries.data() + r * stride;
+            const float* made = out.data() + r * 2 * num_pairs;
+            for (index_t i = 0; i < num_pairs; ++i) {
+              const double mean_a = to_float(means[static_cast<std::size_t>(i)]);
+              const double mean_b = to_float(means[static_cast<std::size_t>(num_pairs + i)]);
+              const double a = q[i];
+              const double b = q[num_pairs + i];
+              const double size = (std::fabs(a) + std::fabs(b)) * (std::fabs(mean_a) + std::fabs(mean_b));
+              worst = std::max(worst, std::fabs(a * mean_a + b * mean_b - double{made[i]}) / size);
+              worst =
+                  std::max(worst, std::fabs(b * mean_a - a * mean_b - double{made[num_pairs + i]}) / size);
+            }
+          }
+          REQUIRE(worst < 0x1p-22);
+          REQUIRE(out.back() == guard);
+        }
+      }
+    }
+  }
+}

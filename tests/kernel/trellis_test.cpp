@@ -274,6 +274,88 @@ TEST_CASE("normally distributed rows keep the distortion of their bits", "[kerne
   REQUIRE(distance / size > std::ldexp(1.0, -2 * bits));  // Shannon's bound
 }
 
+TEST_CASE("rows in units of their own are encoded to the same codes on every instruction set", "[kernel]") {
+  test::random random(8);
+  const int bits = GENERATE(2, 3, 4);
+  const std::vector<std::int8_t> other_table = random_table(random);
+  std::vector<std::int8_t> extreme(256, 127);
+  extreme[0] = -127;
+  const std::int8_t* const tables[] = {codec::trellis_table(bits), other_table.data(), extreme.data()};
+  for (const float unit : {1.0F, 0.37F, 1e-30F, 1e30F}) {
+    const float limit = 127.0F / kernel::trellis_unit * unit;
+    for (const index_t dim : awkward_dims) {
+      for (int kind = 0; kind < 6; ++kind) {
+        std::vector<float> row = random.floats(dim);
+        for (std::size_t i = 0; i < row.size(); ++i) {
+          if (kind == 0) row[i] = std::clamp(row[i] * unit, -limit, limit);
+          if (kind == 1) row[i] = limit;
+          if (kind == 2) row[i] = i % 2 == 0 ? limit : -limit;
+          if (kind == 3) row[i] = std::copysign(limit, row[i]);
+          if (kind == 4) row[i] = i == row.size() / 2 ? unit * 1e-7F : 0.0F;
+          if (kind == 5) row[i] = 0.0F;
+        }
+        for (const std::int8_t* table : tables) {
+          const encoded expected = encode(kernel::isa::portable, bits, row, table, unit);
+          REQUIRE(std::isfinite(expected.scale));
+          for (const kernel::isa level : kernel::available()) {
+            CAPTURE(bits, unit, dim, kind, kernel::to_string(level));
+            REQUIRE(encode(level, bits, row, table, unit) == expected);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("no other codes come nearer to a row in units of its own", "[kernel]") {
+  test::random random(9);
+  const int bits = GENERATE(2, 3, 4);
+  const std::vector<std::int8_t> other_table = random_table(random);
+  constexpr float unit = 0.7F;
+  constexpr float limit = 127.0F / kernel::trellis_unit * unit;
+  for (int i = 0; i < 40; ++i) {
+    const std::int8_t* table = i % 2 == 0 ? codec::trellis_table(bits) : other_table.data();
+    // rows far below the unit, of it, and at the limit
+    std::vector<float> row = random.floats(i < 30 ? random.between(1, 200) : 512);
+    const float size = i % 3 == 0 ? 1e-3F : i % 3 == 1 ? unit : 10;
+    std::vector<double> in_units;
+    for (float& x : row) {
+      x = i == 39 ? 0.0F : std::clamp(x * size, -limit, limit);
+      in_units.push_back(double{x} / double{unit} * kernel::trellis_unit);
+    }
+    const encoded e = encode(kernel::available().back(), bits, row, table, unit);
+    const std::vector<double> found = decode(bits, e.codes, table, 1.0);
+    double distance = 0;
+    for (std::size_t d = 0; d < row.size(); ++d)
+      distance += (in_units[d] - found[d]) * (in_units[d] - found[d]);
+    const double least = least_distance(bits, in_units, table);
+    CAPTURE(bits, i, row.size());
+    const double rounding = 0.6 / (1 << (6 - bits)) * std::sqrt(static_cast<double>(row.size()));
+    REQUIRE(distance >= least * (1 - 1e-9));
+    REQUIRE(std::sqrt(distance) <= std::sqrt(least) + 2 * rounding);
+  }
+}
+
+TEST_CASE("normally distributed rows in their true unit lose little more than in their own", "[kernel]") {
+  test::random random(10);
+  const int bits = GENERATE(2, 3, 4);
+  constexpr float limit = 127.0F / kernel::trellis_unit;
+  double own = 0;
+  double given = 0;
+  for (int i = 0; i < 500; ++i) {
+    const std::vector<float> row = random.floats(128);
+    std::vector<float> clamped = row;
+    for (float& x : clamped) x = std::clamp(x, -limit, limit);
+    const encoded e = encode(kernel::available().back(), bits, row, codec::trellis_table(bits));
+    own += squared_distance(row, decode(bits, e.codes, codec::trellis_table(bits), double{e.scale}));
+    const encoded f = encode(kernel::available().back(), bits, clamped, codec::trellis_table(bits), 1.0F);
+    given +=
+        squared_distance(row, decode(bits, f.codes, codec::trellis_table(bits), 1.0 / kernel::trellis_unit));
+  }
+  CAPTURE(bits, own, given);
+  REQUIRE(given < own * 1.15);
+}
+
 TEST_CASE("codes of a block become the numbers of the table, and nothing around them changes", "[kernel]") {
   test::random random(6);
   const int bits = GENERATE(2, 3, 4);

@@ -74,7 +74,8 @@ inline void turn_mean(const rope_turns* turns, const float* mean, index_t t, ind
   }
 }
 
-/// The mean of rows, turned back to slot 0, apart, of numbers in bfloat16. \param first  slot of row 0
+/// The mean of rows, turned back to slot 0, apart, of numbers in bfloat16 that may be turned anywhere without passing float;
+/// where rows are beyond that, their mean is cut off. \param first  slot of row 0
 inline mean_row mean_before_rope(const rope_turns* turns, index_t head_dim, index_t first, index_t count,
                                  const_rows rows) noexcept {
   mean_row mean;
@@ -90,7 +91,10 @@ inline mean_row mean_before_rope(const rope_turns* turns, index_t head_dim, inde
     lanes::transform(
         head_dim, mean.data(), [share](auto sum, auto x) { return sum + x * share; }, mean.data(), row);
   }
-  for (float& x : mean) x = to_float(to_finite_bfloat16(x));
+  constexpr float largest = 0x1p126F;
+  for (float& x : mean)
+    x = x == x ? to_float(to_finite_bfloat16(std::clamp(x, -largest, largest)))
+               : 0.0F;  // infinity less infinity
   return mean;
 }
 

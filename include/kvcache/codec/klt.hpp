@@ -16,7 +16,9 @@
 #pragma once
 
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/klt_groups.hpp>
 #include <kvcache/codec/klt_rows.hpp>
+#include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/low_rank.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
@@ -72,7 +74,10 @@ class klt_allocator {
     index_t bits;
     double error;
   };
-  static constexpr std::array<choice, 4> choices{{{0, 1.0}, {2, 0.0774}, {4, 0.0057}, {8, 1.3e-4}}};
+  static constexpr std::array<choice, 4> choices{{{0, 1.0},
+                                                  {2, klt_codes<2, keys_in_order>::error},
+                                                  {4, klt_codes<4, keys_in_order>::error},
+                                                  {8, klt_bytes<keys_in_order>::error}}};
   static constexpr index_t quad = 4;  // components that get the same bits
 
   /// \param costs  for each side of each layer, what is lost with each of its components, [head_dim], falling

@@ -8,32 +8,28 @@
 //
 // Spreads and units go into the query, once for many blocks, or to the sums behind them; groups add up. The scale is how
 // large a row is beside those of the calibration, and so large that no component passes what its levels reach by much.
+// Rows unlike those of the calibration would lose all else to such a scale: they get the one of least error, and components
+// beyond it are cut off. They lose hardly more than all of what they have where the calibration saw nothing.
 // The same bytes on every instruction set. Rows that are not finite are refused.
 #pragma once
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
-#include <kvcache/codec/concepts.hpp>
+#include <kvcache/codec/klt_groups.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/codec/low_rank_settings.hpp>
 #include <kvcache/codec/low_rank_side.hpp>
 #include <kvcache/codec/scales.hpp>
-#include <kvcache/codec/trellis.hpp>
-#include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
-#include <kvcache/core/memory.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -41,135 +37,6 @@
 namespace kvcache::inline v0::codec {
 
 namespace detail {
-
-/// Components in bytes, up to 5 spreads. \tparam Order  keys_in_order or values_in_order
-template <class Order>
-struct klt_bytes {
-  static constexpr float reach = 5.0F;
-  static constexpr float unit = reach / 127.0F;
-
-  static constexpr index_t section_bytes(const block_geometry& g) noexcept {
-    return round_up(Order::size(g), block_alignment);
-  }
-  static constexpr index_t row_bytes(const block_geometry& g) noexcept { return g.head_dim; }
-
-  static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t token,
-                     const float* row) {
-    std::array<std::int8_t, max_head_dim + 4> levels{};
-    kernels.int8.quantize(row, g.head_dim, unit, levels.data());
-    for (index_t d = 0; d < g.head_dim; ++d)
-      section[Order::index(g, token, d)] = static_cast<std::byte>(levels[static_cast<std::size_t>(d)]);
-  }
-  static void decode(const block_geometry& g, const std::byte* section, index_t token, float* row) {
-    for (index_t d = 0; d < g.head_dim; ++d)
-      row[d] = static_cast<float>(static_cast<std::int8_t>(section[Order::index(g, token, d)]));
-  }
-  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
-                       index_t to_slot) noexcept {
-    Order::move_row(g, from, from_slot, to, to_slot);
-  }
-  static const kernel::int8_kernels& kernels_in(const kernel::table& kernels) noexcept {
-    return kernels.int8;
-  }
-  static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                     const bfloat16* scales, index_t count, const float* prepared, index_t num_rows,
-                     float* scores, const std::byte* next) {
-    kernels.int8.scores(g, section, scales, count, prepared, num_rows, scores, next);
-  }
-  static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                         const bfloat16* scales, index_t count, const float* weights, index_t num_rows,
-                         float* sums, const std::byte* next) {
-    kernels.int8.accumulate(g, section, scales, count, weights, num_rows, sums, next);
-  }
-};
-
-/// Components in codes of a trellis, up to 3.5 spreads, those up to 4.5 as if they were no larger.
-template <int Bits, class Order>
-struct klt_codes {
-  using quantiser = trellis_quantiser<Bits>;
-  using codes = packed_codes<Bits, Order>;
-  static constexpr float reach = 4.5F;
-  static constexpr float unit = 1.0F / kernel::trellis_unit;
-  static constexpr float largest = 127 * unit;
-
-  static constexpr index_t section_bytes(const block_geometry& g) noexcept { return codes::section_bytes(g); }
-  static constexpr index_t row_bytes(const block_geometry& g) noexcept { return codes::row_bytes(g); }
-
-  static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t token,
-                     const float* row) {
-    alignas(64) component_row clamped;
-    std::transform(row, row + g.head_dim, clamped.begin(),
-                   [](float x) { return std::clamp(x, -largest, largest); });
-    code_row row_codes;
-    kernels.trellis.encode(Bits, clamped.data(), g.head_dim, quantiser::table(), 1.0F, row_codes.data());
-    codes::put(g, section, token, row_codes.data());
-  }
-  static void decode(const block_geometry& g, const std::byte* section, index_t token, float* row) {
-    const code_row row_codes = codes_of(g, section, token);
-    quantiser::levels(row_codes.data(), g.head_dim, row);
-  }
-  static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
-                       index_t to_slot) noexcept {
-    code_row row_codes = codes_of(g, from, from_slot);
-    codes::put(g, to, to_slot, row_codes.data());
-  }
-  static const kernel::int8_kernels& kernels_in(const kernel::table& kernels) noexcept {
-    return kernels.coarse;
-  }
-  static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                     const bfloat16* scales, index_t count, const float* prepared, index_t num_rows,
-                     float* scores, const std::byte* next) {
-    quantiser::scores({kernels, g, section, quantiser::unpack_book(), count, next}, scales, prepared,
-                      num_rows, scores);
-  }
-  static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                         const bfloat16* scales, index_t count, const float* weights, index_t num_rows,
-                         float* sums, const std::byte* next) {
-    quantiser::accumulate({kernels, g, section, quantiser::unpack_book(), count, next}, scales, weights,
-                          num_rows, sums);
-  }
-
- private:
-  static code_row codes_of(const block_geometry& g, const std::byte* section, index_t token) noexcept {
-    code_row row_codes;
-    for (index_t d = 0; d < g.head_dim; ++d)
-      row_codes[static_cast<std::size_t>(d)] = codes::get(g, section, token, d);
-    return row_codes;
-  }
-};
-
-/// Calls body(Group{}, component_group) for each group there is, in order.
-template <class Order, class Body>
-void for_each_klt_group(const low_rank_layout& layout, index_t block_size, Body body) {
-  index_t first = 0;
-  index_t offset = 0;
-  const auto visit = [&]<class Group>(Group group, index_t count) {
-    if (count == 0) return;
-    const block_geometry g{block_size, count};
-    const index_t end = offset + Group::section_bytes(g);
-    body(group, component_group{first, offset, end, g});
-    first += count;
-    offset = end;
-  };
-  visit(klt_bytes<Order>{}, layout.int8);
-  visit(klt_codes<4, Order>{}, layout.bits4);
-  visit(klt_codes<2, Order>{}, layout.bits2);
-}
-
-/// Bytes of one row's codes in all groups, and of all rows' in a block.
-struct klt_sizes {
-  index_t row = 0;
-  index_t block = 0;
-};
-template <class Order>
-klt_sizes klt_sizes_of(const low_rank_layout& layout, index_t block_size) {
-  klt_sizes sizes;
-  for_each_klt_group<Order>(layout, block_size, [&](auto group, const component_group& part) {
-    sizes.row += group.row_bytes(part.geometry);
-    sizes.block = part.next_offset;
-  });
-  return sizes;
-}
 
 /// What keys and values have in common. \tparam Order  keys_in_order or values_in_order
 template <class Order>
@@ -197,9 +64,11 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
       std::transform(row, row + g.head_dim, x.begin(), [&](float number) { return number * range.inverse; });
       this->project(x.data(), g.head_dim, c.data());
       for (index_t i = 0; i < this->rank(); ++i) c[static_cast<std::size_t>(i)] /= this->basis.spreads[i];
-      const bfloat16 scale = bfloat16_not_below(scale_of(c.data(), g.block_size) * range.unit);
+      const float unit = range.unit / klt_scale_divisor;
+      const bfloat16 scale =
+          bfloat16_not_below(std::min(scale_of(c.data(), g.block_size) * unit, largest_klt_scale));
       set_scale(section + codes_bytes(g), t, scale);
-      const float inverse = to_float(scale) > 0 ? range.unit / to_float(scale) : 0.0F;
+      const float inverse = to_float(scale) > 0 ? unit / to_float(scale) : 0.0F;
       for (index_t i = 0; i < this->rank(); ++i) c[static_cast<std::size_t>(i)] *= inverse;
       for_each(g, [&](auto group, const component_group& part) {
         group.encode(kernels, part.geometry, section + part.offset, t, c.data() + part.first);
@@ -211,7 +80,7 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
               index_t first, index_t count, mutable_rows rows) const {
     alignas(64) component_row c;
     for (index_t t = first; t < first + count; ++t) {
-      const float scale = to_float(token_scales(g, section)[t]);
+      const float scale = klt_scale_divisor * to_float(token_scales(g, section)[t]);
       for_each(g, [&](auto group, const component_group& part) {
         float* of_group = c.data() + part.first;
         group.decode(part.geometry, section + part.offset, t, of_group);
@@ -244,19 +113,47 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
 
  private:
   /// Root mean square of the components in spreads, those that spread far counting more; but so much that none is beyond the
-  /// reach of its group.
+  /// reach of its group, unless the noise of that would be more than a quarter of the row.
   [[nodiscard]] float scale_of(const float* c, index_t block_size) const noexcept {
     float squares = 0;
     float spreads = 0;
     float least = 0;
+    float energy = 0;
+    float noise = 0;  // at a scale of one
     for_each_klt_group<Order>(this->layout(), block_size, [&](auto group, const component_group& part) {
       for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i) {
-        squares += this->basis.spreads[i] * c[i] * c[i];
-        spreads += this->basis.spreads[i];
+        const float spread = this->basis.spreads[i];
+        squares += spread * c[i] * c[i];
+        spreads += spread;
+        energy += spread * c[i] * (spread * c[i]);
+        noise += spread * spread * static_cast<float>(group.error);
         least = std::max(least, std::fabs(c[i]) / group.reach);
       }
     });
-    return spreads > 0 ? std::max(std::sqrt(squares / spreads), least) : 0.0F;
+    const float usual = spreads > 0 ? std::max(std::sqrt(squares / spreads), least) : 0.0F;
+    return noise * usual * usual <= energy / 4 ? usual : best_scale(c, block_size, noise);
+  }
+
+  /// The scale of least noise and components cut off, noise * scale^2 + sum over i beyond the reach of
+  /// spread[i]^2 (|c[i]| - reach * scale)^2: by Newton's method, which comes to it from below.
+  [[nodiscard]] float best_scale(const float* c, index_t block_size, float noise) const noexcept {
+    float scale = 0;
+    for (int step = 0; step < 16; ++step) {
+      float wanted = 0;
+      float weight = noise;
+      for_each_klt_group<Order>(this->layout(), block_size, [&](auto group, const component_group& part) {
+        for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i) {
+          if (std::fabs(c[i]) <= group.reach * scale) continue;
+          const float reached = this->basis.spreads[i] * group.reach;
+          wanted += this->basis.spreads[i] * std::fabs(c[i]) * reached;
+          weight += reached * reached;
+        }
+      });
+      const float next = wanted / weight;
+      if (!(next > scale)) break;
+      scale = next;
+    }
+    return scale;
   }
 };
 
@@ -285,42 +182,31 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   }
   const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
                        index_t num_rows, float* prepared) const {
-    alignas(64) detail::component_rows memory;
-    const index_t stride = padded_rank();
-    for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-      const index_t n = std::min(detail::work_rows, num_rows - first);
-      kernels.f32.scores({stride, g.head_dim}, basis_out(), stride, queries + first * g.head_dim, n,
-                         memory.data(), nullptr);
+    for_each_query(kernels, g, queries, num_rows, [&](index_t r, float* row) {
       float* of_group = prepared;
       for_each(g, [&](auto with, const group& part) {
         const index_t floats = kernel::prepared_query_floats(part.geometry.head_dim);
-        for (index_t r = 0; r < n; ++r) {
-          float* row = memory.data() + r * stride + part.first;
-          for (index_t i = 0; i < part.geometry.head_dim; ++i)
-            row[i] *= basis.spreads[part.first + i] * with.unit;
-          with.kernels_in(kernels).prepare(part.geometry.head_dim, row, 1, of_group + (first + r) * floats);
-        }
+        float* own = row + part.first;
+        for (index_t i = 0; i < part.geometry.head_dim; ++i) own[i] *= with.unit * detail::klt_scale_divisor;
+        with.kernels_in(kernels).prepare(part.geometry.head_dim, own, 1, of_group + r * floats);
         of_group += num_rows * floats;
       });
-    }
+    });
     return prepared;
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
-    alignas(64) std::array<float, detail::work_rows * max_block_size> memory;
-    const index_t num_scores = round_up(count, key_lanes);
     for_each(g, [&](auto with, const group& part) {
       const index_t floats = kernel::prepared_query_floats(part.geometry.head_dim);
-      const std::byte* after =
-          part.first + part.geometry.head_dim == rank() ? next : section + part.next_offset;
-      for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-        const index_t n = std::min(detail::work_rows, num_rows - first);
-        float* to = scores + first * g.block_size;
+      const auto write = [&](index_t first, index_t n, float* out) {
         with.scores(kernels, part.geometry, section + part.offset, token_scales(g, section), count,
-                    prepared + first * floats, n, part.first == 0 ? to : memory.data(), after);
-        for (index_t r = 0; part.first != 0 && r < n; ++r)
-          detail::add_floats(memory.data() + r * g.block_size, num_scores, to + r * g.block_size);
+                    prepared + first * floats, n, out, after(part, section, next));
+      };
+      if (part.first == 0) {
+        write(0, num_rows, scores);
+      } else {
+        detail::add_scores(g.block_size, count, num_rows, scores, write);
       }
       prepared += num_rows * floats;
     });
@@ -343,38 +229,23 @@ struct klt_values : detail::klt_rows<detail::values_in_order> {
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
-    alignas(64) detail::component_rows memory;
     for_each(g, [&](auto with, const group& part) {
-      const index_t dim = part.geometry.head_dim;
-      const std::byte* after = part.first + dim == rank() ? next : section + part.next_offset;
-      for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-        const index_t n = std::min(detail::work_rows, num_rows - first);
-        std::fill_n(memory.begin(), n * dim, 0.0F);
-        with.accumulate(kernels, part.geometry, section + part.offset, token_scales(g, section), count,
-                        weights + first * g.block_size, n, memory.data(), after);
-        for (index_t r = 0; r < n; ++r)
-          detail::add_floats(memory.data() + r * dim, dim, sums + (first + r) * g.head_dim + part.first);
-      }
+      detail::add_sums(part.geometry.head_dim, g.head_dim, num_rows, sums + part.first,
+                       [&](index_t first, index_t n, float* out) {
+                         with.accumulate(kernels, part.geometry, section + part.offset,
+                                         token_scales(g, section), count, weights + first * g.block_size, n,
+                                         out, after(part, section, next));
+                       });
     });
   }
 
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
-    alignas(64) detail::component_rows memory;
-    const index_t stride = padded_rank();
-    for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-      const index_t n = std::min(detail::work_rows, num_rows - first);
-      float* rows = sums + first * g.head_dim;
-      std::fill_n(memory.begin(), n * stride, 0.0F);
+    rebuild_sums(kernels, g, num_rows, sums, [&](float* row) {
       for_each(g, [&](auto with, const group& part) {
-        for (index_t r = 0; r < n; ++r) {
-          for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i)
-            memory[static_cast<std::size_t>(r * stride + i)] =
-                rows[r * g.head_dim + i] * basis.spreads[i] * with.unit;
-        }
+        for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i)
+          row[i] *= with.unit * detail::klt_scale_divisor;
       });
-      std::fill_n(rows, n * g.head_dim, 0.0F);
-      kernels.f32.accumulate({stride, g.head_dim}, basis_out(), rank(), memory.data(), n, rows, nullptr);
-    }
+    });
   }
 };
 

@@ -11,13 +11,11 @@
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
-#include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/codec/low_rank_settings.hpp>
 #include <kvcache/codec/low_rank_side.hpp>
 #include <kvcache/codec/scales.hpp>
-#include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -25,15 +23,10 @@
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
-#include <cstring>
-#include <memory>
 #include <span>
-#include <string>
 #include <string_view>
 #include <type_traits>
-#include <vector>
 
 namespace kvcache::inline v0::codec {
 
@@ -118,18 +111,8 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
   /// prepared = | rows of the first group | rows of the next | ...
   const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
                        index_t num_rows, float* prepared) const {
-    alignas(64) detail::component_rows memory;
-    const index_t stride = padded_rank();
-    for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-      const index_t n = std::min(detail::work_rows, num_rows - first);
-      kernels.f32.scores({stride, g.head_dim}, basis_out(), stride, queries + first * g.head_dim, n,
-                         memory.data(), nullptr);
-      for (index_t r = 0; r < n; ++r) {
-        float* row = memory.data() + r * stride;
-        for (index_t i = 0; i < rank(); ++i) row[i] *= basis.spreads[i];
-        prepare_row(kernels, g, row, first + r, num_rows, prepared);
-      }
-    }
+    for_each_query(kernels, g, queries, num_rows,
+                   [&](index_t r, const float* row) { prepare_row(kernels, g, row, r, num_rows, prepared); });
     return prepared;
   }
 
@@ -137,12 +120,14 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
     const float* of_group = prepared;
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
-      const std::byte* after =
-          part.first + part.geometry.head_dim == rank() ? next : section + part.next_offset;
+      const std::byte* behind = after(part, section, next);
       if (part.first == 0) {
-        side.scores(kernels, part.geometry, section, count, of_group, num_rows, scores, after);
+        side.scores(kernels, part.geometry, section, count, of_group, num_rows, scores, behind);
       } else {
-        add_scores(side, kernels, part, section, count, of_group, num_rows, scores, after);
+        detail::add_scores(g.block_size, count, num_rows, scores, [&](index_t first, index_t n, float* out) {
+          side.scores(kernels, part.geometry, section + part.offset, count,
+                      of_group + first * row_floats(side, part), n, out, behind);
+        });
       }
       of_group += num_rows * part_floats(side, part);
     });
@@ -171,22 +156,6 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
       of_group += num_rows * part_floats(side, part);
     });
   }
-
-  template <class Side>
-  static void add_scores(const Side& side, const kernel::table& kernels, const group& part,
-                         const std::byte* section, index_t count, const float* prepared, index_t num_rows,
-                         float* scores, const std::byte* next) {
-    alignas(64) std::array<float, detail::work_rows * max_block_size> memory;
-    const index_t block_size = part.geometry.block_size;
-    const index_t num_scores = round_up(count, key_lanes);
-    for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-      const index_t n = std::min(detail::work_rows, num_rows - first);
-      side.scores(kernels, part.geometry, section + part.offset, count,
-                  prepared + first * row_floats(side, part), n, memory.data(), next);
-      for (index_t r = 0; r < n; ++r)
-        detail::add_floats(memory.data() + r * block_size, num_scores, scores + (first + r) * block_size);
-    }
-  }
 };
 
 struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
@@ -206,43 +175,21 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
-    alignas(64) detail::component_rows memory;
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
-      const index_t dim = part.geometry.head_dim;
-      const std::byte* after = part.first + dim == rank() ? next : section + part.next_offset;
-      for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-        const index_t n = std::min(detail::work_rows, num_rows - first);
-        std::fill_n(memory.begin(), n * dim, 0.0F);
-        side.accumulate(kernels, part.geometry, section + part.offset, count, weights + first * g.block_size,
-                        n, memory.data(), after);
-        for (index_t r = 0; r < n; ++r)
-          detail::add_floats(memory.data() + r * dim, dim, sums + (first + r) * g.head_dim + part.first);
-      }
+      detail::add_sums(part.geometry.head_dim, g.head_dim, num_rows, sums + part.first,
+                       [&](index_t first, index_t n, float* out) {
+                         side.accumulate(kernels, part.geometry, section + part.offset, count,
+                                         weights + first * g.block_size, n, out, after(part, section, next));
+                       });
     });
   }
 
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
-    alignas(64) detail::component_rows memory;
-    const index_t stride = padded_rank();
-    for (index_t first = 0; first < num_rows; first += detail::work_rows) {
-      const index_t n = std::min(detail::work_rows, num_rows - first);
-      float* rows = sums + first * g.head_dim;
-      std::fill_n(memory.begin(), n * stride, 0.0F);
-      for (index_t r = 0; r < n; ++r)
-        finish_row(kernels, g, rows + r * g.head_dim, memory.data() + r * stride);
-      std::fill_n(rows, n * g.head_dim, 0.0F);
-      kernels.f32.accumulate({stride, g.head_dim}, basis_out(), rank(), memory.data(), n, rows, nullptr);
-    }
-  }
-
- private:
-  /// components = spread * sums, out of the groups' own coordinates.
-  void finish_row(const kernel::table& kernels, const block_geometry& g, float* sums,
-                  float* components) const {
-    detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
-      side.finish(kernels, part.geometry, 1, sums + part.first);
+    rebuild_sums(kernels, g, num_rows, sums, [&](float* row) {
+      detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
+        side.finish(kernels, part.geometry, 1, row + part.first);
+      });
     });
-    for (index_t i = 0; i < rank(); ++i) components[i] = sums[i] * basis.spreads[i];
   }
 };
 

@@ -112,6 +112,36 @@ inline void add_floats(const float* from, index_t count, float* to) noexcept {
   for (index_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
+/// Calls body(first, n) for all rows, work_rows at a time.
+template <class Body>
+void for_each_rows(index_t num_rows, Body body) {
+  for (index_t first = 0; first < num_rows; first += work_rows)
+    body(first, std::min(work_rows, num_rows - first));
+}
+
+/// Adds what part(first, n, out) writes to scores: those of n rows from `first` on, [n, block_size].
+template <class Part>
+void add_scores(index_t block_size, index_t count, index_t num_rows, float* scores, Part part) {
+  alignas(64) std::array<float, work_rows * max_block_size> memory;
+  for_each_rows(num_rows, [&](index_t first, index_t n) {
+    part(first, n, memory.data());
+    for (index_t r = 0; r < n; ++r)
+      add_floats(memory.data() + r * block_size, round_up(count, key_lanes),
+                 scores + (first + r) * block_size);
+  });
+}
+
+/// Adds what part(first, n, out) adds to zeros, [n, dim], to rows of sums that are `stride` apart.
+template <class Part>
+void add_sums(index_t dim, index_t stride, index_t num_rows, float* sums, Part part) {
+  alignas(64) component_rows memory;
+  for_each_rows(num_rows, [&](index_t first, index_t n) {
+    std::fill_n(memory.begin(), n * dim, 0.0F);
+    part(first, n, memory.data());
+    for (index_t r = 0; r < n; ++r) add_floats(memory.data() + r * dim, dim, sums + (first + r) * stride);
+  });
+}
+
 /// \tparam IsKeys  the basis is that of keys, in lanes
 template <bool IsKeys>
 struct low_rank_side : plain_side {
@@ -122,7 +152,8 @@ struct low_rank_side : plain_side {
 
   /// Throws shape_error where there are no bases, or those of another model.
   void validate(const cache_shape& shape) const {
-    if (bases == nullptr) throw shape_error("kvcache: low_rank needs bases; see low_rank_bases::fit");
+    if (bases == nullptr)
+      throw shape_error("kvcache: low_rank and klt need bases; see low_rank_bases::fit, klt_bases");
     if (!same_heads(bases->shape(), shape))
       throw shape_error("kvcache: the bases of low_rank are for another number of layers, heads or dims");
     for (index_t layer = 0; layer < shape.num_layers; ++layer) {
@@ -169,6 +200,42 @@ struct low_rank_side : plain_side {
       rebuild_rows(basis.out, rank(), head_dim, c, x);
     }
   }
+  /// Calls body(row, components) for every query: what the components of a key are multiplied by, spreads included.
+  template <class Body>
+  void for_each_query(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                      index_t num_rows, Body body) const {
+    alignas(64) component_rows memory;
+    const index_t stride = padded_rank();
+    for_each_rows(num_rows, [&](index_t first, index_t n) {
+      kernels.f32.scores({stride, g.head_dim}, basis_out(), stride, queries + first * g.head_dim, n,
+                         memory.data(), nullptr);
+      for (index_t r = 0; r < n; ++r) {
+        float* row = memory.data() + r * stride;
+        for (index_t i = 0; i < rank(); ++i) row[i] *= basis.spreads[i];
+        body(first + r, row);
+      }
+    });
+  }
+  /// Sums out of the basis, in place. \param components_in  turns a row of sums into components that lack their spreads, in
+  ///                                                        place too
+  template <class Turn>
+  void rebuild_sums(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums,
+                    Turn components_in) const {
+    alignas(64) component_rows memory;
+    const index_t stride = padded_rank();
+    for_each_rows(num_rows, [&](index_t first, index_t n) {
+      float* rows = sums + first * g.head_dim;
+      std::fill_n(memory.begin(), n * stride, 0.0F);
+      for (index_t r = 0; r < n; ++r) {
+        float* row = rows + r * g.head_dim;
+        components_in(row);
+        for (index_t i = 0; i < rank(); ++i)
+          memory[static_cast<std::size_t>(r * stride + i)] = row[i] * basis.spreads[i];
+      }
+      std::fill_n(rows, n * g.head_dim, 0.0F);
+      kernels.f32.accumulate({stride, g.head_dim}, basis_out(), rank(), memory.data(), n, rows, nullptr);
+    });
+  }
   [[nodiscard]] low_rank_layout layout() const noexcept {
     return basis.layout != nullptr ? *basis.layout : low_rank_layout{};
   }
@@ -183,6 +250,11 @@ struct low_rank_side : plain_side {
     for (index_t layer = 0; layer < bases->shape().num_layers; ++layer)
       most = std::max(most, count(layout_of(layer)));
     return most;
+  }
+  /// What is read behind a group: the next one, or `next` behind the last.
+  [[nodiscard]] const std::byte* after(const component_group& part, const std::byte* section,
+                                       const std::byte* next) const noexcept {
+    return part.first + part.geometry.head_dim == rank() ? next : section + part.next_offset;
   }
   [[nodiscard]] index_t rank() const noexcept { return layout().rank(); }
   /// Components and the padding behind them.

@@ -25,13 +25,10 @@
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
-#include <charconv>
 #include <cstddef>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <type_traits>
 #include <utility>
 #include <vector>

@@ -16,8 +16,11 @@
 //      Of two equal predecessors, and of two equal last states, the lower one.
 //   4. scale = sum m table[state] / sum table[state]^2 * 2^-k: least squares, of exact sums.
 //
+// With a unit of its own in place of rms(m) a row may be at 127 throughout.
+//
 // t^2 is the same for all codes and left out of the sums: they lie between -sum t^2 and sum (x^2 + 2 |t x|). For rows of 512
-// numbers and tables up to 127, times 64 for the fixed point, that is within [-2^26, 2^30), so nothing overflows.
+// numbers and tables up to 127, times 64 for the fixed point, that is within [-2^26, 2^30), and with a unit within
+// [-2^29, 3 * 2^29), so nothing overflows.
 // Source: Viterbi 1967; Tseng et al. 2024, "QTIP: Quantization with Trellises and Incoherence Processing", for the trellis.
 #pragma once
 
