@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 using kvcache::block_geometry;
@@ -188,9 +189,11 @@ TEST_CASE("settings of centred come back, and others are refused", "[codec]") {
                       kvcache::shape_error);
     }
     auto other = described;
-    std::memset(other.keys.settings.data() + 8, 0xff, 8);  // NaN
-    CHECK_THROWS_AS(kvcache::make_described<codec::centred<codec::rotated<4>>>(other, shape),
-                    kvcache::shape_error);
+    for (const double bad : {std::numeric_limits<double>::quiet_NaN(), 1e308}) {  // infinite over a block
+      std::memcpy(other.keys.settings.data() + 8, &bad, sizeof(bad));
+      CHECK_THROWS_AS(kvcache::make_described<codec::centred<codec::rotated<4>>>(other, shape),
+                      kvcache::shape_error);
+    }
     CHECK_THROWS_AS(kvcache::validate(codec, {.num_layers = 1, .num_kv_heads = 1, .head_dim = 32}),
                     kvcache::shape_error);
     CHECK(kvcache::settings_bytes(codec) == 256 * 64 * 5 + 32 * 8);
