@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdlib>
 #include <filesystem>
 #include <sstream>
@@ -156,11 +155,12 @@ TEST_CASE("specs of klt name bits, a tail and sinks, and nothing else", "[exampl
     CHECK_THROWS_AS(quality::klt_bits_in(spec), std::invalid_argument);
   for (const char* spec : {"klt3,k=int8", "klt3,v=rotated4", "klt3,first=1:int8", "klt3,tail=x", "klt3,"})
     CHECK_THROWS_AS(quality::klt_tail_in(spec), std::invalid_argument);
-  for (const std::size_t size : {0, 1, 7, 8, 64, 1024}) {
-    const std::vector<index_t> text = quality::with_facts(std::vector<index_t>(size, 1), 3);
-    CHECK(text.size() == size);
+  for (const index_t size : {0, 1, 7, 8, 64, 1024}) {
+    const std::vector<index_t> text =
+        quality::with_facts(std::vector<index_t>(static_cast<std::size_t>(size), 1), 3);
+    CHECK(std::ssize(text) == size);
     const auto facts = std::count_if(text.begin(), text.end(), [](index_t id) { return id >= 128; });
-    CHECK(facts >= 2 * std::min(std::ptrdiff_t{24}, std::ssize(text) / 8));
+    CHECK(facts >= 2 * std::min(index_t{24}, size / 8));
   }
 }
 
