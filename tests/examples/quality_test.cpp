@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -170,6 +171,24 @@ TEST_CASE("a decoding model keeps its distributions and its facts", "[examples]"
   CHECK(exact.correct == 48);
   CHECK(int8.correct == exact.correct);
   CHECK(pair4.correct == exact.correct);
+}
+
+TEST_CASE("specs of klt name bits, a tail and sinks, and nothing else", "[examples]") {
+  CHECK(quality::klt_bits_in("klt3.4") == 3.4);
+  CHECK(quality::klt_bits_in("klt2,tail=128") == 2);
+  CHECK(quality::klt_tail_in("klt2,tail=128,sinks=4").tail_tokens == 128);
+  CHECK(quality::klt_tail_in("klt2,tail=128,sinks=4").sink_tokens == 4);
+  for (const char* spec : {"klt", "klt0.5", "klt9", "klt3x", "klt-3"})
+    CHECK_THROWS_AS(quality::klt_bits_in(spec), std::invalid_argument);
+  for (const char* spec : {"klt3,k=int8", "klt3,v=rotated4", "klt3,first=1:int8", "klt3,tail=x", "klt3,"})
+    CHECK_THROWS_AS(quality::klt_tail_in(spec), std::invalid_argument);
+  for (const index_t size : {0, 1, 7, 8, 64, 1024}) {
+    const std::vector<index_t> text =
+        quality::with_facts(std::vector<index_t>(static_cast<std::size_t>(size), 1), 3);
+    CHECK(std::ssize(text) == size);
+    const auto facts = std::count_if(text.begin(), text.end(), [](index_t id) { return id >= 128; });
+    CHECK(facts >= 2 * std::min(index_t{24}, size / 8));
+  }
 }
 
 TEST_CASE("stories260K keeps its distributions behind an exact tail", "[examples]") {

@@ -24,6 +24,7 @@
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -42,6 +43,14 @@ namespace detail {
 template <class Order>
 struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
   static constexpr std::string_view side_name() noexcept { return "klt"; }
+  /// Throws shape_error where there are no bases, those of another model, or of a layout that klt has not.
+  void validate(const cache_shape& shape) const {
+    low_rank_side<std::is_same_v<Order, keys_in_order>>::validate(shape);
+    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+      if (this->layout_of(layer).num_exact() != 0)
+        throw shape_error("kvcache: klt stores components in 8, 4 and 2 bits, these bases have others");
+    }
+  }
 
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
     return this->here_or_most([&](const low_rank_layout& l) {

@@ -37,13 +37,14 @@ class rope_turns {
       : rope_turns(config.pairing, frequencies_of(config).radians) {}
 
   /// \param radians  from one token to the next, one for each pair. Throws shape_error if they are none, too many or not
-  ///                 finite.
+  ///                 finite over a block.
   rope_turns(rope_pairing pairing, std::vector<double> radians)
       : pairing_(pairing), radians_(std::move(radians)) {
     if (radians_.empty() || 2 * num_pairs() > max_head_dim)
       throw shape_error("kvcache: rope turns 1 to 256 pairs of dims");
-    if (!std::all_of(radians_.begin(), radians_.end(), [](double f) { return std::isfinite(f); }))
-      throw shape_error("kvcache: rope frequencies must be finite");
+    if (!std::all_of(radians_.begin(), radians_.end(),
+                     [](double f) { return std::isfinite(f * static_cast<double>(max_block_size)); }))
+      throw shape_error("kvcache: rope frequencies must be finite, over a block too");
     const index_t dim = rotary_dim();
     angles_.resize(static_cast<std::size_t>(max_block_size * dim));
     const block_geometry g = carrier_geometry(max_block_size);
