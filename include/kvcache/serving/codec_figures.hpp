@@ -42,7 +42,7 @@ struct speed_figures {
   std::string_view keys;
   std::string_view values;
   /// Decode of one token over 16,384 against bf16: 4 query heads per KV head on 1 and 2 threads, then 8 on 1 and 2.
-  /// 2 virtual CPUs of a Zen 4 with avx512, spreads of 5 to 30 %.
+  /// 2 virtual CPUs of a Zen 5 with avx512, spreads of 3 to 30 %.
   std::array<double, 4> decode{};
   /// Microseconds to encode keys and values of one token, 8 heads of 128, one thread; where it was measured.
   std::optional<double> encode_us;
@@ -90,14 +90,14 @@ inline constexpr std::array measured_quality = {
 
 inline constexpr std::array measured_speed = {
     speed_figures{"bf16", "bf16", {1, 1, 1, 1}, {}},  // by definition
-    speed_figures{"int8", "int8", {1.2, 1.4, 1.5, 1.5}, 1.2},
-    speed_figures{"rotated4", "rotated4", {2.1, 2.4, 2.5, 2.3}, 3.2},
-    speed_figures{"rotated2", "rotated2", {2.4, 2.6, 2.6, 2.6}, {}},
-    speed_figures{"channel4", "rotated4", {1.6, 2.0, 1.7, 1.7}, 4.8},
-    speed_figures{"channel3", "rotated3", {1.5, 1.9, 1.6, 1.6}, {}},
-    speed_figures{"balanced2", "rotated2", {1.7, 1.8, 1.5, 1.6}, 6.6},
-    speed_figures{"trellis4", "trellis4", {1.2, 1.6, 1.7, 1.6}, 51.0},
-    speed_figures{"trellis2", "trellis2", {1.2, 1.3, 1.5, 1.5}, 56.0}};
+    speed_figures{"int8", "int8", {1.9, 1.8, 1.5, 1.7}, 1.0},
+    speed_figures{"rotated4", "rotated4", {3.1, 3.2, 2.2, 2.6}, 2.6},
+    speed_figures{"rotated2", "rotated2", {3.8, 4.6, 2.4, 3.0}, {}},
+    speed_figures{"channel4", "rotated4", {2.9, 3.0, 2.0, 2.4}, 3.3},
+    speed_figures{"channel3", "rotated3", {2.8, 3.9, 2.0, 2.3}, {}},
+    speed_figures{"balanced2", "rotated2", {3.2, 4.5, 2.1, 2.4}, 4.5},
+    speed_figures{"trellis4", "trellis4", {2.7, 3.4, 1.9, 2.2}, 35.0},
+    speed_figures{"trellis2", "trellis2", {2.1, 3.4, 1.7, 2.1}, 35.0}};
 // clang-format on
 
 namespace detail {
