@@ -169,12 +169,14 @@ class low_rank_calibration {
   [[nodiscard]] std::vector<detail::components> key_components(double ridge = 1e-6) const {
     if (!(ridge >= 0 && std::isfinite(ridge))) refuse("ridge must not be negative");
     std::vector<detail::components> all;
+    all.reserve(moments_.size());
     for (const head_moments& head : moments_)
       all.push_back(detail::query_components(head.keys, head.queries, ridge));
     return all;
   }
   [[nodiscard]] std::vector<detail::components> value_components() const {
     std::vector<detail::components> all;
+    all.reserve(moments_.size());
     for (const head_moments& head : moments_) all.push_back(detail::principal_components(head.values));
     return all;
   }
@@ -244,10 +246,14 @@ inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
       keys.left_out ? all_of({}) : this->key_components(keys.ridge);
   const std::vector<detail::components> value_components =
       values.left_out ? all_of({}) : this->value_components();
-  std::vector<std::vector<double>> key_energies;
-  std::vector<std::vector<double>> value_energies;
-  for (const detail::components& head : key_components) key_energies.push_back(head.energies);
-  for (const detail::components& head : value_components) value_energies.push_back(head.energies);
+  const auto energies_of = [](const std::vector<detail::components>& heads) {
+    std::vector<std::vector<double>> energies(heads.size());
+    std::transform(heads.begin(), heads.end(), energies.begin(),
+                   [](const detail::components& head) { return head.energies; });
+    return energies;
+  };
+  const std::vector<std::vector<double>> key_energies = energies_of(key_components);
+  const std::vector<std::vector<double>> value_energies = energies_of(value_components);
   low_rank_matrices made;
   made.key_layouts = detail::layout_chooser<detail::key_groups>(shape_, keys, key_energies).choose();
   made.value_layouts = detail::layout_chooser<detail::value_groups>(shape_, values, value_energies).choose();
