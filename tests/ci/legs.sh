@@ -52,13 +52,13 @@ optimised_with() {
   cmake -S . -B "build/$1" -G Ninja "-DCMAKE_CXX_COMPILER=$2" -DCMAKE_BUILD_TYPE=Release -DKVCACHE_BUILD_EXAMPLES=OFF \
     -DKVCACHE_WERROR=ON -DCMAKE_VERIFY_INTERFACE_HEADER_SETS=OFF >/dev/null
   local tests=(kernel.kernels kernel.low_bit kernel.bytes kernel.whole_bytes kernel.trellis
-    codec.exact codec.int8 codec.low_bit_codecs codec.low_rank
+    codec.exact codec.int8 codec.low_bit_codecs codec.centred codec.klt codec.low_rank
     attention.adversarial attention.attend_sizes attention.determinism attention.golden
     attention.adversarial_on_emulated_tiles attention.bytes_on_emulated_tiles
     cache.sealing cache.keep_tokens store.crc32c store.snapshot)
   cmake --build "build/$1" --target "${tests[@]}"
   ctest --test-dir "build/$1" --output-on-failure \
-    -R "^kernel[.]|^codec[.](exact|int8|low_bit_codecs|low_rank)$|^attention[.](adversarial|attend_sizes@|determinism@|golden|bytes_on)|^cache[.](sealing|keep)|^store[.](crc32c|snapshot)"
+    -R "^kernel[.]|^codec[.](exact|int8|low_bit_codecs|centred|klt|low_rank)$|^attention[.](adversarial|attend_sizes@|determinism@|golden|bytes_on)|^cache[.](sealing|keep)|^store[.](crc32c|snapshot)"
 }
 
 # The other compiler: its vectoriser moves and merges vector code in ways of its own. Everything else goes through it,
