@@ -55,6 +55,7 @@ optimised_with() {
     attention.adversarial attention.attend_sizes attention.determinism attention.golden
     attention.adversarial_on_emulated_tiles attention.bytes_on_emulated_tiles
     cache.sealing cache.keep_tokens store.crc32c store.snapshot)
+  local source
   for source in tests/kernel/*_test.cpp; do tests+=("kernel.$(basename "$source" _test.cpp)"); done
   cmake --build "build/$1" --target "${tests[@]}"
   ctest --test-dir "build/$1" --output-on-failure \
