@@ -38,9 +38,9 @@ inline four_floats largest_of(four_floats a, four_floats b) noexcept { return ch
 /// Calls four(d) for d = 0, 4, ... as far as four numbers are left of `count`, and one(d) for those behind them.
 template <class Four, class One>
 void for_each(index_t count, Four four, One one) {
-  index_t d = 0;
-  for (; d + width <= count; d += width) four(d);
-  for (; d < count; ++d) one(d);
+  const index_t whole = count - (count & (width - 1));
+  for (index_t d = 0; d < whole; d += width) four(d);
+  for (index_t d = whole; d < count; ++d) one(d);
 }
 
 /// to[d] = f(from[d]...) for d < count, where f takes numbers or four_floats. `to` may be one of the sources.
