@@ -201,8 +201,7 @@ struct centred_keys : plain_side {
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
     // Alone behind the rest's section, the mean would be waited for.
-    for (index_t at = 0; at < mean_bytes(g); at += block_alignment)
-      __builtin_prefetch(section + rest.section_bytes(g) + at);
+    fetch_behind(section, rest.section_bytes(g), section_bytes(g));
     rest.scores(kernels, g, section, count, prepared, num_rows, scores, next);
     const float* own = prepared + num_rows * rest_floats(g);
     const index_t stride = round_up(g.head_dim, 16);

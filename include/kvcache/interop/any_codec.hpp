@@ -126,10 +126,7 @@ class erased_side_of : public Base {
   [[nodiscard]] bool moves_rows() const noexcept override { return codec::moves_rows(side_); }
   void move_row(head_id where, const block_geometry& g, const std::byte* from, index_t from_slot,
                 std::byte* to, index_t to_slot) const noexcept override {
-    if constexpr (codec::row_moving_side<Side>) {
-      if (where.layer < 0) return side_.move_row(g, from, from_slot, to, to_slot);
-      at(where).move_row(g, from, from_slot, to, to_slot);
-    }
+    if constexpr (codec::row_moving_side<Side>) at(where).move_row(g, from, from_slot, to, to_slot);
   }
 
  protected:
