@@ -14,7 +14,6 @@
 #include <kvcache/interop/any_codec.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -49,12 +48,13 @@ class klt_calibration {
     for (const ids& text : texts) watch(model, text);
   }
 
-  /// Weighs layers, keys and values by the root of what their errors alone add to the divergence: more than half of that is
-  /// noise of a few texts. In between all weights are 1.
+  /// Weighs layers, keys and values by what their errors alone add to the divergence, for as much error as they have. In between
+  /// all weights are 1.
   void weigh(const median_of& divergence) {
     constexpr double bits = 2.4;
     const double floor = divergence(layered_codec(with_options({})));
     const any_codec coded = codec(bits);
+    const kvcache::codec::klt_errors errors = kvcache::codec::expected_errors(seen_, with_bits(bits));
     std::vector<double> weights;
     for (std::size_t i = 0; i < 2 * num_layers(); ++i) {
       std::vector<any_codec> layers(num_layers(), with_options({}));
@@ -63,17 +63,15 @@ class klt_calibration {
       } else {
         layers[i - num_layers()].values = coded.values;
       }
-      weights.push_back(std::sqrt(std::max(divergence(layered_codec(layers)) / floor - 1, 0.005)));
+      const double error = i < num_layers() ? errors.keys[i] : errors.values[i - num_layers()];
+      weights.push_back(std::max(divergence(layered_codec(layers)) / floor - 1, 0.02) / error);
     }
     set_weights(weights);
   }
 
   /// Centred klt keys and klt values, of so many bits in the mean; no tail.
   [[nodiscard]] any_codec codec(double bits_per_value) const {
-    kvcache::codec::klt_options options = weights_;
-    options.bits_per_value = bits_per_value;
-    options.centred = true;
-    const kvcache::codec::klt klt(kvcache::codec::klt_bases(seen_, options));
+    const kvcache::codec::klt klt(kvcache::codec::klt_bases(seen_, with_bits(bits_per_value)));
     kvcache::codec::centred_keys<kvcache::codec::klt_keys> keys;
     keys.turns = turns_;
     keys.rest = klt.keys;
@@ -93,6 +91,13 @@ class klt_calibration {
  private:
   [[nodiscard]] std::size_t num_layers() const noexcept {
     return static_cast<std::size_t>(shape_.num_layers);
+  }
+
+  [[nodiscard]] kvcache::codec::klt_options with_bits(double bits_per_value) const {
+    kvcache::codec::klt_options options = weights_;
+    options.bits_per_value = bits_per_value;
+    options.centred = true;
+    return options;
   }
 
   void set_weights(const std::vector<double>& weights) {

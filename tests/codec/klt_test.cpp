@@ -81,7 +81,7 @@ double bits_used(const cache_shape& shape, const Codec& codec) {
 }
 
 index_t bits_of(const codec::low_rank_layout& layout) {
-  return 8 * layout.int8 + 4 * layout.bits4 + 2 * layout.bits2;
+  return 8 * layout.int8 + 6 * layout.bits6 + 4 * layout.bits4 + 2 * layout.bits2;
 }
 
 codec::klt klt_of(const cache_shape& shape, double bits, test::random& random, bool queries = false) {
@@ -163,7 +163,7 @@ TEST_CASE("klt never takes more bits than it was given, and leaves few", "[codec
         CHECK(bits_used(shape, centred) > bits * 0.97);
       }
       const codec::klt most(codec::klt_bases(seen, {.bits_per_value = 100}));
-      CHECK(bits_used(shape, most) == 8 + 16.0 / static_cast<double>(dim));
+      CHECK(bits_used(shape, most) == 8 + 8.0 / static_cast<double>(dim));
     }
   }
 }
@@ -216,9 +216,9 @@ TEST_CASE("options of klt that cannot be are refused", "[codec]") {
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
   constexpr float infinity = std::numeric_limits<float>::infinity();
   CHECK(refused_for({}, "bits_per_value"));
-  for (const double bits : {-3.0, 1.0, 1.4, double{nan}, -double{infinity}})
+  for (const double bits : {-3.0, 0.5, 0.9, double{nan}, -double{infinity}})
     CHECK(refused_for({.bits_per_value = bits}, "bits_per_value"));
-  CHECK(refused_for({.bits_per_value = 1.9, .centred = true}, "bits_per_value"));
+  CHECK(refused_for({.bits_per_value = 1.4, .centred = true}, "bits_per_value"));
   for (const std::vector<double>& weights :
        {std::vector<double>{1}, {1, 2, 3}, {1, -1}, {1, nan}, {infinity, 1}}) {
     CHECK(refused_for({.bits_per_value = 4, .key_weights = weights}, "weights"));
@@ -235,6 +235,10 @@ TEST_CASE("options of klt that cannot be are refused", "[codec]") {
   for (const codec::low_rank_layout& layout :
        {codec::low_rank_layout{.f32 = 2, .int8 = 4}, codec::low_rank_layout{.bf16 = 4}})
     CHECK_THROWS_AS(kvcache::validate(codec::klt(seen.bases({.layout = layout})), shape), shape_error);
+  // and those that low_rank has not
+  CHECK_THROWS_AS(seen.bases({.layout = {.bits6 = 4}}), shape_error);
+  CHECK_THROWS_AS(kvcache::validate(codec::low_rank(codec::klt_bases(seen, {.bits_per_value = 6})), shape),
+                  shape_error);
   // nothing was seen: a basis all the same
   const codec::low_rank_calibration nothing(shape);
   CHECK(codec::klt_bases(nothing, {.bits_per_value = 5})->key_layout().rank() >= 4);
@@ -403,7 +407,7 @@ TEST_CASE("special rows of klt", "[codec]") {
           for (float& x : *side) x *= size;
         const auto back = through(g, rows, klt);
         const double cut_off =
-            size < 1e37F ? 0.05 : 0.3;  // of a row whose first component is beyond the scale
+            size < 1e37F ? 0.05 : 1.0;  // of a row whose first components are beyond the scales
         CHECK(relative_error(back.k, rows.k) < cut_off);
         CHECK(relative_error(back.v, rows.v) < cut_off);
         // white noise, and rows that are constant
@@ -419,7 +423,7 @@ TEST_CASE("special rows of klt", "[codec]") {
       std::fill_n(lone.k.begin() + 3 * dim, dim, 5.0F);
       const auto back = through(g, lone, klt);
       for (const float x : back.k) CHECK(std::fabs(x) < 15);
-      for (const float x : back.v) CHECK(std::fabs(x) < 1e-37F);
+      for (const float x : back.v) CHECK(x == 0.0F);  // far below the least scale
     }
   }
 }
@@ -452,6 +456,47 @@ TEST_CASE("rows orthogonal to those of the calibration do no worse than zeros wo
         CHECK(relative_error(back.k, rows.k) < 1.3);
         CHECK(relative_error(back.v, rows.v) < 1.3);
       }
+    }
+  }
+}
+
+TEST_CASE("scales of klt are rounded up, by little around those of the calibration", "[codec]") {
+  const auto scale_of = [](int code) {
+    return double{kvcache::to_float(codec::detail::klt_scales[static_cast<std::size_t>(code)])} *
+           double{codec::detail::klt_scale_divisor};
+  };
+  CHECK(scale_of(0) == 0.0);
+  CHECK(scale_of(128) == 1.0);
+  constexpr double none = 1e300;
+  const auto code_of = [](double x, double limit) {
+    return codec::detail::klt_scale_code(x / double{codec::detail::klt_scale_divisor}, limit);
+  };
+  for (int code = 1; code < 256; ++code) {
+    CAPTURE(code);
+    CHECK(std::isfinite(scale_of(code)));
+    CHECK(scale_of(code) > scale_of(code - 1));
+    CHECK(code_of(scale_of(code), none) == code);
+    if (code > 1) CHECK(code_of(scale_of(code - 1) * 1.0001, none) == code);
+    if (code > 64 && code <= 192) CHECK(scale_of(code) < scale_of(code - 1) * 1.07);
+    if (code > 1) CHECK(scale_of(code) < scale_of(code - 1) * 4);
+  }
+  CHECK(code_of(0, none) == 0);
+  CHECK(code_of(1e-40, none) == 0);
+  CHECK(code_of(scale_of(1) / 2, none) == 1);
+  CHECK(code_of(1e60, none) == 255);
+  CHECK(code_of(std::numeric_limits<double>::infinity(), none) == 255);
+  CHECK(scale_of(code_of(1e30, 1e10)) <= 1e10 * double{codec::detail::klt_scale_divisor});
+
+  test::random random;
+  for (const bool near : {true, false}) {
+    std::vector<std::byte> codes(192);
+    for (std::byte& code : codes)
+      code = static_cast<std::byte>(near ? random.between(64, 191) : random.below(256));
+    for (const index_t count : {1, 16, 17, 64}) {
+      const codec::detail::klt_scale_run run(codes.data(), 64, count);
+      for (index_t t = 0; t < count; ++t)
+        CHECK(kvcache::to_float(run.data()[t]) * codec::detail::klt_scale_divisor ==
+              static_cast<float>(scale_of(std::to_integer<int>(codes[static_cast<std::size_t>(64 + t)]))));
     }
   }
 }

@@ -408,6 +408,8 @@ TEST_CASE("channels' scales and offsets are folded in on every level", "[kernel]
                        dots.data());
         std::vector<float> sums = rows;
         std::vector<float> shifted = rows;
+        std::vector<float> summed = folded;
+        t.channel.add_to(rows.data(), num_rows * head_dim, summed.data());
         t.channel.shift(shifted.data(), num_rows * head_dim, 3.0F);
         t.channel.unfold(folded.data(), head_dim, scales.data(), offsets.data(), 0.5F, sums.data());
         std::vector<float> product(n);
@@ -418,6 +420,7 @@ TEST_CASE("channels' scales and offsets are folded in on every level", "[kernel]
             dot += double{rows[r * n + d]} * double{to_float(offsets[d])};
             REQUIRE(folded[r * n + d] == rows[r * n + d] * to_float(scales[d]));
             REQUIRE(shifted[r * n + d] == rows[r * n + d] + 3.0F);
+            REQUIRE(summed[r * n + d] == rows[r * n + d] + folded[r * n + d]);
           }
           REQUIRE(std::fabs(dots[r] - dot) < 1e-4);
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The codec trellis multiplied without unpacking: the same scores and sums, to the bit, as of the numbers that the portable
-// kernels decode.
+// The codec trellis multiplied without unpacking, or unpacked in one pass: the same scores, sums and numbers, to the bit, as
+// those that the portable kernels decode.
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
@@ -13,6 +13,7 @@
 #include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/select.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -74,7 +75,7 @@ template <int Bits>
 bool same_scores(const problem& p, test::random& random) {
   const auto keys = random_section<Bits>(order::key_size(p.g), random, [&](const auto* codes, auto* numbers) {
     kernel::portable::decode_trellis_keys(Bits, p.g.head_dim, p.g.block_size / key_lanes, codes,
-                                          p.table.data(), numbers);
+                                          p.table.data(), numbers, order::key_group_size(p.g));
   });
   const std::vector<float> queries = random.floats(p.num_rows * p.g.head_dim);
   const memory_block prepared =
@@ -96,7 +97,7 @@ bool same_sums(const problem& p, test::random& random) {
   const auto values =
       random_section<Bits>(order::value_size(p.g), random, [&](const auto* codes, auto* numbers) {
         kernel::portable::decode_trellis_values(Bits, p.g.head_dim, p.g.block_size / order::pack, codes,
-                                                p.table.data(), numbers);
+                                                p.table.data(), numbers, order::pack * p.g.head_dim);
       });
   std::vector<float> weights(static_cast<std::size_t>(p.num_rows * p.g.block_size));
   for (index_t r = 0; r < p.num_rows; ++r) {
@@ -121,7 +122,86 @@ void require_same(const problem& p, test::random& random) {
   REQUIRE(same_sums<Bits>(p, random));
 }
 
+/// Puts one code of a section as codecs do: six bits as four, and two behind them.
+template <int Bits>
+void put_code(std::byte* packed, index_t size, index_t i, std::uint8_t code) {
+  if constexpr (Bits == 6) {
+    packed_order<4>::put(packed, i, code & 15U);
+    packed_order<2>::put(packed + packed_order<4>::section_bytes(size), i,
+                         static_cast<std::uint8_t>(code >> 4U));
+  } else {
+    packed_order<Bits>::put(packed, i, code);
+  }
+}
+
+/// Tokens of a block unpacked in one pass against all of it decoded. \param Keys  keys, or values
+/// \return whether it could be done
+template <int Bits, bool Keys>
+bool unpacks(const kernel::table& kernels, const block_geometry& g, test::random& random) {
+  const index_t size = Keys ? order::key_size(g) : order::value_size(g);
+  const index_t run_tokens = Keys ? key_lanes : order::pack;
+  const index_t run_bytes = Keys ? order::key_group_size(g) : order::pack * g.head_dim;
+  const problem p(kernels, g, g.block_size, 1, random);
+  const memory_block packed =
+      zeros(packed_order<3>::section_bytes(size) + packed_order<4>::section_bytes(size) +
+            packed_order<2>::section_bytes(size));
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(size));
+  for (index_t i = 0; i < size; ++i) {
+    codes[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(random.below(1 << Bits));
+    put_code<Bits>(packed.data(), size, i, codes[static_cast<std::size_t>(i)]);
+  }
+  const auto decode = Keys ? kernel::portable::decode_trellis_keys : kernel::portable::decode_trellis_values;
+  std::vector<std::int8_t> numbers(static_cast<std::size_t>(size));
+  decode(Bits, g.head_dim, g.block_size / run_tokens, codes.data(), p.table.data(), numbers.data(),
+         run_bytes);
+
+  const auto unpack = Keys ? kernels.trellis.unpack_keys : kernels.trellis.unpack_values;
+  bool done = false;
+  for (const index_t gap : {0, 64, 192}) {
+    for (index_t token = 0; token < g.block_size; token += 64) {
+      const index_t num_tokens = std::min(g.block_size - token, random.between(1, 64));
+      const index_t num_runs = ceil_div(num_tokens, run_tokens);
+      std::vector<std::int8_t> out(static_cast<std::size_t>(num_runs * (run_bytes + gap)), 99);
+      std::vector<std::int8_t> expected = out;
+      done = unpack({Bits, packed.data(), p.table.data()}, g, token, num_tokens, out.data(), run_bytes + gap,
+                    random.chance(0.5) ? packed.data() : nullptr);
+      for (index_t r = 0; r < num_runs && done; ++r)
+        std::copy_n(numbers.begin() + (token / run_tokens + r) * run_bytes, run_bytes,
+                    expected.begin() + r * (run_bytes + gap));
+      CAPTURE(kernel::to_string(kernels.level), Bits, Keys, g.head_dim, g.block_size, token, num_tokens, gap);
+      REQUIRE(out == expected);
+    }
+  }
+  return done;
+}
+
 }  // namespace
+
+TEST_CASE("packed codes are unpacked to the numbers that their states select", "[kernel]") {
+  test::random random(2);
+  for (const kernel::isa level : kernel::available()) {
+    const kernel::table& kernels = kernel::select(level);
+    if (kernels.trellis.unpack_keys == nullptr) continue;
+    for (const index_t head_dim : {1, 4, 12, 16, 20, 32, 44, 64, 80, 128, 512}) {
+      for (const index_t block_size : {16, 64, 128}) {
+        const block_geometry g{block_size, head_dim};
+        bool keys = unpacks<2, true>(kernels, g, random);
+        keys = unpacks<4, true>(kernels, g, random) && keys;
+        keys = unpacks<6, true>(kernels, g, random) && keys;
+        bool values = unpacks<2, false>(kernels, g, random);
+        values = unpacks<4, false>(kernels, g, random) && values;
+        values = unpacks<6, false>(kernels, g, random) && values;
+#if defined(__x86_64__)
+        const bool can = level == kernel::isa::avx512 && kernel::avx512::vbmi::runs_here();
+        CHECK(keys == can);
+        CHECK(values == (can && head_dim % 16 == 0));
+#endif
+        (void)unpacks<3, true>(kernels, g, random);
+        (void)unpacks<3, false>(kernels, g, random);
+      }
+    }
+  }
+}
 
 TEST_CASE("packed states are multiplied as the numbers that they select", "[kernel]") {
   test::random random;

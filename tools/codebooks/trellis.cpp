@@ -176,11 +176,16 @@ namespace kvcache::inline v0::codec {
   print<2>();
   print<3>();
   print<4>();
+  print<6>();
   std::printf(R"(// clang-format on
 
-/// The table for 2, 3 or 4 bits per number.
+/// The table for 2, 3, 4 or 6 bits per number.
 constexpr const std::int8_t* trellis_table(int bits) noexcept {
-  return (bits == 2 ? trellis_table_2 : bits == 3 ? trellis_table_3 : trellis_table_4).data();
+  return (bits == 2   ? trellis_table_2
+          : bits == 3 ? trellis_table_3
+          : bits == 4 ? trellis_table_4
+                      : trellis_table_6)
+      .data();
 }
 
 }  // namespace kvcache::inline v0::codec

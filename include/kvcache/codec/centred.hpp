@@ -179,7 +179,7 @@ struct centred_keys : plain_side {
     }
   }
 
-  /// For each row: what the rest prepares, or the row; then the row with its pairs apart.
+  /// For each row: what the rest prepares, or the row; then the row with its pairs apart, times carrier_unit.
   [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
     return rest_floats(g) + round_up(g.head_dim, 16);
   }
@@ -191,6 +191,7 @@ struct centred_keys : plain_side {
     for (index_t r = 0; r < num_rows; ++r, own += round_up(g.head_dim, 16)) {
       if (turns) {
         turns->apart(queries + r * g.head_dim, g.head_dim, own);
+        for (index_t d = 0; d < rotary_dim(); ++d) own[d] *= rope_turns::carrier_unit;
       } else {
         std::copy_n(queries + r * g.head_dim, g.head_dim, own);
       }
@@ -245,11 +246,7 @@ struct centred_keys : plain_side {
     }
     for (index_t r = 0; r < num_rows; ++r) {
       float* row = scores + r * g.block_size;
-      if (turns) {
-        const float* more = of_mean.data() + r * g.block_size;
-        lanes::transform(
-            num_scores, row, [](auto x, auto y) { return x + y * rope_turns::carrier_unit; }, row, more);
-      }
+      if (turns) kernels.channel.add_to(of_mean.data() + r * g.block_size, num_scores, row);
       if (rotary_dim() == g.head_dim) continue;
       float constant = 0;
       for (index_t d = rotary_dim(); d < g.head_dim; ++d)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// klt: rows as components in a basis from calibration, with 8, 4, 2 or no bits for each, as much as it matters.
+// klt: rows as components in a basis from calibration, with 8, 6, 4, 2 or no bits for each, as much as it matters.
 //
 //   low_rank_calibration seen(shape);                        // keys, values and queries of some texts, see codec/low_rank.hpp
 //   const auto bases = codec::klt_bases(seen, {.bits_per_value = 3});
@@ -9,8 +9,8 @@
 // The Karhunen-Loeve transform takes out what channels have in common; with the queries' second moments, errors of keys fall
 // where queries do not look. Equal bits for unequal components lose the ratio of the arithmetic to the geometric mean of
 // their energies: 4 to 30 times for the keys of the bundled model, 4 to 100 times for its values. So bits go where they
-// save the most error, over the components of all layers, keys and values at once (reverse water-filling). 4 and 2 bits are
-// those of trellis. Each layer has a layout of its own, the same for its heads.
+// save the most error, over the components of all layers, keys and values at once (reverse water-filling). 6, 4
+// and 2 bits are those of trellis. Each layer has a layout of its own, the same for its heads.
 // Tokens are encoded as they come. Like low_rank, and unlike it: one scale for a row instead of one for each group.
 // Source: Cover and Thomas, "Elements of Information Theory", 10.3.3; KQ-SVD, arXiv 2512.05916, for the basis of keys.
 #pragma once
@@ -31,6 +31,8 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -65,39 +67,47 @@ struct klt_options {
 
 namespace detail {
 
+/// What is lost with each component of the keys or the values of a layer, falling, and how many side by side get the same bits.
+struct klt_costs {
+  std::vector<double> of;  // [head_dim]
+  index_t run;
+
+  [[nodiscard]] std::size_t num_runs() const noexcept {
+    return static_cast<std::size_t>(ceil_div(static_cast<index_t>(of.size()), run));
+  }
+  [[nodiscard]] double of_run(std::size_t index) const {
+    const auto first = of.begin() + static_cast<std::ptrdiff_t>(index) * run;
+    return std::accumulate(first, first + std::min(run, static_cast<index_t>(of.end() - first)), 0.0);
+  }
+};
+
 /// Shares out bits among the components of the keys and the values of all layers.
 class klt_allocator {
  public:
-  /// Relative errors of normally distributed numbers in 0, 2, 4 and 8 bits: nothing, trellis<2>, trellis<4>, 127 steps
-  /// to five spreads.
+  /// Relative errors of normally distributed numbers: nothing, trellises of 2, 4 and 6 bits, 127 steps to five spreads.
   struct choice {
     index_t bits;
     double error;
   };
-  static constexpr std::array<choice, 4> choices{{{0, 1.0},
+  static constexpr std::array<choice, 5> choices{{{0, 1.0},
                                                   {2, klt_codes<2, keys_in_order>::error},
                                                   {4, klt_codes<4, keys_in_order>::error},
+                                                  {6, klt_codes<6, keys_in_order>::error},
                                                   {8, klt_bytes<keys_in_order>::error}}};
-  static constexpr index_t quad = 4;  // components that get the same bits
 
-  /// \param costs  for each side of each layer, what is lost with each of its components, [head_dim], falling
-  klt_allocator(const std::vector<std::vector<double>>& costs, double num_bits) {
-    for (std::size_t side = 0; side < costs.size(); ++side) {
-      const auto& of_side = costs[side];
-      level_.emplace_back((of_side.size() + quad - 1) / quad, 0);
-      for (std::size_t i = 0; i < of_side.size(); i += quad)
-        offer(side, i / quad,
-              std::accumulate(
-                  of_side.begin() + static_cast<std::ptrdiff_t>(i),
-                  of_side.begin() + static_cast<std::ptrdiff_t>(std::min(i + quad, of_side.size())), 0.0));
+  /// \param sides  keys of each layer, then values of each layer; kept by reference
+  klt_allocator(const std::vector<klt_costs>& sides, double num_bits) : sides_(sides) {
+    for (std::size_t side = 0; side < sides.size(); ++side) {
+      level_.emplace_back(sides[side].num_runs(), 0);
+      for (std::size_t i = 0; i < level_[side].size(); ++i) offer(side, i);
     }
     while (!offers_.empty()) {
       const step best = offers_.top();
       offers_.pop();
       if (best.bits > num_bits) continue;  // a smaller step may still fit
       num_bits -= best.bits;
-      level_[best.side][best.index] = best.level;
-      offer(best.side, best.index, best.cost);
+      ++level_[best.side][best.index];
+      offer(best.side, best.index);
     }
   }
 
@@ -105,18 +115,28 @@ class klt_allocator {
   [[nodiscard]] bool fits() const noexcept {
     return std::all_of(level_.begin(), level_.end(), [](const auto& side) { return side.front() > 0; });
   }
-  [[nodiscard]] low_rank_layout layout(std::size_t side, index_t head_dim) const {
+  [[nodiscard]] low_rank_layout layout(std::size_t side) const {
+    const index_t run = sides_[side].run;
+    const auto head_dim = static_cast<index_t>(sides_[side].of.size());
     low_rank_layout made;
     for (const std::size_t level : level_[side]) {
-      if (level == 3) made.int8 += quad;
-      if (level == 2) made.bits4 += quad;
-      if (level == 1) made.bits2 += quad;
+      if (level == 4) made.int8 += run;
+      if (level == 3) made.bits6 += run;
+      if (level == 2) made.bits4 += run;
+      if (level == 1) made.bits2 += run;
     }
-    for (index_t* last :
-         {&made.bits2, &made.bits4, &made.int8}) {  // of a head_dim that is no multiple of four
+    // of a head_dim that is no multiple of a run
+    for (index_t* last : {&made.bits2, &made.bits4, &made.bits6, &made.int8}) {
       if (made.rank() > head_dim && *last > 0) *last -= made.rank() - head_dim;
     }
     return made;
+  }
+  /// What is lost of a side.
+  [[nodiscard]] double cost(std::size_t side) const {
+    double sum = 0;
+    for (std::size_t i = 0; i < level_[side].size(); ++i)
+      sum += sides_[side].of_run(i) * choices[level_[side][i]].error;
+    return sum;
   }
 
  private:
@@ -124,32 +144,31 @@ class klt_allocator {
     double gain;  // cost saved for each bit
     std::size_t side;
     std::size_t index;
-    std::size_t level;
     double bits;
-    double cost;
     friend bool operator<(const step& a, const step& b) {
       if (a.gain != b.gain) return a.gain < b.gain;
       return std::pair(a.side, a.index) > std::pair(b.side, b.index);
     }
   };
 
-  void offer(std::size_t side, std::size_t index, double cost) {
+  void offer(std::size_t side, std::size_t index) {
     const std::size_t level = level_[side][index];
     if (level + 1 >= choices.size()) return;
-    const double saved = cost * (choices[level].error - choices[level + 1].error);
-    const auto bits = static_cast<double>(quad * (choices[level + 1].bits - choices[level].bits));
+    const double saved = sides_[side].of_run(index) * (choices[level].error - choices[level + 1].error);
+    const auto bits = static_cast<double>(sides_[side].run * (choices[level + 1].bits - choices[level].bits));
     // The first of a side comes before all else: every layer has to store something.
     const double gain = index == 0 && level == 0 ? std::numeric_limits<double>::infinity() : saved / bits;
-    offers_.push({gain, side, index, level + 1, bits, cost});
+    offers_.push({gain, side, index, bits});
   }
 
-  std::vector<std::vector<std::size_t>> level_;  // of each side's quads, index of `choices`
+  const std::vector<klt_costs>& sides_;
+  std::vector<std::vector<std::size_t>> level_;  // of each side's runs, index of `choices`
   std::priority_queue<step> offers_;
 };
 
 /// For each layer, what is lost with each component: its share of the energy, mean over heads, times the layer's weight.
 inline void append_costs(const std::vector<components>& heads, const cache_shape& shape,
-                         const std::vector<double>& weights, std::vector<std::vector<double>>& costs) {
+                         const std::vector<double>& weights, index_t run, std::vector<klt_costs>& costs) {
   if (!weights.empty() && static_cast<index_t>(weights.size()) != shape.num_layers)
     throw shape_error("kvcache: klt: weights must be [num_layers], or none");
   if (!std::all_of(weights.begin(), weights.end(), [](double w) { return w >= 0 && std::isfinite(w); }))
@@ -164,27 +183,53 @@ inline void append_costs(const std::vector<components>& heads, const cache_shape
     for (const double energy : cost) total += energy;
     const double weight = weights.empty() ? 1.0 : weights[first / num_heads];
     for (double& energy : cost) energy = total > 0 ? energy / total * weight : 0.0;
-    costs.push_back(std::move(cost));
+    costs.push_back({std::move(cost), run});
   }
 }
+
+/// Keys come four dims to a line, values sixteen. Where heads are small, so few runs would cost more than lines that are cut
+/// at their ends.
+constexpr index_t klt_run_of_keys = 4;
+constexpr index_t klt_run_of_values(index_t head_dim) noexcept { return head_dim < 128 ? 4 : 16; }
+
+/// What is shared out, and how: components of all heads, costs and bits of all layers.
+struct klt_shares {
+  std::vector<components> keys;
+  std::vector<components> values;
+  std::vector<klt_costs> costs;
+  double num_bits;
+
+  klt_shares(const low_rank_calibration& seen, const klt_options& options)
+      : keys(seen.key_components(options.ridge)), values(seen.value_components()) {
+    const cache_shape& shape = seen.shape();
+    append_costs(keys, shape, options.key_weights, klt_run_of_keys, costs);
+    append_costs(values, shape, options.value_weights, klt_run_of_values(shape.head_dim), costs);
+    const auto dim = static_cast<double>(shape.head_dim);
+    const double means = options.centred ? 16.0 / static_cast<double>(shape.block_size) : 0.0;
+    num_bits = static_cast<double>(costs.size()) * dim * (options.bits_per_value - 8.0 / dim - means / 2);
+  }
+};
 
 /// The components of a layout as they are stored: groups by falling energy, but within those of a trellis by rising energy,
 /// because the first numbers of a trellis have the fewest states to choose from.
 inline std::vector<index_t> klt_order(const low_rank_layout& layout) {
   std::vector<index_t> order(static_cast<std::size_t>(layout.rank()));
   std::iota(order.begin(), order.end(), index_t{0});
-  const auto four = order.begin() + layout.int8;
-  const auto two = four + layout.bits4;
-  std::reverse(four, two);
-  std::reverse(two, order.end());
+  auto first = order.begin() + layout.int8;
+  for (const index_t count : {layout.bits6, layout.bits4, layout.bits2}) {
+    std::reverse(first, first + count);
+    first += count;
+  }
   return order;
 }
 
-/// How far a component spreads, relative to the first.
-inline float klt_spread(const std::vector<double>& energies, index_t component) {
-  constexpr double least = 0x1p-12;
-  const double share = energies[0] > 0 ? energies[static_cast<std::size_t>(component)] / energies[0] : 1.0;
-  return static_cast<float>(std::max(std::sqrt(share), least));
+/// How far a component spreads in rows of the calibration, not less than a small part of the first.
+inline float klt_spread(const std::vector<double>& energies, index_t component, index_t num_tokens) {
+  const double least = energies[0] * 0x1p-24;
+  const double energy = std::max(energies[static_cast<std::size_t>(component)], least);
+  if (!(energy > 0)) return 1.0F;
+  return static_cast<float>(
+      std::clamp(std::sqrt(energy / static_cast<double>(num_tokens)), 0x1p-100, 0x1p100));
 }
 
 }  // namespace detail
@@ -194,40 +239,54 @@ inline float klt_spread(const std::vector<double>& energies, index_t component) 
 inline std::shared_ptr<const low_rank_bases> klt_bases(const low_rank_calibration& seen,
                                                        const klt_options& options) {
   const cache_shape& shape = seen.shape();
-  const std::vector<detail::components> keys = seen.key_components(options.ridge);
-  const std::vector<detail::components> values = seen.value_components();
-  std::vector<std::vector<double>> costs;
-  detail::append_costs(keys, shape, options.key_weights, costs);
-  detail::append_costs(values, shape, options.value_weights, costs);
-  const auto dim = static_cast<double>(shape.head_dim);
-  const double scales = 16.0 / dim;
-  const double means = options.centred ? 16.0 / static_cast<double>(shape.block_size) : 0.0;
-  const auto num_layers = static_cast<std::size_t>(shape.num_layers);
-  const detail::klt_allocator shared(
-      costs, static_cast<double>(costs.size()) * dim * (options.bits_per_value - scales - means / 2));
+  const detail::klt_shares shares(seen, options);
+  const detail::klt_allocator shared(shares.costs, shares.num_bits);
   if (!(options.bits_per_value > 0) || !shared.fits())
     throw shape_error(
-        "kvcache: klt: bits_per_value is too little for scales and four components in every layer");
+        "kvcache: klt: bits_per_value is too little for scales and some components in every layer");
 
   low_rank_matrices made;
+  const auto num_layers = static_cast<std::size_t>(shape.num_layers);
   for (std::size_t layer = 0; layer < num_layers; ++layer) {
-    made.key_layouts.push_back(shared.layout(layer, shape.head_dim));
-    made.value_layouts.push_back(shared.layout(num_layers + layer, shape.head_dim));
+    made.key_layouts.push_back(shared.layout(layer));
+    made.value_layouts.push_back(shared.layout(num_layers + layer));
   }
   const bool weighted = seen.has_queries();
-  for (std::size_t i = 0; i < keys.size(); ++i) {
+  for (std::size_t i = 0; i < shares.keys.size(); ++i) {
     const std::size_t layer = i / static_cast<std::size_t>(shape.num_kv_heads);
+    const index_t num_tokens = seen.num_tokens(static_cast<index_t>(layer));
     for (const index_t component : detail::klt_order(made.key_layouts[layer])) {
-      detail::append_row(keys[i].in, component, made.keys_in);
-      if (weighted) detail::append_row(keys[i].out, component, made.keys_out);
-      made.key_spreads.push_back(detail::klt_spread(keys[i].energies, component));
+      detail::append_row(shares.keys[i].in, component, made.keys_in);
+      if (weighted) detail::append_row(shares.keys[i].out, component, made.keys_out);
+      made.key_spreads.push_back(detail::klt_spread(shares.keys[i].energies, component, num_tokens));
     }
     for (const index_t component : detail::klt_order(made.value_layouts[layer])) {
-      detail::append_row(values[i].in, component, made.values);
-      made.value_spreads.push_back(detail::klt_spread(values[i].energies, component));
+      detail::append_row(shares.values[i].in, component, made.values);
+      made.value_spreads.push_back(detail::klt_spread(shares.values[i].energies, component, num_tokens));
     }
   }
   return std::make_shared<const low_rank_bases>(shape, made);
+}
+
+/// Relative errors of the keys, or the values, of each layer, [num_layers].
+struct klt_errors {
+  std::vector<double> keys;
+  std::vector<double> values;
+};
+
+/// What bases of these options are expected to lose of rows like those of the calibration; of keys, as queries see it. To find
+/// weights: what errors cost beside how large they are. Cost and errors as for klt_bases.
+inline klt_errors expected_errors(const low_rank_calibration& seen, const klt_options& options) {
+  const detail::klt_shares shares(seen, options);
+  const detail::klt_allocator shared(shares.costs, shares.num_bits);
+  klt_errors errors;
+  const auto num_layers = static_cast<std::size_t>(seen.shape().num_layers);
+  for (std::size_t side = 0; side < shares.costs.size(); ++side) {
+    const std::vector<double>& costs = shares.costs[side].of;
+    const double all = std::accumulate(costs.begin(), costs.end(), 0.0);
+    (side < num_layers ? errors.keys : errors.values).push_back(all > 0 ? shared.cost(side) / all : 0.0);
+  }
+  return errors;
 }
 
 }  // namespace kvcache::inline v0::codec

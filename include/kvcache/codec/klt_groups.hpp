@@ -3,14 +3,17 @@
 //
 //   component[i] in spreads of the calibration and the row's scale = unit * level[i]      unit: what a level counts
 //
-// How rows become components, and their scales: codec/klt_rows.hpp.
+// Groups are unpacked to their levels, side by side, before they are multiplied. How rows become components, and their
+// scales: codec/klt_rows.hpp.
 #pragma once
 
 #include <kvcache/block/order.hpp>
+#include <kvcache/codec/klt_scales.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/codec/low_rank_side.hpp>
-#include <kvcache/codec/trellis.hpp>
+#include <kvcache/codec/scales.hpp>
+#include <kvcache/codec/trellis_tables.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/memory.hpp>
@@ -22,17 +25,24 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace kvcache::inline v0::codec::detail {
 
-/// A scale as it is stored is so many times smaller: levels times scales stay within float as long as components do.
-inline constexpr float klt_scale_divisor = 32.0F;
-/// 160 times that, of a component of 5 spreads, is within float.
-inline constexpr float largest_klt_scale = 0x1.8p120F;
+/// Which part of a group is unpacked, and where to.
+struct klt_piece {
+  index_t token;          ///< the first, a multiple of 64
+  index_t num_tokens;     ///< at most 64
+  const std::byte* next;  ///< the group in the block that is read next, fetched meanwhile; may be null
+  std::int8_t* out;       ///< block order of bytes, but for `stride`
+  index_t stride;         ///< bytes from one group of 16 keys, or pack of four values, to the next
+};
 
 /// Components in bytes, up to 5 spreads. \tparam Order  keys_in_order or values_in_order
 template <class Order>
 struct klt_bytes {
+  static constexpr bool fine = true;  ///< takes queries of more than 8 bits
   static constexpr float reach = 5.0F;
   static constexpr float unit = reach / 127.0F;
   static constexpr double error = 1.3e-4;  ///< relative, of normally distributed components of one spread
@@ -60,30 +70,108 @@ struct klt_bytes {
                        index_t to_slot) noexcept {
     Order::move_row(g, from, from_slot, to, to_slot);
   }
-  static const kernel::int8_kernels& kernels_in(const kernel::table& kernels) noexcept {
-    return kernels.int8;
+  static void unpack(const kernel::table& /*kernels*/, const block_geometry& g, const std::byte* section,
+                     const klt_piece& piece) {
+    constexpr index_t run = Order::run_tokens;
+    const index_t bytes = Order::size({run, g.head_dim});
+    const index_t first = piece.token / run * bytes;
+    fetch_behind(piece.next, first, first + ceil_div(piece.num_tokens, run) * bytes);
+    for (index_t i = 0; i < ceil_div(piece.num_tokens, run); ++i)
+      copy_bytes(section + first + i * bytes, bytes, piece.out + i * piece.stride);
   }
-  static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                     const bfloat16* scales, index_t count, const float* prepared, index_t num_rows,
-                     float* scores, const std::byte* next) {
-    kernels.int8.scores(g, section, scales, count, prepared, num_rows, scores, next);
-  }
-  static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                         const bfloat16* scales, index_t count, const float* weights, index_t num_rows,
-                         float* sums, const std::byte* next) {
-    kernels.int8.accumulate(g, section, scales, count, weights, num_rows, sums, next);
+
+ private:
+  /// In steps of 16 that need no call.
+  static void copy_bytes(const std::byte* from, index_t count, std::int8_t* to) noexcept {
+    index_t i = 0;
+    for (; i + 16 <= count; i += 16) std::memcpy(to + i, from + i, 16);
+    for (; i < count; i += 4) std::memcpy(to + i, from + i, 4);
   }
 };
 
-/// Components in codes of a trellis, up to 3.5 spreads, those up to 4.5 as if they were no larger.
+/// Codes of four or two bits.
+template <int Bits, class Order>
+struct klt_code_bits : packed_codes<Bits, Order> {
+  static std::int8_t* unpack(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                             const klt_piece& piece, unpacked_lines& memory) {
+    return unpack_times<1>(kernels, g, section, piece, memory);
+  }
+  /// Codes times `Factor`.
+  template <int Factor>
+  static std::int8_t* unpack_times(const kernel::table& kernels, const block_geometry& g,
+                                   const std::byte* section, const klt_piece& piece, unpacked_lines& memory) {
+    return packed_codes<Bits, Order>::unpack_piece(
+        g, section, piece.token, piece.num_tokens, piece.next,
+        [&](const std::byte* from, index_t first_line, index_t num_lines, std::int8_t* out,
+            const std::byte* next) {
+          kernels.low_bit.unpack(Bits, from, first_line, num_lines, multiples<Factor>.data(), out, next);
+        },
+        memory);
+  }
+
+ private:
+  template <int Factor>
+  static constexpr std::array<std::int8_t, 16> multiples = [] {
+    std::array<std::int8_t, 16> made{};
+    for (int code = 0; code < (1 << Bits); ++code)
+      made[static_cast<std::size_t>(code)] = static_cast<std::int8_t>(Factor * code);
+    return made;
+  }();
+};
+
+/// Codes of six bits: the low four in one section, the others in one behind it.
+template <class Order>
+struct klt_code_bits<6, Order> {
+  using low = klt_code_bits<4, Order>;
+  using high = klt_code_bits<2, Order>;
+
+  static constexpr index_t section_bytes(const block_geometry& g) noexcept {
+    return low::section_bytes(g) + high::section_bytes(g);
+  }
+  static constexpr index_t row_bytes(const block_geometry& g) noexcept {
+    return low::row_bytes(g) + high::row_bytes(g);
+  }
+  static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) noexcept {
+    code_row upper{};
+    for (index_t d = 0; d < g.head_dim; ++d) {
+      upper[static_cast<std::size_t>(d)] = codes[d] >> 4U;
+      codes[d] &= 15U;
+    }
+    low::put(g, section, token, codes);
+    high::put(g, section + low::section_bytes(g), token, upper.data());
+  }
+  static std::uint8_t get(const block_geometry& g, const std::byte* section, index_t token,
+                          index_t dim) noexcept {
+    const unsigned upper = high::get(g, section + low::section_bytes(g), token, dim);
+    return static_cast<std::uint8_t>(upper << 4U | low::get(g, section, token, dim));
+  }
+  static std::int8_t* unpack(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                             const klt_piece& piece, unpacked_lines& memory) {
+    const index_t skip = low::section_bytes(g);
+    klt_piece behind = piece;
+    if (behind.next != nullptr) behind.next += skip;
+    alignas(64) unpacked_lines upper_memory;
+    std::int8_t* codes = low::unpack(kernels, g, section, piece, memory);
+    const std::int8_t* upper =
+        high::template unpack_times<16>(kernels, g, section + skip, behind, upper_memory);
+    const index_t size = Order::lines_for(g, piece.num_tokens) * line_bytes;
+    for (index_t i = 0; i < size; i += line_bytes) {
+      for (index_t j = 0; j < line_bytes; ++j)
+        codes[i + j] = static_cast<std::int8_t>(codes[i + j] | upper[i + j]);
+    }
+    return codes;
+  }
+};
+
+/// Components in codes of a trellis, up to 3.5 spreads; with fewer than 6 bits those up to 4.5 as if they were no larger.
 template <int Bits, class Order>
 struct klt_codes {
-  using quantiser = trellis_quantiser<Bits>;
-  using codes = packed_codes<Bits, Order>;
-  static constexpr float reach = 4.5F;
+  using codes = klt_code_bits<Bits, Order>;
+  static constexpr bool fine = Bits == 6;
   static constexpr float unit = 1.0F / kernel::trellis_unit;
   static constexpr float largest = 127 * unit;
-  static constexpr double error = Bits == 4 ? 0.0057 : 0.0774;  ///< as in klt_bytes
+  static constexpr float reach = Bits == 6 ? largest : 4.5F;
+  static constexpr double error = Bits == 6 ? 0.00058 : (Bits == 4 ? 0.0057 : 0.0774);  ///< as in klt_bytes
 
   static constexpr index_t section_bytes(const block_geometry& g) noexcept { return codes::section_bytes(g); }
   static constexpr index_t row_bytes(const block_geometry& g) noexcept { return codes::row_bytes(g); }
@@ -94,48 +182,46 @@ struct klt_codes {
     std::transform(row, row + g.head_dim, clamped.begin(),
                    [](float x) { return std::clamp(x, -largest, largest); });
     code_row row_codes;
-    kernels.trellis.encode(Bits, clamped.data(), g.head_dim, quantiser::table(), 1.0F, row_codes.data());
+    kernels.trellis.encode(Bits, clamped.data(), g.head_dim, trellis_table(Bits), 1.0F, row_codes.data());
     codes::put(g, section, token, row_codes.data());
   }
   static void decode(const block_geometry& g, const std::byte* section, index_t token, float* row) {
-    const code_row row_codes = codes_of(g, section, token);
-    quantiser::levels(row_codes.data(), g.head_dim, row);
+    unsigned state = 0;
+    for (index_t d = 0; d < g.head_dim; ++d) {
+      state =
+          (state << static_cast<unsigned>(Bits) | codes::get(g, section, token, d)) % kernel::trellis_states;
+      row[d] = static_cast<float>(trellis_table(Bits)[state]);
+    }
   }
   static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
                        index_t to_slot) noexcept {
-    code_row row_codes = codes_of(g, from, from_slot);
-    codes::put(g, to, to_slot, row_codes.data());
-  }
-  static const kernel::int8_kernels& kernels_in(const kernel::table& kernels) noexcept {
-    return kernels.coarse;
-  }
-  static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                     const bfloat16* scales, index_t count, const float* prepared, index_t num_rows,
-                     float* scores, const std::byte* next) {
-    quantiser::scores({kernels, g, section, quantiser::unpack_book(), count, next}, scales, prepared,
-                      num_rows, scores);
-  }
-  static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
-                         const bfloat16* scales, index_t count, const float* weights, index_t num_rows,
-                         float* sums, const std::byte* next) {
-    quantiser::accumulate({kernels, g, section, quantiser::unpack_book(), count, next}, scales, weights,
-                          num_rows, sums);
-  }
-
- private:
-  static code_row codes_of(const block_geometry& g, const std::byte* section, index_t token) noexcept {
     code_row row_codes;
     for (index_t d = 0; d < g.head_dim; ++d)
-      row_codes[static_cast<std::size_t>(d)] = codes::get(g, section, token, d);
-    return row_codes;
+      row_codes[static_cast<std::size_t>(d)] = codes::get(g, from, from_slot, d);
+    codes::put(g, to, to_slot, row_codes.data());
+  }
+  static void unpack(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                     const klt_piece& piece) {
+    constexpr bool keys = std::is_same_v<Order, keys_in_order>;
+    const kernel::trellis_kernels& trellis = kernels.trellis;
+    const auto at_once = keys ? trellis.unpack_keys : trellis.unpack_values;
+    if (at_once != nullptr && at_once({Bits, section, trellis_table(Bits)}, g, piece.token, piece.num_tokens,
+                                      piece.out, piece.stride, piece.next))
+      return;
+    alignas(64) unpacked_lines memory;
+    const auto* bytes =
+        reinterpret_cast<const std::uint8_t*>(codes::unpack(kernels, g, section, piece, memory));
+    const auto decode_runs = keys ? trellis.decode_keys : trellis.decode_values;
+    decode_runs(Bits, g.head_dim, ceil_div(piece.num_tokens, Order::run_tokens), bytes, trellis_table(Bits),
+                piece.out, piece.stride);
   }
 };
 
-/// Calls body(Group{}, component_group) for each group there is, in order.
+/// Calls body(Group{}, component_group) for each group there is, in order; offsets are behind the scales.
 template <class Order, class Body>
 void for_each_klt_group(const low_rank_layout& layout, index_t block_size, Body body) {
   index_t first = 0;
-  index_t offset = 0;
+  index_t offset = klt_scales_bytes(block_size);
   const auto visit = [&]<class Group>(Group group, index_t count) {
     if (count == 0) return;
     const block_geometry g{block_size, count};
@@ -145,21 +231,22 @@ void for_each_klt_group(const low_rank_layout& layout, index_t block_size, Body 
     offset = end;
   };
   visit(klt_bytes<Order>{}, layout.int8);
+  visit(klt_codes<6, Order>{}, layout.bits6);
   visit(klt_codes<4, Order>{}, layout.bits4);
   visit(klt_codes<2, Order>{}, layout.bits2);
 }
 
-/// Bytes of one row's codes in all groups, and of all rows' in a block.
+/// Bytes of one row, its scale included, and of the section.
 struct klt_sizes {
   index_t row = 0;
-  index_t block = 0;
+  index_t section = 0;
 };
 template <class Order>
 klt_sizes klt_sizes_of(const low_rank_layout& layout, index_t block_size) {
-  klt_sizes sizes;
+  klt_sizes sizes{1, klt_scales_bytes(block_size)};
   for_each_klt_group<Order>(layout, block_size, [&](auto group, const component_group& part) {
     sizes.row += group.row_bytes(part.geometry);
-    sizes.block = part.next_offset;
+    sizes.section = part.next_offset;
   });
   return sizes;
 }

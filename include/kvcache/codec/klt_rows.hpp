@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The two sides of klt: rows as components in a basis, those that matter most in more bits, one scale for each token.
 //
-//   row:      | 8 bits | 4 bits | 2 bits |      components by falling energy; those behind are not stored
-//   section:  | bytes | trellis codes | trellis codes | scales [block_size], bfloat16 |     each padded to 64
+//   row:      | 8 bits | 6 bits | 4 bits | 2 bits |      components by falling energy; those behind are not stored
+//   section:  | scales [block_size], bytes | bytes | trellis codes | ... |     each padded to 64
 //
 //   component[i] = scale * spread[i] * unit * level[i]        unit: what a level of the group counts
 //
@@ -16,6 +16,7 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/klt_groups.hpp>
+#include <kvcache/codec/klt_scales.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
 #include <kvcache/codec/low_rank_layout.hpp>
@@ -29,15 +30,21 @@
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace kvcache::inline v0::codec {
 
 namespace detail {
+
+/// Levels of 64 tokens, each group of keys in whole lines.
+using level_lines = std::array<std::int8_t, unpacked_tokens*(max_head_dim + 16)>;
 
 /// What keys and values have in common. \tparam Order  keys_in_order or values_in_order
 template <class Order>
@@ -48,36 +55,41 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
     low_rank_side<std::is_same_v<Order, keys_in_order>>::validate(shape);
     for (index_t layer = 0; layer < shape.num_layers; ++layer) {
       if (this->layout_of(layer).num_exact() != 0)
-        throw shape_error("kvcache: klt stores components in 8, 4 and 2 bits, these bases have others");
+        throw shape_error("kvcache: klt stores components in 8, 6, 4 and 2 bits, these bases have others");
     }
   }
 
+  /// The bases; see codec/low_rank_settings.hpp.
+  void put_settings(std::vector<std::byte>& out) const {
+    if (this->bases != nullptr) put_low_rank_settings(*this->bases, this->is_keys, settings_of::klt, out);
+  }
+
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
-    return this->here_or_most([&](const low_rank_layout& l) {
-      return klt_sizes_of<Order>(l, g.block_size).block + scales_bytes(g);
-    });
+    return this->here_or_most(
+        [&](const low_rank_layout& l) { return klt_sizes_of<Order>(l, g.block_size).section; });
   }
   [[nodiscard]] index_t row_bytes(const block_geometry& g) const noexcept {
-    return this->here_or_most([&](const low_rank_layout& l) {
-      return klt_sizes_of<Order>(l, g.block_size).row + index_t{sizeof(bfloat16)};
-    });
+    return this->here_or_most(
+        [&](const low_rank_layout& l) { return klt_sizes_of<Order>(l, g.block_size).row; });
   }
 
   void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
               index_t count, const_rows rows) const {
     alignas(64) component_row x;
     alignas(64) component_row c;
+    // components of five spreads stay within float
+    const float widest = *std::max_element(this->basis.spreads, this->basis.spreads + this->rank());
+    const double limit = 0x1p127 / (5.0 * double{widest} * klt_scale_divisor);
     for (index_t t = first; t < first + count; ++t) {
       const float* row = rows.row(t - first);
       const unit_range range = unit_range_of(kernels, row, g.head_dim);
       std::transform(row, row + g.head_dim, x.begin(), [&](float number) { return number * range.inverse; });
       this->project(x.data(), g.head_dim, c.data());
-      for (index_t i = 0; i < this->rank(); ++i) c[static_cast<std::size_t>(i)] /= this->basis.spreads[i];
-      const float unit = range.unit / klt_scale_divisor;
-      const bfloat16 scale =
-          bfloat16_not_below(std::min(scale_of(c.data(), g.block_size) * unit, largest_klt_scale));
-      set_scale(section + codes_bytes(g), t, scale);
-      const float inverse = to_float(scale) > 0 ? unit / to_float(scale) : 0.0F;
+      const double unit = double{range.unit} * in_spreads(c.data()) / klt_scale_divisor;
+      const std::uint8_t code = klt_scale_code(scale_of(c.data(), g.block_size) * unit, limit);
+      section[t] = static_cast<std::byte>(code);
+      const double scale = to_float(klt_scales[code]);
+      const auto inverse = static_cast<float>(scale > 0 ? std::min(unit / scale, 0x1p100) : 0);
       for (index_t i = 0; i < this->rank(); ++i) c[static_cast<std::size_t>(i)] *= inverse;
       for_each(g, [&](auto group, const component_group& part) {
         group.encode(kernels, part.geometry, section + part.offset, t, c.data() + part.first);
@@ -89,7 +101,7 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
               index_t first, index_t count, mutable_rows rows) const {
     alignas(64) component_row c;
     for (index_t t = first; t < first + count; ++t) {
-      const float scale = klt_scale_divisor * to_float(token_scales(g, section)[t]);
+      const float scale = klt_scale_divisor * to_float(klt_scales[std::to_integer<std::size_t>(section[t])]);
       for_each(g, [&](auto group, const component_group& part) {
         float* of_group = c.data() + part.first;
         group.decode(part.geometry, section + part.offset, t, of_group);
@@ -104,7 +116,7 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
     for_each(g, [&](auto group, const component_group& part) {
       group.move_row(part.geometry, from + part.offset, from_slot, to + part.offset, to_slot);
     });
-    set_scale(to + codes_bytes(g), to_slot, token_scales(g, from)[from_slot]);
+    to[to_slot] = from[from_slot];
   }
 
  protected:
@@ -112,15 +124,44 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
   void for_each(const block_geometry& g, Body body) const {
     for_each_klt_group<Order>(this->layout(), g.block_size, body);
   }
-  [[nodiscard]] index_t codes_bytes(const block_geometry& g) const noexcept {
-    return klt_sizes_of<Order>(this->layout(), g.block_size).block;
-  }
-  [[nodiscard]] const bfloat16* token_scales(const block_geometry& g,
-                                             const std::byte* section) const noexcept {
-    return scales(section + codes_bytes(g));
+  /// The levels of a group, side by side with those of others. \param next  the section that is read next; may be null
+  template <class Group>
+  static void unpack(const kernel::table& kernels, Group group, const component_group& part,
+                     const std::byte* section, const std::byte* next, klt_piece piece) {
+    piece.next = next == nullptr ? nullptr : next + part.offset;
+    group.unpack(kernels, part.geometry, section + part.offset, piece);
   }
 
  private:
+  /// Divides components by their spreads and by what they are then at most, which is returned.
+  double in_spreads(float* c) const noexcept {
+    float largest = 0;
+    for (index_t i = 0; i < this->rank(); ++i) {
+      c[i] /= this->basis.spreads[i];
+      largest = std::max(largest, std::fabs(c[i]));
+    }
+    const float inverse = largest > 0 ? 1 / largest : 0;
+    for (index_t i = 0; i < this->rank(); ++i) c[i] *= inverse;
+    return double{largest};
+  }
+
+  /// Of a group, in registers.
+  struct group_sums {
+    float squares = 0;
+    float spreads = 0;
+    float energy = 0;
+    float square_spreads = 0;
+    float largest = 0;
+
+    void add(float spread, float size) noexcept {
+      squares += spread * size * size;
+      spreads += spread;
+      energy += spread * size * (spread * size);
+      square_spreads += spread * spread;
+      largest = std::max(largest, size);
+    }
+  };
+
   /// Root mean square of the components in spreads, those that spread far counting more; but so much that none is beyond the
   /// reach of its group, unless the noise of that would be more than a quarter of the row.
   [[nodiscard]] float scale_of(const float* c, index_t block_size) const noexcept {
@@ -130,14 +171,14 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
     float energy = 0;
     float noise = 0;  // at a scale of one
     for_each_klt_group<Order>(this->layout(), block_size, [&](auto group, const component_group& part) {
-      for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i) {
-        const float spread = this->basis.spreads[i];
-        squares += spread * c[i] * c[i];
-        spreads += spread;
-        energy += spread * c[i] * (spread * c[i]);
-        noise += spread * spread * static_cast<float>(group.error);
-        least = std::max(least, std::fabs(c[i]) / group.reach);
-      }
+      group_sums sums;
+      for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i)
+        sums.add(this->basis.spreads[i], std::fabs(c[i]));
+      squares += sums.squares;
+      spreads += sums.spreads;
+      energy += sums.energy;
+      noise += sums.square_spreads * static_cast<float>(group.error);
+      least = std::max(least, sums.largest / group.reach);
     });
     const float usual = spreads > 0 ? std::max(std::sqrt(squares / spreads), least) : 0.0F;
     return noise * usual * usual <= energy / 4 ? usual : best_scale(c, block_size, noise);
@@ -173,52 +214,111 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
 
   /// Throws shape_error.
   static klt_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
-    return {{{{}, detail::low_rank_bases_from(settings, is_keys, shape)}}};
+    return {{{{}, detail::low_rank_bases_from(settings, is_keys, detail::settings_of::klt, shape)}}};
   }
   [[nodiscard]] klt_keys at(index_t layer, index_t head) const {
     return {{{{}, this->bases, this->basis_at(layer, head)}}};
   }
 
-  /// prepared = | rows of the first group | rows of the next | ...
-  [[nodiscard]] index_t prepared_floats(const block_geometry& g) const noexcept {
-    return this->here_or_most([&](const low_rank_layout& l) {
-      index_t floats = 0;
-      detail::for_each_klt_group<detail::keys_in_order>(l, g.block_size, [&](auto, const group& part) {
-        floats += kernel::prepared_query_floats(part.geometry.head_dim);
-      });
-      return floats;
-    });
+  /// prepared = | rows for the fine groups | rows for the others |
+  [[nodiscard]] index_t prepared_floats(const block_geometry& /*g*/) const noexcept {
+    return this->here_or_most(
+        [](const low_rank_layout& l) { return floats_of(dims_of<true>(l)) + floats_of(dims_of<false>(l)); });
   }
   const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
                        index_t num_rows, float* prepared) const {
-    for_each_query(kernels, g, queries, num_rows, [&](index_t r, float* row) {
-      float* of_group = prepared;
-      for_each(g, [&](auto with, const group& part) {
-        const index_t floats = kernel::prepared_query_floats(part.geometry.head_dim);
-        float* own = row + part.first;
-        for (index_t i = 0; i < part.geometry.head_dim; ++i) own[i] *= with.unit * detail::klt_scale_divisor;
-        with.kernels_in(kernels).prepare(part.geometry.head_dim, own, 1, of_group + r * floats);
-        of_group += num_rows * floats;
-      });
+    const index_t fine = floats_of(dims_of<true>(layout()));
+    const index_t others = floats_of(dims_of<false>(layout()));
+    for_each_query(kernels, g, queries, num_rows, [&](index_t r, const float* row) {
+      prepare_row<true>(kernels, g, row, prepared + r * fine);
+      prepare_row<false>(kernels, g, row, prepared + num_rows * fine + r * others);
     });
     return prepared;
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
+    fetch_behind(next, 0, detail::klt_scales_bytes(g.block_size));
+    const float* for_others = prepared + num_rows * floats_of(dims_of<true>(layout()));
+    for (index_t t = 0; t < count; t += detail::unpacked_tokens) {
+      const index_t here = std::min(detail::unpacked_tokens, count - t);
+      const key_piece keys{kernels, g, section, next, t, here, detail::klt_scale_run(section, t, here)};
+      score<true>(keys, prepared, num_rows, scores + t);
+      score<false>(keys, for_others, num_rows, scores + t);
+    }
+  }
+
+ private:
+  /// Up to 64 tokens.
+  struct key_piece {
+    const kernel::table& kernels;
+    const block_geometry& g;
+    const std::byte* section;
+    const std::byte* next;
+    index_t token;
+    index_t num_tokens;
+    detail::klt_scale_run scales;
+  };
+
+  /// Dims of the groups that are multiplied together, each from a line of its own on.
+  template <bool Fine>
+  static index_t dims_of(const low_rank_layout& layout) noexcept {
+    constexpr index_t line = detail::keys_in_order::order::pack;
+    return Fine ? round_up(layout.int8, line) + round_up(layout.bits6, line)
+                : round_up(layout.bits4, line) + round_up(layout.bits2, line);
+  }
+  static index_t floats_of(index_t dims) noexcept {
+    return dims == 0 ? 0 : kernel::prepared_query_floats(dims);
+  }
+  /// Calls body(group, part, dim) for each of these groups, `dim` being where its first line is.
+  template <bool Fine, class Body>
+  void for_each_of(const block_geometry& g, Body body) const {
+    index_t dim = 0;
     for_each(g, [&](auto with, const group& part) {
-      const index_t floats = kernel::prepared_query_floats(part.geometry.head_dim);
-      const auto write = [&](index_t first, index_t n, float* out) {
-        with.scores(kernels, part.geometry, section + part.offset, token_scales(g, section), count,
-                    prepared + first * floats, n, out, after(part, section, next));
-      };
-      if (part.first == 0) {
-        write(0, num_rows, scores);
-      } else {
-        detail::add_scores(g.block_size, count, num_rows, scores, write);
+      if constexpr (decltype(with)::fine == Fine) {
+        body(with, part, dim);
+        dim += round_up(part.geometry.head_dim, detail::keys_in_order::order::pack);
       }
-      prepared += num_rows * floats;
     });
+  }
+  template <bool Fine>
+  static const kernel::int8_kernels& kernels_in(const kernel::table& kernels) noexcept {
+    return Fine ? kernels.int8 : kernels.coarse;
+  }
+
+  template <bool Fine>
+  void prepare_row(const kernel::table& kernels, const block_geometry& g, const float* row,
+                   float* prepared) const {
+    const index_t dims = dims_of<Fine>(layout());
+    if (dims == 0) return;
+    alignas(64) std::array<float, max_head_dim + 16> own{};
+    for_each_of<Fine>(g, [&](auto with, const group& part, index_t dim) {
+      std::transform(row + part.first, row + part.first + part.geometry.head_dim, own.begin() + dim,
+                     [&](float x) { return x * (with.unit * detail::klt_scale_divisor); });
+    });
+    kernels_in<Fine>(kernels).prepare(dims, own.data(), 1, prepared);
+  }
+
+  /// Writes the scores of the fine groups; writes those of the others where there are no fine ones, else adds them.
+  template <bool Fine>
+  void score(const key_piece& keys, const float* prepared, index_t num_rows, float* scores) const {
+    const block_geometry together{keys.g.block_size, dims_of<Fine>(layout())};
+    if (together.head_dim == 0) return;
+    alignas(64) detail::level_lines memory;
+    for_each_of<Fine>(keys.g, [&](auto with, const group& part, index_t dim) {
+      unpack(keys.kernels, with, part, keys.section, keys.next,
+             {keys.token, keys.num_tokens, nullptr, memory.data() + key_lanes * dim,
+              detail::keys_in_order::size({key_lanes, together.head_dim})});
+    });
+    const auto write = [&](index_t first, index_t n, float* out) {
+      kernels_in<Fine>(keys.kernels)
+          .scores(together, reinterpret_cast<const std::byte*>(memory.data()), keys.scales.data(),
+                  keys.num_tokens, prepared + first * floats_of(together.head_dim), n, out, nullptr);
+    };
+    if (Fine || dims_of<true>(layout()) == 0)
+      write(0, num_rows, scores);
+    else
+      detail::add_scores(keys.kernels, keys.g.block_size, keys.num_tokens, num_rows, scores, write);
   }
 };
 
@@ -228,24 +328,29 @@ struct klt_values : detail::klt_rows<detail::values_in_order> {
 
   /// Throws shape_error.
   static klt_values from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
-    return {{{{}, detail::low_rank_bases_from(settings, is_keys, shape)}}};
+    return {{{{}, detail::low_rank_bases_from(settings, is_keys, detail::settings_of::klt, shape)}}};
   }
   [[nodiscard]] klt_values at(index_t layer, index_t head) const {
     return {{{{}, this->bases, this->basis_at(layer, head)}}};
   }
 
-  /// Components of row r come to lie in sums[r, 0 .. rank), in levels.
+  /// Components of row r come to lie in sums[r, 0 .. rank), in levels; what is behind them is indeterminate. Weights are taken
+  /// as 8 bits, which is less than what codes are off by.
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
-    for_each(g, [&](auto with, const group& part) {
-      detail::add_sums(part.geometry.head_dim, g.head_dim, num_rows, sums + part.first,
+    fetch_behind(next, 0, detail::klt_scales_bytes(g.block_size));
+    constexpr index_t few =
+        64;  // dims that are multiplied for nothing sooner than the others are added once more
+    if (g.head_dim - rank() < few) {
+      sum(kernels, g, {section, next, count}, g, weights, num_rows, sums);
+    } else {
+      detail::add_sums(kernels, padded_rank(), rank(), g.head_dim, num_rows, sums,
                        [&](index_t first, index_t n, float* out) {
-                         with.accumulate(kernels, part.geometry, section + part.offset,
-                                         token_scales(g, section), count, weights + first * g.block_size, n,
-                                         out, after(part, section, next));
+                         sum(kernels, g, {section, next, count}, {g.block_size, padded_rank()},
+                             weights + first * g.block_size, n, out);
                        });
-    });
+    }
   }
 
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
@@ -255,6 +360,31 @@ struct klt_values : detail::klt_rows<detail::values_in_order> {
           row[i] *= with.unit * detail::klt_scale_divisor;
       });
     });
+  }
+
+ private:
+  struct klt_section {
+    const std::byte* at;
+    const std::byte* next;
+    index_t count;
+  };
+
+  /// \param together  of the levels as they are multiplied, and of `sums`
+  void sum(const kernel::table& kernels, const block_geometry& g, const klt_section& section,
+           const block_geometry& together, const float* weights, index_t num_rows, float* sums) const {
+    const index_t stride = detail::values_in_order::order::pack * together.head_dim;
+    alignas(64) detail::level_lines memory;
+    for (index_t t = 0; t < section.count; t += detail::unpacked_tokens) {
+      const index_t num_tokens = std::min(detail::unpacked_tokens, section.count - t);
+      const detail::klt_scale_run run(section.at, t, num_tokens);
+      for_each(g, [&](auto with, const group& part) {
+        unpack(kernels, with, part, section.at, section.next,
+               {t, num_tokens, nullptr, memory.data() + detail::values_in_order::order::pack * part.first,
+                stride});
+      });
+      kernels.coarse.accumulate(together, reinterpret_cast<const std::byte*>(memory.data()), run.data(),
+                                num_tokens, weights + t, num_rows, sums, nullptr);
+    }
   }
 };
 

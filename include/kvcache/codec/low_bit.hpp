@@ -53,25 +53,34 @@ struct packed_codes {
     return packed::get(section, Order::index(g, token, dim));
   }
 
-  /// Calls body(first_token, num_tokens, std::int8_t* bytes) for tokens [0, count), unpacked through `unpack`.
+  /// Unpacks up to 64 tokens from a multiple of 64 on through `unpack`; returns where they begin in `memory`.
   /// \param next  what is read after this section, fetched meanwhile; may be null
+  template <class Unpack>
+  static std::int8_t* unpack_piece(const block_geometry& g, const std::byte* section, index_t token,
+                                   index_t num_tokens, const std::byte* next, Unpack unpack,
+                                   unpacked_lines& memory) {
+    const index_t first = Order::line(g, token);
+    const index_t aligned = first / packed::lines_per_unit * packed::lines_per_unit;
+    const index_t num_lines = Order::lines_for(g, num_tokens) + first - aligned;
+    unpack(section, aligned, num_lines, memory.data(), next);
+    return memory.data() + (first - aligned) * line_bytes;
+  }
+
+  /// Calls body(first_token, num_tokens, std::int8_t* bytes) for tokens [0, count), unpacked likewise.
   template <class Unpack, class Body>
   static void for_each_piece(const block_geometry& g, const std::byte* section, index_t count,
                              const std::byte* next, Unpack unpack, Body body) {
     alignas(64) unpacked_lines memory;
     for (index_t t = 0; t < count; t += unpacked_tokens) {
       const index_t num_tokens = std::min(unpacked_tokens, count - t);
-      const index_t first = Order::line(g, t);
-      const index_t aligned = first / packed::lines_per_unit * packed::lines_per_unit;
-      const index_t num_lines = Order::lines_for(g, num_tokens) + first - aligned;
-      unpack(section, aligned, num_lines, memory.data(), next);
-      body(t, num_tokens, memory.data() + (first - aligned) * line_bytes);
+      body(t, num_tokens, unpack_piece(g, section, t, num_tokens, next, unpack, memory));
     }
   }
 };
 
 struct keys_in_order {
   using order = block_order<std::int8_t>;
+  static constexpr index_t run_tokens = key_lanes;  ///< that lie together
   static constexpr index_t size(const block_geometry& g) noexcept { return order::key_size(g); }
   static constexpr index_t index(const block_geometry& g, index_t token, index_t dim) noexcept {
     return order::key_index(g, token, dim);
@@ -97,6 +106,7 @@ struct keys_in_order {
 
 struct values_in_order {
   using order = block_order<std::int8_t>;
+  static constexpr index_t run_tokens = order::pack;  ///< as above
   static constexpr index_t size(const block_geometry& g) noexcept { return order::value_size(g); }
   static constexpr index_t index(const block_geometry& g, index_t token, index_t dim) noexcept {
     return order::value_index(g, token, dim);

@@ -126,6 +126,7 @@ class low_rank_calibration {
     validate(shape);
     const Eigen::MatrixXd zero = Eigen::MatrixXd::Zero(shape.head_dim, shape.head_dim);
     moments_.assign(static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads), {zero, zero, zero});
+    num_tokens_.assign(static_cast<std::size_t>(shape.num_layers), 0);
   }
 
   /// Rows as they are appended, [tokens, num_kv_heads, head_dim]. O(tokens * num_kv_heads * head_dim^2).
@@ -138,6 +139,8 @@ class low_rank_calibration {
       add_rows(k, shape_.num_kv_heads, head, of(layer, head).keys);
       add_rows(v, shape_.num_kv_heads, head, of(layer, head).values);
     }
+    num_tokens_[static_cast<std::size_t>(layer)] +=
+        static_cast<index_t>(k.size()) / (shape_.num_kv_heads * shape_.head_dim);
   }
 
   /// Queries, rotated, [tokens, num_q_heads, head_dim]; num_q_heads is a multiple of num_kv_heads. Throws as add.
@@ -186,6 +189,10 @@ class low_rank_calibration {
                        [](const head_moments& head) { return head.queries.trace() > 0; });
   }
   [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
+  /// Tokens of a layer whose rows were added. \pre the layer exists
+  [[nodiscard]] index_t num_tokens(index_t layer) const noexcept {
+    return num_tokens_[static_cast<std::size_t>(layer)];
+  }
 
   /// The best bases for what was added. O(heads * head_dim^3). Throws shape_error if options cannot be.
   [[nodiscard]] std::shared_ptr<const low_rank_bases> bases(const low_rank_options& keys,
@@ -234,6 +241,7 @@ class low_rank_calibration {
 
   cache_shape shape_;
   std::vector<head_moments> moments_;  // [num_layers, num_kv_heads]
+  std::vector<index_t> num_tokens_;    // [num_layers]
 };
 
 inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(

@@ -147,7 +147,7 @@ class low_rank_bases {
   }
 
   void check_layout(const low_rank_layout& layout) const {
-    for (const index_t count : {layout.f32, layout.bf16, layout.int8, layout.bits4, layout.bits2}) {
+    for (const index_t count : layout.counts()) {
       if (count < 0 || count > shape_.head_dim)
         throw shape_error("kvcache: low_rank: a group has 0 to head_dim components");
     }

@@ -119,9 +119,10 @@ class layout_chooser {
   }
 
   [[nodiscard]] low_rank_layout checked(const low_rank_layout& layout) const {
-    for (const index_t count : {layout.f32, layout.bf16, layout.int8, layout.bits4, layout.bits2}) {
+    for (const index_t count : layout.counts()) {
       if (count < 0 || count > shape_.head_dim) refuse("a group has 0 to head_dim components");
     }
+    if (layout.bits6 != 0) refuse("components of 6 bits are for klt");
     if (layout.rank() < 1 || layout.rank() > shape_.head_dim)
       refuse("rank must be 1 to head_dim, got " + std::to_string(layout.rank()));
     return layout;

@@ -3,6 +3,8 @@
 //
 //   row: | f32 | bf16 | int8 | 4 bits | 2 bits |      components by falling energy; those behind are not stored
 //
+// Layouts of klt (codec/klt_rows.hpp) have no f32 and bf16, but 6 bits.
+//
 // A group of components is a section of its own, encoded by the side of that name over rows as long as the group:
 //
 //   f32, bf16   32, 16 bits                                  codec/exact.hpp
@@ -23,6 +25,8 @@
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 
+#include <array>
+
 namespace kvcache::inline v0::codec {
 
 /// Components in each group, those with the most energy first.
@@ -30,10 +34,17 @@ struct low_rank_layout {
   index_t f32 = 0;
   index_t bf16 = 0;
   index_t int8 = 0;
+  index_t bits6 = 0;  ///< klt alone
   index_t bits4 = 0;
   index_t bits2 = 0;
 
-  [[nodiscard]] constexpr index_t rank() const noexcept { return f32 + bf16 + int8 + bits4 + bits2; }
+  [[nodiscard]] constexpr std::array<index_t, 6> counts() const noexcept {
+    return {f32, bf16, int8, bits6, bits4, bits2};
+  }
+  static constexpr low_rank_layout of(const std::array<index_t, 6>& counts) noexcept {
+    return {counts[0], counts[1], counts[2], counts[3], counts[4], counts[5]};
+  }
+  [[nodiscard]] constexpr index_t rank() const noexcept { return f32 + bf16 + int8 + bits6 + bits4 + bits2; }
   /// Of these components no scale is stored.
   [[nodiscard]] constexpr index_t num_exact() const noexcept { return f32 + bf16; }
 

@@ -27,6 +27,7 @@
 #include <span>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace kvcache::inline v0::codec {
 
@@ -36,6 +37,20 @@ namespace detail {
 template <class Groups>
 struct low_rank_rows : low_rank_side<std::is_same_v<Groups, key_groups>> {
   static constexpr std::string_view side_name() noexcept { return "low_rank"; }
+  /// Throws shape_error where there are no bases, those of another model, or of a layout that low_rank has not.
+  void validate(const cache_shape& shape) const {
+    low_rank_side<std::is_same_v<Groups, key_groups>>::validate(shape);
+    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+      if (this->layout_of(layer).bits6 != 0)
+        throw shape_error("kvcache: low_rank stores no components in 6 bits, these bases have some; see klt");
+    }
+  }
+  /// The bases; see codec/low_rank_settings.hpp.
+  void put_settings(std::vector<std::byte>& out) const {
+    if (this->bases != nullptr)
+      put_low_rank_settings(*this->bases, this->is_keys, settings_of::low_rank, out);
+  }
+
   [[nodiscard]] index_t section_bytes(const block_geometry& g) const noexcept {
     return this->here_or_most(
         [&](const low_rank_layout& l) { return detail::section_bytes<Groups>(l, g.block_size); });
@@ -93,7 +108,7 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
 
   /// Throws shape_error.
   static low_rank_keys from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
-    return {{{{}, detail::low_rank_bases_from(settings, is_keys, shape)}}};
+    return {{{{}, detail::low_rank_bases_from(settings, is_keys, detail::settings_of::low_rank, shape)}}};
   }
   [[nodiscard]] low_rank_keys at(index_t layer, index_t head) const {
     return {{{{}, this->bases, this->basis_at(layer, head)}}};
@@ -124,10 +139,11 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
       if (part.first == 0) {
         side.scores(kernels, part.geometry, section, count, of_group, num_rows, scores, behind);
       } else {
-        detail::add_scores(g.block_size, count, num_rows, scores, [&](index_t first, index_t n, float* out) {
-          side.scores(kernels, part.geometry, section + part.offset, count,
-                      of_group + first * row_floats(side, part), n, out, behind);
-        });
+        detail::add_scores(kernels, g.block_size, count, num_rows, scores,
+                           [&](index_t first, index_t n, float* out) {
+                             side.scores(kernels, part.geometry, section + part.offset, count,
+                                         of_group + first * row_floats(side, part), n, out, behind);
+                           });
       }
       of_group += num_rows * part_floats(side, part);
     });
@@ -165,7 +181,7 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
 
   /// Throws shape_error.
   static low_rank_values from_settings(std::span<const std::byte> settings, const cache_shape& shape) {
-    return {{{{}, detail::low_rank_bases_from(settings, is_keys, shape)}}};
+    return {{{{}, detail::low_rank_bases_from(settings, is_keys, detail::settings_of::low_rank, shape)}}};
   }
   [[nodiscard]] low_rank_values at(index_t layer, index_t head) const {
     return {{{{}, this->bases, this->basis_at(layer, head)}}};
@@ -176,8 +192,8 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
-      detail::add_sums(part.geometry.head_dim, g.head_dim, num_rows, sums + part.first,
-                       [&](index_t first, index_t n, float* out) {
+      detail::add_sums(kernels, part.geometry.head_dim, part.geometry.head_dim, g.head_dim, num_rows,
+                       sums + part.first, [&](index_t first, index_t n, float* out) {
                          side.accumulate(kernels, part.geometry, section + part.offset, count,
                                          weights + first * g.block_size, n, out, after(part, section, next));
                        });

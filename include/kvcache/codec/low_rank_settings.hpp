@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // low_rank_settings: the bases of keys, or of values, as a side of low_rank writes them and is made from them again.
 //
-//   u32 1 where queries have a basis of their own | for each layer: u32 components in f32, bf16, 8, 4, 2 bits
+//   u32 flags: 1 where queries have a basis of their own, 2 of klt
+//   for each layer: u32 components in f32, bf16, 8, (of klt: 6,) 4, 2 bits
 //   for each layer and head, in float: in [rank, head_dim] | out, where there is one, the same size | spreads [rank]
 //
 // Little-endian; see codec/description.hpp.
@@ -16,6 +17,7 @@
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -29,8 +31,17 @@ inline low_rank_basis basis_at(const low_rank_bases& bases, bool is_keys, index_
   return is_keys ? bases.keys(layer, head) : bases.values(layer, head);
 }
 
+/// Whose bases: what low_rank has no components of is not written for it.
+enum class settings_of : std::uint32_t { low_rank = 0, klt = 2 };
+
+/// Whether layouts of this codec tell of counts()[i].
+constexpr bool has_count(settings_of codec, std::size_t i) noexcept {
+  return codec == settings_of::klt || i != 3;
+}
+
 /// Appends the settings of one side. Throws std::bad_alloc.
-inline void put_low_rank_settings(const low_rank_bases& bases, bool is_keys, std::vector<std::byte>& out) {
+inline void put_low_rank_settings(const low_rank_bases& bases, bool is_keys, settings_of codec,
+                                  std::vector<std::byte>& out) {
   const cache_shape& shape = bases.shape();
   const auto put_number = [&](index_t number) {
     const auto narrow = static_cast<std::uint32_t>(number);
@@ -38,10 +49,12 @@ inline void put_low_rank_settings(const low_rank_bases& bases, bool is_keys, std
     out.insert(out.end(), bytes, bytes + sizeof narrow);
   };
   const low_rank_basis any = basis_at(bases, is_keys, 0, 0);
-  put_number(any.out != any.in ? 1 : 0);
+  put_number((any.out != any.in ? 1 : 0) + static_cast<index_t>(codec));
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
     const low_rank_layout& l = is_keys ? bases.key_layout(layer) : bases.value_layout(layer);
-    for (const index_t count : {l.f32, l.bf16, l.int8, l.bits4, l.bits2}) put_number(count);
+    for (std::size_t i = 0; i < l.counts().size(); ++i) {
+      if (has_count(codec, i)) put_number(l.counts()[i]);
+    }
   }
   std::vector<float> rows;
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
@@ -67,7 +80,8 @@ inline void put_low_rank_settings(const low_rank_bases& bases, bool is_keys, std
 
 /// The bases that wrote these settings, without any for the other side. Throws shape_error where they cannot be.
 inline std::shared_ptr<const low_rank_bases> low_rank_bases_from(std::span<const std::byte> settings,
-                                                                 bool is_keys, const cache_shape& shape) {
+                                                                 bool is_keys, settings_of codec,
+                                                                 const cache_shape& shape) {
   const auto refuse = [] { throw shape_error("kvcache: the settings of low_rank have the wrong size"); };
   const auto take_number = [&] {
     std::uint32_t number = 0;
@@ -76,13 +90,17 @@ inline std::shared_ptr<const low_rank_bases> low_rank_bases_from(std::span<const
     settings = settings.subspan(sizeof number);
     return index_t{number};
   };
-  const index_t weighted = take_number();
-  if (weighted > (is_keys ? 1 : 0)) throw shape_error("kvcache: low_rank: a flag is neither 0 nor 1");
+  const index_t weighted = take_number() - static_cast<index_t>(codec);
+  if (weighted < 0 || weighted > (is_keys ? 1 : 0))
+    throw shape_error("kvcache: the settings of low_rank, or klt, are of another codec or an older version");
   std::vector<low_rank_layout> layouts;
   index_t num_floats = 0;
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-    low_rank_layout l;
-    for (index_t* count : {&l.f32, &l.bf16, &l.int8, &l.bits4, &l.bits2}) *count = take_number();
+    std::array<index_t, 6> counts{};
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      if (has_count(codec, i)) counts[i] = take_number();
+    }
+    const low_rank_layout l = low_rank_layout::of(counts);
     if (l.rank() < 1 || l.rank() > shape.head_dim)
       throw shape_error("kvcache: low_rank: rank must be 1 to head_dim");
     layouts.push_back(l);

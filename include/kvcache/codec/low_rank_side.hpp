@@ -101,17 +101,6 @@ inline void rebuild_rows(const float* matrix, index_t rank, index_t head_dim, co
   }
 }
 
-/// to[i] += from[i], in steps that compilers vectorise at -O2; `to` and `from` do not overlap.
-inline void add_floats(const float* from, index_t count, float* to) noexcept {
-  std::array<float, key_lanes> sum;
-  for (; count >= key_lanes; count -= key_lanes, from += key_lanes, to += key_lanes) {
-    std::memcpy(sum.data(), to, sizeof(sum));
-    for (std::size_t lane = 0; lane < key_lanes; ++lane) sum[lane] += from[lane];
-    std::memcpy(to, sum.data(), sizeof(sum));
-  }
-  for (index_t i = 0; i < count; ++i) to[i] += from[i];
-}
-
 /// Calls body(first, n) for all rows, work_rows at a time.
 template <class Body>
 void for_each_rows(index_t num_rows, Body body) {
@@ -121,24 +110,28 @@ void for_each_rows(index_t num_rows, Body body) {
 
 /// Adds what part(first, n, out) writes to scores: those of n rows from `first` on, [n, block_size].
 template <class Part>
-void add_scores(index_t block_size, index_t count, index_t num_rows, float* scores, Part part) {
+void add_scores(const kernel::table& kernels, index_t block_size, index_t count, index_t num_rows,
+                float* scores, Part part) {
   alignas(64) std::array<float, work_rows * max_block_size> memory;
   for_each_rows(num_rows, [&](index_t first, index_t n) {
     part(first, n, memory.data());
     for (index_t r = 0; r < n; ++r)
-      add_floats(memory.data() + r * block_size, round_up(count, key_lanes),
-                 scores + (first + r) * block_size);
+      kernels.channel.add_to(memory.data() + r * block_size, round_up(count, key_lanes),
+                             scores + (first + r) * block_size);
   });
 }
 
-/// Adds what part(first, n, out) adds to zeros, [n, dim], to rows of sums that are `stride` apart.
+/// Adds what part(first, n, out) adds to zeros, [n, padded_dim], the first `dim` of each row, to rows of sums that are
+/// `stride` apart.
 template <class Part>
-void add_sums(index_t dim, index_t stride, index_t num_rows, float* sums, Part part) {
+void add_sums(const kernel::table& kernels, index_t padded_dim, index_t dim, index_t stride, index_t num_rows,
+              float* sums, Part part) {
   alignas(64) component_rows memory;
   for_each_rows(num_rows, [&](index_t first, index_t n) {
-    std::fill_n(memory.begin(), n * dim, 0.0F);
+    std::fill_n(memory.begin(), n * padded_dim, 0.0F);
     part(first, n, memory.data());
-    for (index_t r = 0; r < n; ++r) add_floats(memory.data() + r * dim, dim, sums + (first + r) * stride);
+    for (index_t r = 0; r < n; ++r)
+      kernels.channel.add_to(memory.data() + r * padded_dim, dim, sums + (first + r) * stride);
   });
 }
 
@@ -160,11 +153,6 @@ struct low_rank_side : plain_side {
       if (layout_of(layer).rank() < 1)
         throw shape_error(std::string("kvcache: low_rank has no bases for ") + (is_keys ? "keys" : "values"));
     }
-  }
-
-  /// The bases; see codec/low_rank_settings.hpp.
-  void put_settings(std::vector<std::byte>& out) const {
-    if (bases != nullptr) put_low_rank_settings(*bases, is_keys, out);
   }
 
   /// Bytes of the bases of this side, of all heads.

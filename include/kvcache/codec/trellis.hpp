@@ -68,7 +68,8 @@ struct trellis_quantiser {
       return;
     codes.template for_each_piece<keys_in_order>([&](index_t t, index_t num_tokens, std::int8_t* bytes) {
       codes.kernels.trellis.decode_keys(Bits, codes.g.head_dim, ceil_div(num_tokens, key_lanes),
-                                        reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+                                        reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes,
+                                        keys_in_order::order::key_group_size(codes.g));
       codes.kernels.coarse.scores(codes.g, reinterpret_cast<const std::byte*>(bytes), scales + t, num_tokens,
                                   prepared, num_rows, scores + t, nullptr);
     });
@@ -82,7 +83,8 @@ struct trellis_quantiser {
     codes.template for_each_piece<values_in_order>([&](index_t t, index_t num_tokens, std::int8_t* bytes) {
       codes.kernels.trellis.decode_values(Bits, codes.g.head_dim,
                                           ceil_div(num_tokens, values_in_order::order::pack),
-                                          reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes);
+                                          reinterpret_cast<const std::uint8_t*>(bytes), table(), bytes,
+                                          values_in_order::order::pack * codes.g.head_dim);
       codes.kernels.coarse.accumulate(codes.g, reinterpret_cast<const std::byte*>(bytes), scales + t,
                                       num_tokens, weights + t, num_rows, sums, nullptr);
     });

@@ -39,6 +39,9 @@ constexpr index_t ceil_div(index_t a, index_t b) noexcept {
 }
 
 /// The smallest multiple of `unit` that is >= `n`; throws shape_error if it does not fit.
-constexpr index_t round_up(index_t n, index_t unit) { return checked_mul(ceil_div(n, unit), unit); }
+constexpr index_t round_up(index_t n, index_t unit) {
+  const auto rest = static_cast<index_t>(static_cast<std::uint64_t>(n) % static_cast<std::uint64_t>(unit));
+  return rest == 0 && n >= 0 ? n : checked_add(n, unit - rest);
+}
 
 }  // namespace kvcache::inline v0

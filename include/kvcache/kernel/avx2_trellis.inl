@@ -41,6 +41,14 @@ KVCACHE_INLINE bits spread(const std::int32_t* p) {
   }
 }
 
+KVCACHE_INLINE void store_words(void* p, bits a, index_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i n = _mm256_set1_epi32(static_cast<int>(count));
+  _mm256_maskstore_epi32(static_cast<int*>(p), _mm256_cmpgt_epi32(n, lane), a.low);
+  const __m256i upper = _mm256_add_epi32(lane, _mm256_set1_epi32(8));
+  _mm256_maskstore_epi32(static_cast<int*>(p) + 8, _mm256_cmpgt_epi32(n, upper), a.high);
+}
+
 template <int N>
 KVCACHE_INLINE bits shifted_left(bits a) {
   return {_mm256_slli_epi32(a.low, N), _mm256_slli_epi32(a.high, N)};

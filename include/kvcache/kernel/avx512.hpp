@@ -242,6 +242,10 @@ KVCACHE_INLINE bits spread(const std::int32_t* p) {
   }
 }
 
+KVCACHE_INLINE void store_words(void* p, bits a, index_t count) {
+  _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1U << count) - 1U), a.x);
+}
+
 template <int N>
 KVCACHE_INLINE bits shifted_left(bits a) {
   return {_mm512_maskz_slli_epi32(all, a.x, N)};
@@ -332,25 +336,31 @@ inline bool runs_here() noexcept {
 
 #include <kvcache/kernel/avx512_trellis.inl>
 #include <kvcache/kernel/avx512_trellis_sums.inl>
+#include <kvcache/kernel/avx512_trellis_unpack.inl>
 
 }  // namespace vbmi
 
 #pragma pop_macro("KVCACHE_TARGET")
 
 inline void decode_trellis_keys_best(int num_bits, index_t head_dim, index_t num_groups,
-                                     const std::uint8_t* codes, const std::int8_t* table, std::int8_t* out) {
+                                     const std::uint8_t* codes, const std::int8_t* table, std::int8_t* out,
+                                     index_t out_stride) {
   (vbmi::runs_here() ? vbmi::decode_trellis_keys : decode_trellis_keys)(num_bits, head_dim, num_groups, codes,
-                                                                        table, out);
+                                                                        table, out, out_stride);
 }
 inline void decode_trellis_values_best(int num_bits, index_t head_dim, index_t num_packs,
-                                       const std::uint8_t* codes, const std::int8_t* table,
-                                       std::int8_t* out) {
+                                       const std::uint8_t* codes, const std::int8_t* table, std::int8_t* out,
+                                       index_t out_stride) {
   (vbmi::runs_here() ? vbmi::decode_trellis_values : decode_trellis_values)(num_bits, head_dim, num_packs,
-                                                                            codes, table, out);
+                                                                            codes, table, out, out_stride);
 }
 
-inline constexpr trellis_kernels kernels_for_trellis = {encode_trellis, decode_trellis_keys_best,
-                                                        decode_trellis_values_best, vbmi::trellis_scores,
+inline constexpr trellis_kernels kernels_for_trellis = {encode_trellis,
+                                                        decode_trellis_keys_best,
+                                                        decode_trellis_values_best,
+                                                        vbmi::unpack_trellis_keys,
+                                                        vbmi::unpack_trellis_values,
+                                                        vbmi::trellis_scores,
                                                         vbmi::trellis_accumulate};
 
 inline constexpr table kernels = {isa::avx512,

@@ -317,6 +317,10 @@ KVCACHE_INLINE bits spread(const std::int32_t* p) {
   return each_word([p](int i) { return as_unsigned(vld1q_dup_s32(p + 4 * i / Run)); });
 }
 
+KVCACHE_INLINE void store_words(void* p, bits a, index_t count) {
+  std::memcpy(p, a.x, static_cast<std::size_t>(count) * sizeof(std::uint32_t));
+}
+
 template <int N>
 KVCACHE_INLINE bits shifted_left(bits a) {
   return each_word([&](int i) { return vshlq_n_u32(a.x[i], N); });

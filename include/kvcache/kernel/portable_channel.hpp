@@ -16,6 +16,10 @@ inline void shift(float* scores, index_t count, float constant) {
   for (index_t t = 0; t < count; ++t) scores[t] += constant;
 }
 
+inline void add_to(const float* part, index_t count, float* sums) {
+  for (index_t i = 0; i < count; ++i) sums[i] += part[i];
+}
+
 inline void fold(const float* queries, index_t num_rows, index_t head_dim, const bfloat16* scales,
                  const bfloat16* offsets, float* folded, float* dots) {
   for (index_t r = 0; r < num_rows; ++r) {
@@ -51,6 +55,6 @@ inline void couple(const float* queries, index_t num_rows, index_t stride, index
                  out + r * 2 * num_pairs);
 }
 
-inline constexpr channel_kernels kernels_for_channels = {multiply, shift, fold, unfold, couple};
+inline constexpr channel_kernels kernels_for_channels = {multiply, shift, add_to, fold, unfold, couple};
 
 }  // namespace kvcache::inline v0::kernel::portable

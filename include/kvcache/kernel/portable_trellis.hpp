@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The codec trellis<b>, b = 2, 3, 4 bits per number: a row of codes is read as one stream of bits, and the last eight bits
-// of it, the state, select one of 256 numbers of a table.
+// The codec trellis<b>, b = 2, 3, 4 or 6 bits per number: a row of codes is read as one stream of bits, and the last eight
+// bits of it, the state, select one of 256 numbers of a table.
 //
 //   state[d] = (state[d-1] << b | code[d]) mod 256, state[-1] = 0           row[d] ~ scale * table[state[d]]
 //
@@ -57,6 +57,26 @@ struct trellis_row {
 struct trellis_path {
   alignas(64) std::array<std::uint8_t, max_head_dim * trellis_states / 4> from;  // [count][256 >> bits]
   alignas(64) std::array<std::int32_t, trellis_states> cost;
+
+  /// The last state of least cost, the first of them. In lanes, because it is asked for every row.
+  [[nodiscard]] [[gnu::always_inline]] std::uint32_t best_last() const noexcept {
+    constexpr std::size_t lanes = 16;
+    std::array<std::int32_t, lanes> least;
+    std::copy_n(cost.begin(), lanes, least.begin());
+    for (std::size_t s = lanes; s < cost.size(); s += lanes) {
+      for (std::size_t i = 0; i < lanes; ++i) least[i] = std::min(least[i], cost[s + i]);
+    }
+    const std::int32_t best = *std::min_element(least.begin(), least.end());
+    const auto has_best = [&](std::size_t first) {
+      bool found = false;
+      for (std::size_t i = 0; i < lanes; ++i) found |= cost[first + i] == best;
+      return found;
+    };
+    std::size_t state = 0;
+    while (!has_best(state)) state += lanes;
+    while (cost[state] != best) ++state;
+    return static_cast<std::uint32_t>(state);
+  }
 
   /// Costs before the first dim: only state 0 can be had.
   void start() noexcept {
@@ -149,14 +169,63 @@ inline void walk_trellis(const trellis_row& row, index_t count, const std::int8_
   }
 }
 
+/// Step 3 for six bits: of the states that follow suffix `from` and end in suffix `to` the nearest will do, so what is left to
+/// choose is a path through four suffixes.
+inline void walk_trellis_of_six(const trellis_row& row, index_t count, const std::int8_t* table,
+                                trellis_path& path) {
+  using eight [[gnu::vector_size(16)]] = std::int16_t;
+  constexpr std::size_t num_suffixes = 4;
+  constexpr std::size_t vectors = trellis_states / num_suffixes / 8;  // of the states that follow one suffix
+  alignas(64) std::array<std::int16_t, trellis_states> levels;        // 16 times the numbers
+  for (std::size_t s = 0; s < trellis_states; ++s) levels[s] = static_cast<std::int16_t>(16 * table[s]);
+  constexpr eight first_codes = {0, 0, 0, 0,
+                                 1, 1, 1, 1};  // high bits of the codes: which of two as near is taken
+
+  // costs, below them where they come from: the minimum of both needs no branches
+  constexpr std::int64_t unreachable = std::int64_t{1} << 40;
+  std::array<std::int64_t, num_suffixes> best{0, unreachable, unreachable, unreachable};
+  std::uint8_t* came_from = path.from.data();
+  std::fill_n(came_from, num_suffixes, std::uint8_t{0});
+  for (index_t d = 0; d < count; ++d) {
+    const eight target = eight{} + static_cast<std::int16_t>(16 * row.targets[static_cast<std::size_t>(d)]);
+    std::array<std::int64_t, num_suffixes> next;
+    next.fill(std::numeric_limits<std::int64_t>::max());
+    for (std::size_t from = 0; from < num_suffixes; ++from) {
+      eight nearest = eight{} + std::numeric_limits<std::int16_t>::max();
+      for (std::size_t v = 0; v < vectors; ++v) {
+        eight off;
+        std::memcpy(&off, &levels[(from * vectors + v) * 8], sizeof(off));
+        off -= target;
+        const eight other = -off;
+        const eight distance = (off > other ? off : other) | (first_codes + static_cast<std::int16_t>(2 * v));
+        nearest = distance < nearest ? distance : nearest;
+      }
+      for (std::size_t to = 0; to < num_suffixes; ++to) {
+        const std::int64_t found = std::min(nearest[to], nearest[to + num_suffixes]);
+        const std::int64_t cost = best[from] + (found >> 4) * (found >> 4);
+        next[to] = std::min(next[to], cost << 8 | static_cast<std::int64_t>(from << 4) | (found & 15));
+      }
+    }
+    came_from += num_suffixes;
+    for (std::size_t p = 0; p < num_suffixes; ++p) {
+      best[p] = next[p] >> 8;
+      came_from[p] = static_cast<std::uint8_t>(next[p] & 255);
+    }
+  }
+  path.cost.fill(std::numeric_limits<std::int32_t>::max());
+  for (std::size_t p = 0; p < num_suffixes; ++p) {
+    const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - 1;
+    path.cost[came_from[p] * num_suffixes + p] = static_cast<std::int32_t>(std::min(best[p], limit));
+  }
+}
+
 /// Step 3, back along the best path, and step 4.
 [[gnu::always_inline]] inline float trace_trellis(int bits, const trellis_row& row, index_t count,
                                                   const std::int8_t* table, const trellis_path& path,
                                                   std::uint8_t* codes) {
   const std::uint32_t code_mask = (1U << bits) - 1;
   const std::size_t num_suffixes = static_cast<std::size_t>(trellis_states) >> bits;
-  auto state =
-      static_cast<std::uint32_t>(std::min_element(path.cost.begin(), path.cost.end()) - path.cost.begin());
+  std::uint32_t state = path.best_last();
   std::int32_t product = 0;
   std::int32_t square = 0;
   for (index_t d = count - 1; d >= 0; --d) {
@@ -186,14 +255,16 @@ inline float encode_trellis(int bits, const float* row, index_t count, const std
     walk_trellis<2>(prepared, count, table, path);
   } else if (bits == 3) {
     walk_trellis<3>(prepared, count, table, path);
-  } else {
+  } else if (bits == 4) {
     walk_trellis<4>(prepared, count, table, path);
+  } else {
+    walk_trellis_of_six(prepared, count, table, path);
   }
   return trace_trellis(bits, prepared, count, table, path, codes);
 }
 
 inline void decode_trellis_keys(int bits, index_t head_dim, index_t num_groups, const std::uint8_t* codes,
-                                const std::int8_t* table, std::int8_t* out) {
+                                const std::int8_t* table, std::int8_t* out, index_t out_stride) {
   using order = block_order<std::int8_t>;
   const block_geometry g{num_groups * key_lanes, head_dim};
   const index_t padded_dim = order::key_packs(g) * order::pack;
@@ -202,21 +273,20 @@ inline void decode_trellis_keys(int bits, index_t head_dim, index_t num_groups, 
     for (index_t d = 0; d < padded_dim; ++d) {
       const index_t i = order::key_index(g, t, d);
       state = (state << bits | codes[i]) % trellis_states;
-      out[i] = table[state];
+      out[i % order::key_group_size(g) + t / key_lanes * out_stride] = table[state];
     }
   }
 }
 
 inline void decode_trellis_values(int bits, index_t head_dim, index_t num_packs, const std::uint8_t* codes,
-                                  const std::int8_t* table, std::int8_t* out) {
+                                  const std::int8_t* table, std::int8_t* out, index_t out_stride) {
   using order = block_order<std::int8_t>;
   const block_geometry g{num_packs * order::pack, head_dim};
   for (index_t t = 0; t < g.block_size; ++t) {
     std::uint32_t state = 0;
     for (index_t d = 0; d < head_dim; ++d) {
-      const index_t i = order::value_index(g, t, d);
-      state = (state << bits | codes[i]) % trellis_states;
-      out[i] = table[state];
+      state = (state << bits | codes[order::value_index(g, t, d)]) % trellis_states;
+      out[t / order::pack * out_stride + order::pack * d + t % order::pack] = table[state];
     }
   }
 }

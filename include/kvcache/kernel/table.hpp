@@ -151,6 +151,9 @@ struct channel_kernels {
   /// scores[t] += constant.
   void (*shift)(float* scores, index_t count, float constant);
 
+  /// sums[i] += part[i]; they do not overlap.
+  void (*add_to)(const float* part, index_t count, float* sums);
+
   /// folded[r, d] = queries[r, d] * scales[d]; dots[r] = sum_d queries[r, d] * offsets[d].
   void (*fold)(const float* queries, index_t num_rows, index_t head_dim, const bfloat16* scales,
                const bfloat16* offsets, float* folded, float* dots);
@@ -171,7 +174,7 @@ struct channel_kernels {
 inline constexpr int trellis_unit = 36;
 inline constexpr index_t trellis_states = 256;
 
-/// Arithmetic of the codec trellis<b>, see portable_trellis.hpp. Bits are 2, 3 or 4, tables have 256 entries from -127 to
+/// Arithmetic of the codec trellis<b>, see portable_trellis.hpp. Bits are 2, 3, 4 or 6, tables have 256 entries from -127 to
 /// 127. The same on every instruction set, bit by bit.
 struct trellis_kernels {
   /// The codes, [count], nearest to a row in its own units, and the scale of least squares: row[i] ~ scale *
@@ -183,16 +186,27 @@ struct trellis_kernels {
                   std::uint8_t* codes);
 
   /// Turns codes into the table's numbers, both in the block order of bytes: `num_groups` groups of 16 keys. What stands
-  /// in the padding of the last dims is indeterminate. `out` may be `codes`.
+  /// in the padding of the last dims is indeterminate.
+  /// \param out         a group is `out_stride` bytes behind the one before; may be `codes` where that is their stride too
   /// \pre every byte of `codes` is below 2^bits, that of slots without a token too
   void (*decode_keys)(int bits, index_t head_dim, index_t num_groups, const std::uint8_t* codes,
-                      const std::int8_t* table, std::int8_t* out);
+                      const std::int8_t* table, std::int8_t* out, index_t out_stride);
 
-  /// The same for `num_packs` packs of 4 values.
+  /// The same for `num_packs` packs of 4 values. Up to 63 bytes behind the last code are read.
   void (*decode_values)(int bits, index_t head_dim, index_t num_packs, const std::uint8_t* codes,
-                        const std::int8_t* table, std::int8_t* out);
+                        const std::int8_t* table, std::int8_t* out, index_t out_stride);
 
-  /// As in low_bit_kernels, of packed codes whose codebook is a table of 256 entries.
+  /// decode_keys and decode_values of a packed section, whose codebook is the table, without unpacking it to codes first;
+  /// codes of six bits are packed as their low four, and the others behind them. Null on levels where that is no faster.
+  /// \param token  the first, a multiple of 64; of `num_tokens`
+  /// \param next   another section like this one, the same part of it is fetched meanwhile; may be null
+  /// \return false, with nothing done, where unpacking first is better: three bits, values that are no whole lines
+  bool (*unpack_keys)(const packed_section&, const block_geometry&, index_t token, index_t num_tokens,
+                      std::int8_t* out, index_t out_stride, const std::byte* next) = nullptr;
+  bool (*unpack_values)(const packed_section&, const block_geometry&, index_t token, index_t num_tokens,
+                        std::int8_t* out, index_t out_stride, const std::byte* next) = nullptr;
+
+  /// As in low_bit_kernels, of packed codes of 2, 3 or 4 bits whose codebook is a table of 256 entries.
   bool (*scores)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,
                  const float* prepared, index_t num_rows, float* scores, const std::byte* next) = nullptr;
   bool (*accumulate)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,

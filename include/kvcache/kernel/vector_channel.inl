@@ -19,6 +19,12 @@ KVCACHE_TARGET inline void shift(float* scores, index_t count, float constant) {
   portable::shift(scores + t, count - t, constant);
 }
 
+KVCACHE_TARGET inline void add_to(const float* part, index_t count, float* sums) {
+  index_t i = 0;
+  for (; i + key_lanes <= count; i += key_lanes) store(sums + i, add(load(sums + i), load(part + i)));
+  portable::add_to(part + i, count - i, sums + i);
+}
+
 /// `Rows` rows, for which scales and offsets are widened once.
 template <int Rows>
 KVCACHE_TARGET inline void fold_rows(const float* queries, index_t head_dim, const bfloat16* scales,
@@ -81,4 +87,4 @@ KVCACHE_TARGET inline void couple(const float* queries, index_t num_rows, index_
   }
 }
 
-inline constexpr channel_kernels kernels_for_channels = {multiply, shift, fold, unfold, couple};
+inline constexpr channel_kernels kernels_for_channels = {multiply, shift, add_to, fold, unfold, couple};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Encoding of the codec trellis<b>, written once over the primitives that vector_kernels.inl lists, and included by it.
+// Encoding of the codec trellis<b>, b = 2, 3 or 4, written once over the primitives that vector_kernels.inl lists, and included by it.
 // The steps and the bounds are those of portable_trellis.hpp; here the costs of 256 states are 16 vectors.
 //
 // Costs are multiples of 2^b, so their low bits are free to say which state they came from: the high bits of each state,
@@ -76,6 +76,7 @@ KVCACHE_TARGET inline void walk_states(const portable::trellis_row& row, index_t
 
 KVCACHE_TARGET inline float encode_trellis(int num_bits, const float* row, index_t count,
                                            const std::int8_t* table, float unit, std::uint8_t* codes) {
+  if (num_bits == 6) return portable::encode_trellis(num_bits, row, count, table, unit, codes);
   portable::trellis_row prepared;
   if (!portable::prepare_trellis(num_bits, row, count, unit, prepared)) {
     std::fill_n(codes, count, std::uint8_t{0});

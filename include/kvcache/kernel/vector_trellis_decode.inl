@@ -2,7 +2,7 @@
 // Decoding of the codec trellis<b>: codes, one per byte in the block order of bytes, become the numbers of a table. Included
 // where there are
 //
-//   bits              64 bytes; load_bits, store_bits, either_bit(a, b): a | b, both_bits(a, b): a & b, broadcast_word
+//   bits              64 bytes; load_bits, store_bits, store_words(p, a, n): the first n words, either_bit(a, b): a | b, both_bits(a, b): a & b, broadcast_word
 //   shifted_left<n>   words
 //   funnel::shift<n>(a, b)   words: a << n | b >> (32 - n)
 //   words_before<n>(a, b)    the 16 words that lie n before those of a, b what lies before a
@@ -34,7 +34,10 @@ struct line_before {
 template <int Bits, class Dims>
 KVCACHE_INLINE bits states(bits codes, line_before& before) {
   bits s = either_bit(codes, Dims::template earlier<1, Bits>(codes, before.codes));
-  if constexpr (Bits == 3) {
+  if constexpr (Bits == 6) {
+    s = Dims::template earlier<1, 6>(codes, before.codes);
+    s = either_bit(codes, both_bits(s, broadcast_word(static_cast<std::int32_t>(0xc0c0c0c0U))));
+  } else if constexpr (Bits == 3) {
     const bits top = Dims::template earlier<2, 6>(codes, before.codes);
     s = either_bit(s, both_bits(top, broadcast_word(static_cast<std::int32_t>(0xc0c0c0c0U))));
   } else if constexpr (Bits == 2) {
@@ -48,48 +51,46 @@ KVCACHE_INLINE bits states(bits codes, line_before& before) {
 
 template <int Bits>
 KVCACHE_TARGET inline void decode_key_codes(index_t head_dim, index_t num_groups, const std::uint8_t* codes,
-                                            const byte_table& table, std::int8_t* out) {
+                                            const byte_table& table, std::int8_t* out, index_t out_stride) {
   const index_t num_lines = ceil_div(head_dim, block_order<std::int8_t>::pack);
-  for (index_t g = 0; g < num_groups; ++g) {
+  for (index_t g = 0; g < num_groups; ++g, out += out_stride) {
     line_before before{broadcast_word(0), broadcast_word(0)};
-    for (index_t i = 0; i < num_lines; ++i, codes += 64, out += 64)
-      store_bits(out, table.at(states<Bits, dims_in_bytes>(load_bits(codes), before)));
+    for (index_t i = 0; i < num_lines; ++i, codes += 64)
+      store_bits(out + 64 * i, table.at(states<Bits, dims_in_bytes>(load_bits(codes), before)));
   }
 }
 
 template <int Bits>
 KVCACHE_TARGET inline void decode_value_codes(index_t head_dim, index_t num_packs, const std::uint8_t* codes,
-                                              const byte_table& table, std::int8_t* out) {
+                                              const byte_table& table, std::int8_t* out, index_t out_stride) {
   const index_t size = 4 * head_dim;
-  for (index_t p = 0; p < num_packs; ++p, codes += size, out += size) {
+  for (index_t p = 0; p < num_packs; ++p, codes += size, out += out_stride) {
     line_before before{broadcast_word(0), broadcast_word(0)};
     index_t i = 0;
     for (; i + 64 <= size; i += 64)
       store_bits(out + i, table.at(states<Bits, dims_in_words>(load_bits(codes + i), before)));
-    if (i < size) {  // the pack ends here; what follows belongs to others
-      alignas(64) std::array<std::uint8_t, 64> line{};
-      const auto rest = static_cast<std::size_t>(size - i);
-      std::memcpy(line.data(), codes + i, rest);
-      store_bits(line.data(), table.at(states<Bits, dims_in_words>(load_bits(line.data()), before)));
-      std::memcpy(out + i, line.data(), rest);
-    }
+    if (i < size)  // the pack ends here; what follows belongs to others
+      store_words(out + i, table.at(states<Bits, dims_in_words>(load_bits(codes + i), before)),
+                  (size - i) / 4);
   }
 }
 
 KVCACHE_TARGET inline void decode_trellis_keys(int num_bits, index_t head_dim, index_t num_groups,
                                                const std::uint8_t* codes, const std::int8_t* table,
-                                               std::int8_t* out) {
+                                               std::int8_t* out, index_t out_stride) {
   const byte_table numbers(table);
-  if (num_bits == 2) decode_key_codes<2>(head_dim, num_groups, codes, numbers, out);
-  if (num_bits == 3) decode_key_codes<3>(head_dim, num_groups, codes, numbers, out);
-  if (num_bits == 4) decode_key_codes<4>(head_dim, num_groups, codes, numbers, out);
+  if (num_bits == 2) decode_key_codes<2>(head_dim, num_groups, codes, numbers, out, out_stride);
+  if (num_bits == 3) decode_key_codes<3>(head_dim, num_groups, codes, numbers, out, out_stride);
+  if (num_bits == 4) decode_key_codes<4>(head_dim, num_groups, codes, numbers, out, out_stride);
+  if (num_bits == 6) decode_key_codes<6>(head_dim, num_groups, codes, numbers, out, out_stride);
 }
 
 KVCACHE_TARGET inline void decode_trellis_values(int num_bits, index_t head_dim, index_t num_packs,
                                                  const std::uint8_t* codes, const std::int8_t* table,
-                                                 std::int8_t* out) {
+                                                 std::int8_t* out, index_t out_stride) {
   const byte_table numbers(table);
-  if (num_bits == 2) decode_value_codes<2>(head_dim, num_packs, codes, numbers, out);
-  if (num_bits == 3) decode_value_codes<3>(head_dim, num_packs, codes, numbers, out);
-  if (num_bits == 4) decode_value_codes<4>(head_dim, num_packs, codes, numbers, out);
+  if (num_bits == 2) decode_value_codes<2>(head_dim, num_packs, codes, numbers, out, out_stride);
+  if (num_bits == 3) decode_value_codes<3>(head_dim, num_packs, codes, numbers, out, out_stride);
+  if (num_bits == 4) decode_value_codes<4>(head_dim, num_packs, codes, numbers, out, out_stride);
+  if (num_bits == 6) decode_value_codes<6>(head_dim, num_packs, codes, numbers, out, out_stride);
 }
