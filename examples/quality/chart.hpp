@@ -43,9 +43,10 @@ struct chart_panel {
   }
 };
 
-/// What codecs of 2, 3 and 4 bits have in common: "rotated" of "rotated4"; "pairs" of "k=...,v=...".
+/// What codecs of 2, 3 and 4 bits have in common: "rotated" of "rotated4", "klt" of "klt3.4"; "pairs" of "k=...,v=...".
 [[nodiscard]] inline std::string family_of(std::string_view spec) {
   if (spec.find('=') != std::string_view::npos) return "pairs";
+  if (spec.starts_with("klt")) return "klt";
   const bool has_width = !spec.empty() && '2' <= spec.back() && spec.back() <= '4';
   return std::string(spec.substr(0, spec.size() - (has_width ? 1 : 0)));
 }
@@ -140,8 +141,9 @@ class chart_writer {
 
   /// Families in the order of their first points.
   [[nodiscard]] std::string colour_of(const std::string& family) {
-    static constexpr std::array<const char*, 8> colours = {"#4c566a", "#1f77b4", "#d1495b", "#2a9d5c",
-                                                           "#8e5bb5", "#c77d0a", "#0f9aa8", "#7a5c45"};
+    static constexpr std::array<const char*, 10> colours = {"#4c566a", "#1f77b4", "#d1495b", "#2a9d5c",
+                                                            "#8e5bb5", "#c77d0a", "#0f9aa8", "#7a5c45",
+                                                            "#d43fa5", "#8a8f1f"};
     auto found = std::find(families_.begin(), families_.end(), family);
     if (found == families_.end()) found = families_.insert(families_.end(), family);
     return colours[static_cast<std::size_t>(found - families_.begin()) % colours.size()];

@@ -214,6 +214,8 @@ TEST_CASE("stories260K keeps its distributions behind an exact tail", "[examples
 TEST_CASE("a chart leaves out what its axes cannot show and names the others", "[examples]") {
   CHECK(quality::family_of("rotated4") == "rotated");
   CHECK(quality::family_of("int8") == "int8");
+  CHECK(quality::family_of("bf16") == "bf16");
+  CHECK(quality::family_of("klt3.25") == "klt");
   CHECK(quality::family_of("k=int8,v=rotated4") == "pairs");
   CHECK(quality::label_of("k=int8,v=rotated4") == "int8 + rotated4");
   CHECK(quality::label_of("v=rotated4") == "v=rotated4");

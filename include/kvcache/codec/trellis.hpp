@@ -3,7 +3,7 @@
 // any codec that looks at numbers one by one.
 //
 // The last 8 bits of a row's codes are a state, and states index a table of 256 levels; encoding searches all paths for the
-// one nearest to the row (Viterbi 1967), which costs some twelve times what the nearest level does. Rows begin in state
+// one nearest to the row (Viterbi 1967), which costs some eleven times what the nearest level does. Rows begin in state
 // zero, so nothing is stored but codes and scale: Bits + 16 / head_dim bits per number. Relative mean squared error of
 // normally distributed rows of 128: under 0.0068, 0.0228, 0.082 for 4, 3, 2 bits (rotated: 0.0092, 0.0335, 0.1153).
 // Source: trellis-coded quantisation, Marcellin and Fischer 1990; bitshift trellises as in QTIP, Tseng et al. 2024.
