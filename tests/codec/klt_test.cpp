@@ -460,6 +460,53 @@ TEST_CASE("rows orthogonal to those of the calibration do no worse than zeros wo
   }
 }
 
+TEST_CASE("bases at their limits lead to finite components", "[codec]") {
+  test::random random;
+  const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 16, .block_size = 16};
+  const block_geometry g = kvcache::geometry_of(shape);
+  for (const float spread : {1e-15F, 1.0F, 1e15F}) {
+    for (const float size : {0.0F, 1e-40F, 1.0F, 1e15F}) {
+      codec::low_rank_matrices made{.key_layout = {.int8 = 4, .bits6 = 4, .bits4 = 4, .bits2 = 4}};
+      made.value_layout = made.key_layout;
+      for (index_t i = 0; i < 16 * 16; ++i) made.keys_in.push_back(random.uniform(-1, 1) * size);
+      made.values = made.keys_in;
+      made.key_spreads.assign(16, spread);
+      made.value_spreads.assign(16, spread);
+      const codec::klt klt(std::make_shared<const codec::low_rank_bases>(shape, made));
+      const auto of_head = codec_at(klt, 0, 0);
+      const key_value_rows rows{random.floats(16 * 16), random.floats(16 * 16)};
+      const auto block = zero_block(g, of_head);
+      CAPTURE(spread, size);
+      REQUIRE(of_head.encode(kernel::best(), g, block.data(), 0, 16, {rows.k.data(), 16},
+                             {rows.v.data(), 16}) == status::ok);
+      key_value_rows back{std::vector<float>(256), std::vector<float>(256)};
+      of_head.decode(kernel::best(), g, block.data(), 0, 16, {back.k.data(), 16}, {back.v.data(), 16});
+      CHECK(std::all_of(back.k.begin(), back.k.end(), [](float x) { return std::isfinite(x); }));
+      CHECK(std::all_of(back.v.begin(), back.v.end(), [](float x) { return std::isfinite(x); }));
+    }
+  }
+}
+
+TEST_CASE("klt is calibrated on rows of any size", "[codec]") {
+  test::random random;
+  const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 64, .block_size = 16};
+  const block_geometry g = kvcache::geometry_of(shape);
+  for (const float size : {1e-20F, 1e-12F, 1e-3F, 1e12F, 1e17F}) {
+    auto rows = correlated_rows(shape, 2000, test::of_layer(0), random);
+    for (float& x : rows) x *= size;
+    codec::low_rank_calibration seen(shape);
+    seen.add(0, rows, rows);
+    const auto klt = codec_at(codec::klt(codec::klt_bases(seen, {.bits_per_value = 4})), 0, 0);
+    const std::vector<float> first(rows.begin(), rows.begin() + 16 * 64);
+    const key_value_rows back = through(g, {first, first}, klt);
+    CAPTURE(size);
+    // beyond what spreads can say, scales lie in coarse steps
+    const double most = size >= 1e-12F && size <= 1e12F ? 0.03 : 0.3;
+    CHECK(relative_error(back.k, first) < most);
+    CHECK(relative_error(back.v, first) < most);
+  }
+}
+
 TEST_CASE("scales of klt are rounded up, by little around those of the calibration", "[codec]") {
   const auto scale_of = [](int code) {
     return double{kvcache::to_float(codec::detail::klt_scales[static_cast<std::size_t>(code)])} *

@@ -133,7 +133,8 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
   }
 
  private:
-  /// Divides components by their spreads and by what they are then at most, which is returned.
+  /// Divides components by their spreads and by what they are then at most, which is returned. \post finite: low_rank_bases has no
+  /// numbers beyond 1e15 and no spreads below 1e-15
   double in_spreads(float* c) const noexcept {
     float largest = 0;
     for (index_t i = 0; i < this->rank(); ++i) {
@@ -340,8 +341,8 @@ struct klt_values : detail::klt_rows<detail::values_in_order> {
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next) const {
     fetch_behind(next, 0, detail::klt_scales_bytes(g.block_size));
-    constexpr index_t few =
-        64;  // dims that are multiplied for nothing sooner than the others are added once more
+    // so few dims are sooner multiplied for nothing than the others are added once more
+    constexpr index_t few = 64;
     if (g.head_dim - rank() < few) {
       sum(kernels, g, {section, next, count}, g, weights, num_rows, sums);
     } else {
