@@ -141,6 +141,7 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
       c[i] /= this->basis.spreads[i];
       largest = std::max(largest, std::fabs(c[i]));
     }
+    if (largest < 0x1p-120F) largest = 0;  // its inverse may not be a float: no components at all
     const float inverse = largest > 0 ? 1 / largest : 0;
     for (index_t i = 0; i < this->rank(); ++i) c[i] *= inverse;
     return double{largest};
