@@ -13,6 +13,7 @@
 #include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/codec/low_rank_side.hpp>
 #include <kvcache/codec/scales.hpp>
+#include <kvcache/codec/trellis.hpp>
 #include <kvcache/codec/trellis_tables.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
@@ -186,18 +187,11 @@ struct klt_codes {
     codes::put(g, section, token, row_codes.data());
   }
   static void decode(const block_geometry& g, const std::byte* section, index_t token, float* row) {
-    unsigned state = 0;
-    for (index_t d = 0; d < g.head_dim; ++d) {
-      state =
-          (state << static_cast<unsigned>(Bits) | codes::get(g, section, token, d)) % kernel::trellis_states;
-      row[d] = static_cast<float>(trellis_table(Bits)[state]);
-    }
+    trellis_levels<Bits>(codes_of(g, section, token).data(), g.head_dim, row);
   }
   static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
                        index_t to_slot) noexcept {
-    code_row row_codes;
-    for (index_t d = 0; d < g.head_dim; ++d)
-      row_codes[static_cast<std::size_t>(d)] = codes::get(g, from, from_slot, d);
+    code_row row_codes = codes_of(g, from, from_slot);
     codes::put(g, to, to_slot, row_codes.data());
   }
   static void unpack(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
@@ -214,6 +208,14 @@ struct klt_codes {
     const auto decode_runs = keys ? trellis.decode_keys : trellis.decode_values;
     decode_runs(Bits, g.head_dim, ceil_div(piece.num_tokens, Order::run_tokens), bytes, trellis_table(Bits),
                 piece.out, piece.stride);
+  }
+
+ private:
+  static code_row codes_of(const block_geometry& g, const std::byte* section, index_t token) noexcept {
+    code_row row_codes;
+    for (index_t d = 0; d < g.head_dim; ++d)
+      row_codes[static_cast<std::size_t>(d)] = codes::get(g, section, token, d);
+    return row_codes;
   }
 };
 

@@ -30,21 +30,23 @@ namespace kvcache::inline v0::codec {
 
 namespace detail {
 
+/// The numbers of the table that a row of codes stands for.
+template <int Bits>
+void trellis_levels(const std::uint8_t* codes, index_t count, float* row) noexcept {
+  unsigned state = 0;
+  for (index_t d = 0; d < count; ++d) {
+    state = (state << static_cast<unsigned>(Bits) | codes[d]) % kernel::trellis_states;
+    row[d] = static_cast<float>(trellis_table(Bits)[state]);
+  }
+}
+
 /// The path of least error through the states; see rotated_rows.
 template <int Bits>
 struct trellis_quantiser {
   static constexpr int bits = Bits;
   static constexpr std::string_view name = Bits == 4 ? "trellis4" : (Bits == 3 ? "trellis3" : "trellis2");
 
-  static constexpr const std::int8_t* table() noexcept {
-    if constexpr (Bits == 2) {
-      return trellis_table_2.data();
-    } else if constexpr (Bits == 3) {
-      return trellis_table_3.data();
-    } else {
-      return trellis_table_4.data();
-    }
-  }
+  static constexpr const std::int8_t* table() noexcept { return trellis_table(Bits); }
 
   /// Codes are unpacked as they are.
   static constexpr const std::int8_t* unpack_book() noexcept { return identity.data(); }
@@ -54,11 +56,7 @@ struct trellis_quantiser {
     return std::max(kernels.trellis.encode(Bits, row, count, table(), 0.0F, codes), 0.0F);
   }
   static void levels(const std::uint8_t* codes, index_t count, float* row) noexcept {
-    unsigned state = 0;
-    for (index_t d = 0; d < count; ++d) {
-      state = (state << static_cast<unsigned>(Bits) | codes[d]) & 255U;
-      row[d] = static_cast<float>(table()[state]);
-    }
+    trellis_levels<Bits>(codes, count, row);
   }
   static void scores(const looked_up<Bits>& codes, const bfloat16* scales, const float* prepared,
                      index_t num_rows, float* scores) {

@@ -2,7 +2,8 @@
 // Decoding of the codec trellis<b>: codes, one per byte in the block order of bytes, become the numbers of a table. Included
 // where there are
 //
-//   bits              64 bytes; load_bits, store_bits, store_words(p, a, n): the first n words, either_bit(a, b): a | b, both_bits(a, b): a & b, broadcast_word
+//   bits              64 bytes; load_bits, store_bits, store_words(p, a, n): the first n words, broadcast_word,
+//                     either_bit(a, b): a | b, both_bits(a, b): a & b
 //   shifted_left<n>   words
 //   funnel::shift<n>(a, b)   words: a << n | b >> (32 - n)
 //   words_before<n>(a, b)    the 16 words that lie n before those of a, b what lies before a
@@ -33,13 +34,12 @@ struct line_before {
 
 template <int Bits, class Dims>
 KVCACHE_INLINE bits states(bits codes, line_before& before) {
-  bits s = either_bit(codes, Dims::template earlier<1, Bits>(codes, before.codes));
-  if constexpr (Bits == 6) {
-    s = Dims::template earlier<1, 6>(codes, before.codes);
-    s = either_bit(codes, both_bits(s, broadcast_word(static_cast<std::int32_t>(0xc0c0c0c0U))));
-  } else if constexpr (Bits == 3) {
-    const bits top = Dims::template earlier<2, 6>(codes, before.codes);
-    s = either_bit(s, both_bits(top, broadcast_word(static_cast<std::int32_t>(0xc0c0c0c0U))));
+  const bits highest = broadcast_word(static_cast<std::int32_t>(0xc0c0c0c0U));
+  bits earlier = Dims::template earlier<1, Bits>(codes, before.codes);
+  if constexpr (Bits == 6) earlier = both_bits(earlier, highest);
+  bits s = either_bit(codes, earlier);
+  if constexpr (Bits == 3) {
+    s = either_bit(s, both_bits(Dims::template earlier<2, 6>(codes, before.codes), highest));
   } else if constexpr (Bits == 2) {
     const bits pairs = s;
     s = either_bit(pairs, Dims::template earlier<2, 4>(pairs, before.pairs));
