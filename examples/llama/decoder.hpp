@@ -27,6 +27,10 @@ class decoder {
   explicit decoder(model from);
 
   [[nodiscard]] const model_config& config() const noexcept { return config_; }
+  /// \pre the layer exists
+  [[nodiscard]] const kvcache::attention_weights& attention_weights(index_t layer) const {
+    return attention_[static_cast<std::size_t>(layer)].weights();
+  }
 
   /// Runs `tokens` after those in `cache` and appends their keys and values: one token, a prompt, or a piece
   /// of one.

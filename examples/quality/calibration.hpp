@@ -45,13 +45,18 @@ class klt_calibration {
       : shape_(shape),
         turns_(std::make_shared<const kvcache::codec::rope_turns>(model.config().rope)),
         seen_(shape) {
+    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+      const auto& wo = model.attention_weights(layer).wo;
+      seen_.add_output_weights(layer, {wo.data(), static_cast<std::size_t>(wo.size())},
+                               model.config().num_q_heads);
+    }
     for (const ids& text : texts) watch(model, text);
   }
 
   /// Weighs layers, keys and values by what their errors alone add to the divergence, for as much error as they have. In between
   /// all weights are 1.
   void weigh(const median_of& divergence) {
-    constexpr double bits = 2.4;
+    constexpr double bits = 4.4;
     const double floor = divergence(layered_codec(with_options({})));
     const any_codec coded = codec(bits);
     const kvcache::codec::klt_errors errors = kvcache::codec::expected_errors(seen_, with_bits(bits));

@@ -81,7 +81,8 @@ double bits_used(const cache_shape& shape, const Codec& codec) {
 }
 
 index_t bits_of(const codec::low_rank_layout& layout) {
-  return 8 * layout.int8 + 6 * layout.bits6 + 4 * layout.bits4 + 2 * layout.bits2;
+  return 8 * layout.int8 + 6 * layout.bits6 + 5 * layout.bits5 + 4 * layout.bits4 + 3 * layout.bits3 +
+         2 * layout.bits2;
 }
 
 codec::klt klt_of(const cache_shape& shape, double bits, test::random& random, bool queries = false) {
@@ -236,12 +237,27 @@ TEST_CASE("options of klt that cannot be are refused", "[codec]") {
        {codec::low_rank_layout{.f32 = 2, .int8 = 4}, codec::low_rank_layout{.bf16 = 4}})
     CHECK_THROWS_AS(kvcache::validate(codec::klt(seen.bases({.layout = layout})), shape), shape_error);
   // and those that low_rank has not
-  CHECK_THROWS_AS(seen.bases({.layout = {.bits6 = 4}}), shape_error);
+  for (const codec::low_rank_layout& layout :
+       {codec::low_rank_layout{.bits6 = 4}, codec::low_rank_layout{.int8 = 4, .bits5 = 4},
+        codec::low_rank_layout{.bits4 = 4, .bits3 = 4}})
+    CHECK_THROWS_AS(seen.bases({.layout = layout}), shape_error);
   CHECK_THROWS_AS(kvcache::validate(codec::low_rank(codec::klt_bases(seen, {.bits_per_value = 6})), shape),
                   shape_error);
-  // nothing was seen: a basis all the same
-  const codec::low_rank_calibration nothing(shape);
-  CHECK(codec::klt_bases(nothing, {.bits_per_value = 5})->key_layout().rank() >= 4);
+  CHECK(refused_for({.bits_per_value = infinity}, "finite"));
+  // a layer of which nothing was seen
+  codec::low_rank_calibration half_seen(shape);
+  half_seen.add(0, random.floats(64 * 16), random.floats(64 * 16));
+  const auto names_layer = [](const auto& make) {
+    try {
+      make();
+    } catch (const shape_error& error) {
+      return std::string(error.what()).find("layer 1") != std::string::npos;
+    }
+    return false;
+  };
+  CHECK(names_layer([&] { (void)codec::klt_bases(half_seen, {.bits_per_value = 5}); }));
+  CHECK(names_layer([&] { (void)codec::expected_errors(half_seen, {.bits_per_value = 5}); }));
+  CHECK(names_layer([&] { (void)half_seen.bases({.rank = 4}); }));
 }
 
 // ---- attention over components against the rows they stand for ---------------------------------------------------------
@@ -466,7 +482,8 @@ TEST_CASE("bases at their limits lead to finite components", "[codec]") {
   const block_geometry g = kvcache::geometry_of(shape);
   for (const float spread : {1e-15F, 1.0F, 1e15F}) {
     for (const float size : {0.0F, 1e-40F, 1.0F, 1e15F}) {
-      codec::low_rank_matrices made{.key_layout = {.int8 = 4, .bits6 = 4, .bits4 = 4, .bits2 = 4}};
+      codec::low_rank_matrices made{
+          .key_layout = {.int8 = 3, .bits6 = 3, .bits5 = 3, .bits4 = 3, .bits3 = 2, .bits2 = 2}};
       made.value_layout = made.key_layout;
       for (index_t i = 0; i < 16 * 16; ++i) made.keys_in.push_back(random.uniform(-1, 1) * size);
       made.values = made.keys_in;

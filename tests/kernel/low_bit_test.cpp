@@ -39,6 +39,7 @@ unsigned code_in_words(int bits, const std::vector<std::byte>& packed, index_t i
   const auto at = [&](index_t packed_line) {
     return std::to_integer<unsigned>(packed[static_cast<std::size_t>(packed_line * 64 + i % 64)]);
   };
+  if (bits == 1) return at(line / 8) >> static_cast<unsigned>(line % 8) & 1U;
   if (bits == 4) return line % 2 == 0 ? at(line / 2) % 16 : at(line / 2) / 16;
   const auto quarter = static_cast<unsigned>(line % 4);
   if (bits == 2) return at(line / 4) >> 2 * quarter & 3U;
@@ -193,6 +194,7 @@ TEST_CASE("packed codes lie where the words say and come back", "[kernel]") {
   test::random random;
   for (const index_t num_bytes : {4, 60, 64, 68, 128, 256, 320, 510, 512, 576, 64 * 80, 64 * 128}) {
     CAPTURE(num_bytes);
+    check_packing<1>(num_bytes, random);
     check_packing<2>(num_bytes, random);
     check_packing<3>(num_bytes, random);
     check_packing<4>(num_bytes, random);
@@ -200,6 +202,7 @@ TEST_CASE("packed codes lie where the words say and come back", "[kernel]") {
   STATIC_REQUIRE(packed_order<4>::section_bytes(64 * 128) == 64 * 128 / 2);
   STATIC_REQUIRE(packed_order<3>::section_bytes(64 * 128) == 64 * 128 * 3 / 8);
   STATIC_REQUIRE(packed_order<2>::section_bytes(64 * 128) == 64 * 128 / 4);
+  STATIC_REQUIRE(packed_order<1>::section_bytes(64 * 128) == 64 * 128 / 8);
   STATIC_REQUIRE(packed_order<3>::section_bytes(513) == 384);
   STATIC_REQUIRE(packed_order<2>::section_bytes(1) == 64);
 }
@@ -208,6 +211,7 @@ TEST_CASE("unpacking looks every code up and writes whole lines only", "[kernel]
   test::random random;
   for (const kernel::table* level : tables()) {
     CAPTURE(kernel::to_string(level->level));
+    check_unpack<1>(*level, random);
     check_unpack<2>(*level, random);
     check_unpack<3>(*level, random);
     check_unpack<4>(*level, random);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// The packed order: where codes of 2, 3 or 4 bits lie that stand for the bytes of a section in block order.
+// The packed order: where codes of 1, 2, 3 or 4 bits lie that stand for the bytes of a section in block order.
 //
 // A line is 64 bytes of the section. `lines_per_unit` lines are packed together, byte i of each into byte i of packed
 // lines, so that shifts and masks give whole lines back:
 //
 //   4 bits   1 packed line  = 2 lines   line 2u in the low nibbles, line 2u + 1 in the high ones
 //   2 bits   1 packed line  = 4 lines   line 4u + j in bits 2j and 2j + 1
+//   1 bit    1 packed line  = 8 lines   line 8u + j in bit j
 //   3 bits   3 packed lines = 8 lines   low two bits of lines 8u .. 8u + 3, those of lines 8u + 4 .. 8u + 7 (as for 2 bits),
 //                                       then the top bit of line 8u + j in bit j
 #pragma once
@@ -27,7 +28,7 @@ inline constexpr index_t packed_line_bytes = 64;
 /// Index arithmetic of a packed section; byte_index counts bytes of the section that is packed.
 template <int Bits>
 struct packed_order {
-  static_assert(Bits == 2 || Bits == 3 || Bits == 4);
+  static_assert(1 <= Bits && Bits <= 4);
 
   static constexpr index_t lines_per_unit = Bits == 4 ? 2 : Bits == 2 ? 4 : 8;
   static constexpr index_t unit_bytes = Bits == 3 ? 3 * packed_line_bytes : packed_line_bytes;
@@ -130,6 +131,10 @@ struct packed_order {
       store(0, line(0) | line(1) << 4);
     } else if constexpr (Bits == 2) {
       store(0, line(0) | line(1) << 2 | line(2) << 4 | line(3) << 6);
+    } else if constexpr (Bits == 1) {
+      Word packed = line(0);
+      for (index_t i = 1; i < 8; ++i) packed |= line(i) << i;
+      store(0, packed);
     } else {
       const Word ones = word_of<Word>(1);
       const Word low = word_of<Word>(3);
@@ -148,7 +153,8 @@ struct packed_order {
     return word;
   }
 
-  static constexpr unsigned low_mask = Bits == 4 ? 15U : 3U;
+  static constexpr unsigned low_bits = Bits == 3 ? 2U : unsigned{Bits};
+  static constexpr unsigned low_mask = (1U << low_bits) - 1;
 
   struct place {
     index_t at;  // of the low bits
@@ -158,14 +164,14 @@ struct packed_order {
   };
 
   static constexpr place place_of(index_t byte_index) noexcept {
-    constexpr index_t lines_per_packed_line = Bits == 4 ? 2 : 4;
+    constexpr index_t lines_per_packed_line = 8 / low_bits;
     const index_t line = byte_index / packed_line_bytes;
     const index_t byte = byte_index % packed_line_bytes;
     const index_t in_unit = line % lines_per_unit;
     const index_t unit = line / lines_per_unit * unit_bytes + byte;
     return {unit + in_unit / lines_per_packed_line * packed_line_bytes,
-            static_cast<unsigned>(in_unit % lines_per_packed_line) * (Bits == 4 ? 4U : 2U),
-            unit + 2 * packed_line_bytes, static_cast<unsigned>(in_unit)};
+            static_cast<unsigned>(in_unit % lines_per_packed_line) * low_bits, unit + 2 * packed_line_bytes,
+            static_cast<unsigned>(in_unit)};
   }
 
   /// Replaces `mask`, in every byte, of a word by `bits`.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// klt: rows as components in a basis from calibration, with 8, 6, 4, 2 or no bits for each, as much as it matters.
+// klt: rows as components in a basis from calibration, with 8, 6, 5, 4, 3, 2 or no bits for each, as much as it matters.
 //
 //   low_rank_calibration seen(shape);                        // keys, values and queries of some texts, see codec/low_rank.hpp
 //   const auto bases = codec::klt_bases(seen, {.bits_per_value = 3});
@@ -9,8 +9,8 @@
 // The Karhunen-Loeve transform takes out what channels have in common; with the queries' second moments, errors of keys fall
 // where queries do not look. Equal bits for unequal components lose the ratio of the arithmetic to the geometric mean of
 // their energies: 4 to 30 times for the keys of the bundled model, 4 to 100 times for its values. So bits go where they
-// save the most error, over the components of all layers, keys and values at once (reverse water-filling). 6, 4
-// and 2 bits are those of trellis. Each layer has a layout of its own, the same for its heads.
+// save the most error, over the components of all layers, keys and values at once (reverse water-filling). 6 to
+// 2 bits are those of trellis. Each layer has a layout of its own, the same for its heads.
 // Tokens are encoded as they come. Like low_rank, and unlike it: one scale for a row instead of one for each group.
 // Source: Cover and Thomas, "Elements of Information Theory", 10.3.3; KQ-SVD, arXiv 2512.05916, for the basis of keys.
 #pragma once
@@ -74,23 +74,29 @@ struct klt_costs {
   [[nodiscard]] std::size_t num_runs() const noexcept {
     return static_cast<std::size_t>(ceil_div(static_cast<index_t>(of.size()), run));
   }
+  /// How many there are in a run: the last may be shorter.
+  [[nodiscard]] index_t run_size(std::size_t index) const {
+    return std::min(run, static_cast<index_t>(of.size()) - static_cast<index_t>(index) * run);
+  }
   [[nodiscard]] double of_run(std::size_t index) const {
     const auto first = of.begin() + static_cast<std::ptrdiff_t>(index) * run;
-    return std::accumulate(first, first + std::min(run, static_cast<index_t>(of.end() - first)), 0.0);
+    return std::accumulate(first, first + run_size(index), 0.0);
   }
 };
 
 /// Shares out bits among the components of the keys and the values of all layers.
 class klt_allocator {
  public:
-  /// Relative errors of normally distributed numbers: nothing, trellises of 2, 4 and 6 bits, 127 steps to five spreads.
+  /// Relative errors of normally distributed numbers: nothing, trellises of 2 to 6 bits, 127 steps to five spreads.
   struct choice {
     index_t bits;
     double error;
   };
-  static constexpr std::array<choice, 5> choices{{{0, 1.0},
+  static constexpr std::array<choice, 7> choices{{{0, 1.0},
                                                   {2, klt_codes<2, keys_in_order>::error},
+                                                  {3, klt_codes<3, keys_in_order>::error},
                                                   {4, klt_codes<4, keys_in_order>::error},
+                                                  {5, klt_codes<5, keys_in_order>::error},
                                                   {6, klt_codes<6, keys_in_order>::error},
                                                   {8, klt_bytes<keys_in_order>::error}}};
 
@@ -118,14 +124,13 @@ class klt_allocator {
     const index_t run = sides_[side].run;
     const auto head_dim = static_cast<index_t>(sides_[side].of.size());
     low_rank_layout made;
+    const std::array counts{&made.bits2, &made.bits3, &made.bits4, &made.bits5, &made.bits6, &made.int8};
+    static_assert(counts.size() + 1 == choices.size());
     for (const std::size_t level : level_[side]) {
-      if (level == 4) made.int8 += run;
-      if (level == 3) made.bits6 += run;
-      if (level == 2) made.bits4 += run;
-      if (level == 1) made.bits2 += run;
+      if (level > 0) *counts[level - 1] += run;
     }
     // of a head_dim that is no multiple of a run
-    for (index_t* last : {&made.bits2, &made.bits4, &made.bits6, &made.int8}) {
+    for (index_t* last : counts) {
       if (made.rank() > head_dim && *last > 0) *last -= made.rank() - head_dim;
     }
     return made;
@@ -154,7 +159,8 @@ class klt_allocator {
     const std::size_t level = level_[side][index];
     if (level + 1 >= choices.size()) return;
     const double saved = sides_[side].of_run(index) * (choices[level].error - choices[level + 1].error);
-    const auto bits = static_cast<double>(sides_[side].run * (choices[level + 1].bits - choices[level].bits));
+    const auto bits =
+        static_cast<double>(sides_[side].run_size(index) * (choices[level + 1].bits - choices[level].bits));
     // The first of a side comes before all else: every layer has to store something.
     const double gain = index == 0 && level == 0 ? std::numeric_limits<double>::infinity() : saved / bits;
     offers_.push({gain, side, index, bits});
@@ -186,10 +192,12 @@ inline void append_costs(const std::vector<components>& heads, const cache_shape
   }
 }
 
-/// Keys come four dims to a line, values sixteen. Where heads are small, so few runs would cost more than lines that are cut
-/// at their ends.
-constexpr index_t klt_run_of_keys = 4;
-constexpr index_t klt_run_of_values(index_t head_dim) noexcept { return head_dim < 128 ? 4 : 16; }
+/// Keys come four dims to a line, values sixteen; a packed line of one bit holds eight lines, which are eight dims of 64 tokens.
+/// Where heads are small, so few runs of sixteen would cost more than lines that are cut at their ends.
+constexpr index_t klt_run_of_keys(index_t block_size) noexcept { return block_size % 128 == 0 ? 4 : 8; }
+constexpr index_t klt_run_of_values(index_t head_dim, index_t block_size) noexcept {
+  return head_dim < 128 ? klt_run_of_keys(block_size) : 16;
+}
 
 /// What is shared out, and how: components of all heads, costs and bits of all layers.
 struct klt_shares {
@@ -198,11 +206,16 @@ struct klt_shares {
   std::vector<klt_costs> costs;
   double num_bits;
 
+  /// Throws shape_error naming what is missing or cannot be.
   klt_shares(const low_rank_calibration& seen, const klt_options& options)
-      : keys(seen.key_components(options.ridge)), values(seen.value_components()) {
+      : keys(seen.key_components(options.ridge)), values(seen.value_components(options.ridge)) {
+    seen.require_rows();
+    if (!(options.bits_per_value > 0 && std::isfinite(options.bits_per_value)))
+      throw shape_error("kvcache: klt: bits_per_value must be given, finite and above 0");
     const cache_shape& shape = seen.shape();
-    append_costs(keys, shape, options.key_weights, klt_run_of_keys, costs);
-    append_costs(values, shape, options.value_weights, klt_run_of_values(shape.head_dim), costs);
+    append_costs(keys, shape, options.key_weights, klt_run_of_keys(shape.block_size), costs);
+    append_costs(values, shape, options.value_weights, klt_run_of_values(shape.head_dim, shape.block_size),
+                 costs);
     const auto dim = static_cast<double>(shape.head_dim);
     const double means = options.centred ? 16.0 / static_cast<double>(shape.block_size) : 0.0;
     num_bits = static_cast<double>(costs.size()) * dim * (options.bits_per_value - 8.0 / dim - means / 2);
@@ -215,7 +228,7 @@ inline std::vector<index_t> klt_order(const low_rank_layout& layout) {
   std::vector<index_t> order(static_cast<std::size_t>(layout.rank()));
   std::iota(order.begin(), order.end(), index_t{0});
   auto first = order.begin() + layout.int8;
-  for (const index_t count : {layout.bits6, layout.bits4, layout.bits2}) {
+  for (const index_t count : {layout.bits6, layout.bits5, layout.bits4, layout.bits3, layout.bits2}) {
     std::reverse(first, first + count);
     first += count;
   }
@@ -232,14 +245,14 @@ inline float klt_spread(const std::vector<double>& energies, index_t component, 
 
 }  // namespace detail
 
-/// Bases and layouts for what a calibration has seen. O(heads * head_dim^3). Throws shape_error naming the option that cannot
-/// be.
+/// Bases and layouts for what a calibration has seen: rows of every layer, and many more of them than head_dim, or other rows
+/// will be unlike them. O(heads * head_dim^3). Throws shape_error naming the option that cannot be, or the layer without rows.
 inline std::shared_ptr<const low_rank_bases> klt_bases(const low_rank_calibration& seen,
                                                        const klt_options& options) {
   const cache_shape& shape = seen.shape();
   const detail::klt_shares shares(seen, options);
   const detail::klt_allocator shared(shares.costs, shares.num_bits);
-  if (!(options.bits_per_value > 0) || !shared.fits())
+  if (!shared.fits())
     throw shape_error(
         "kvcache: klt: bits_per_value is too little for scales and some components in every layer");
 
@@ -250,6 +263,7 @@ inline std::shared_ptr<const low_rank_bases> klt_bases(const low_rank_calibratio
     made.value_layouts.push_back(shared.layout(num_layers + layer));
   }
   const bool weighted = seen.has_queries();
+  const bool outputs_known = seen.has_output_weights();
   for (std::size_t i = 0; i < shares.keys.size(); ++i) {
     const std::size_t layer = i / static_cast<std::size_t>(shape.num_kv_heads);
     const index_t num_tokens = seen.num_tokens(static_cast<index_t>(layer));
@@ -260,6 +274,7 @@ inline std::shared_ptr<const low_rank_bases> klt_bases(const low_rank_calibratio
     }
     for (const index_t component : detail::klt_order(made.value_layouts[layer])) {
       detail::append_row(shares.values[i].in, component, made.values);
+      if (outputs_known) detail::append_row(shares.values[i].out, component, made.values_out);
       made.value_spreads.push_back(detail::klt_spread(shares.values[i].energies, component, num_tokens));
     }
   }

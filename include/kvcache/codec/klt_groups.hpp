@@ -90,7 +90,7 @@ struct klt_bytes {
   }
 };
 
-/// Codes of four or two bits.
+/// Codes of four, two or one bits.
 template <int Bits, class Order>
 struct klt_code_bits : packed_codes<Bits, Order> {
   static std::int8_t* unpack(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
@@ -120,11 +120,12 @@ struct klt_code_bits : packed_codes<Bits, Order> {
   }();
 };
 
-/// Codes of six bits: the low four in one section, the others in one behind it.
-template <class Order>
-struct klt_code_bits<6, Order> {
-  using low = klt_code_bits<4, Order>;
-  using high = klt_code_bits<2, Order>;
+/// Codes of 3, 5 and 6 bits: the low two or four in one section, the others in one behind it.
+template <int Bits, class Order>
+requires(Bits == 3 || Bits > 4) struct klt_code_bits<Bits, Order> {
+  static constexpr int low_bits = Bits == 3 ? 2 : 4;
+  using low = klt_code_bits<low_bits, Order>;
+  using high = klt_code_bits<Bits - low_bits, Order>;
 
   static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return low::section_bytes(g) + high::section_bytes(g);
@@ -135,8 +136,8 @@ struct klt_code_bits<6, Order> {
   static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) noexcept {
     code_row upper{};
     for (index_t d = 0; d < g.head_dim; ++d) {
-      upper[static_cast<std::size_t>(d)] = codes[d] >> 4U;
-      codes[d] &= 15U;
+      upper[static_cast<std::size_t>(d)] = static_cast<std::uint8_t>(codes[d] >> low_bits);
+      codes[d] &= (1U << low_bits) - 1;
     }
     low::put(g, section, token, codes);
     high::put(g, section + low::section_bytes(g), token, upper.data());
@@ -144,7 +145,7 @@ struct klt_code_bits<6, Order> {
   static std::uint8_t get(const block_geometry& g, const std::byte* section, index_t token,
                           index_t dim) noexcept {
     const unsigned upper = high::get(g, section + low::section_bytes(g), token, dim);
-    return static_cast<std::uint8_t>(upper << 4U | low::get(g, section, token, dim));
+    return static_cast<std::uint8_t>(upper << low_bits | low::get(g, section, token, dim));
   }
   static std::int8_t* unpack(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                              const klt_piece& piece, unpacked_lines& memory) {
@@ -154,7 +155,7 @@ struct klt_code_bits<6, Order> {
     alignas(64) unpacked_lines upper_memory;
     std::int8_t* codes = low::unpack(kernels, g, section, piece, memory);
     const std::int8_t* upper =
-        high::template unpack_times<16>(kernels, g, section + skip, behind, upper_memory);
+        high::template unpack_times<1 << low_bits>(kernels, g, section + skip, behind, upper_memory);
     const index_t size = Order::lines_for(g, piece.num_tokens) * line_bytes;
     for (index_t i = 0; i < size; i += line_bytes) {
       for (index_t j = 0; j < line_bytes; ++j)
@@ -164,15 +165,16 @@ struct klt_code_bits<6, Order> {
   }
 };
 
-/// Components in codes of a trellis, up to 3.5 spreads; with fewer than 6 bits those up to 4.5 as if they were no larger.
+/// Components in codes of a trellis, up to 3.5 spreads; with fewer than 5 bits those up to 4.5 as if they were no larger.
 template <int Bits, class Order>
 struct klt_codes {
   using codes = klt_code_bits<Bits, Order>;
-  static constexpr bool fine = Bits == 6;
+  static constexpr bool fine = Bits > 5;
   static constexpr float unit = 1.0F / kernel::trellis_unit;
   static constexpr float largest = 127 * unit;
-  static constexpr float reach = Bits == 6 ? largest : 4.5F;
-  static constexpr double error = Bits == 6 ? 0.00058 : (Bits == 4 ? 0.0057 : 0.0774);  ///< as in klt_bytes
+  static constexpr float reach = Bits > 5 ? largest : 4.5F;
+  static constexpr double error =
+      std::array{0.0913, 0.0246, 0.0066, 0.0018, 0.00052}[Bits - 2];  ///< as in klt_bytes
 
   static constexpr index_t section_bytes(const block_geometry& g) noexcept { return codes::section_bytes(g); }
   static constexpr index_t row_bytes(const block_geometry& g) noexcept { return codes::row_bytes(g); }
@@ -183,11 +185,11 @@ struct klt_codes {
     std::transform(row, row + g.head_dim, clamped.begin(),
                    [](float x) { return std::clamp(x, -largest, largest); });
     code_row row_codes;
-    kernels.trellis.encode(Bits, clamped.data(), g.head_dim, trellis_table(Bits), 1.0F, row_codes.data());
+    kernels.trellis.encode(Bits, clamped.data(), g.head_dim, table(), 1.0F, row_codes.data());
     codes::put(g, section, token, row_codes.data());
   }
   static void decode(const block_geometry& g, const std::byte* section, index_t token, float* row) {
-    trellis_levels<Bits>(codes_of(g, section, token).data(), g.head_dim, row);
+    trellis_levels<Bits>(codes_of(g, section, token).data(), g.head_dim, table(), row);
   }
   static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
                        index_t to_slot) noexcept {
@@ -199,18 +201,19 @@ struct klt_codes {
     constexpr bool keys = std::is_same_v<Order, keys_in_order>;
     const kernel::trellis_kernels& trellis = kernels.trellis;
     const auto at_once = keys ? trellis.unpack_keys : trellis.unpack_values;
-    if (at_once != nullptr && at_once({Bits, section, trellis_table(Bits)}, g, piece.token, piece.num_tokens,
-                                      piece.out, piece.stride, piece.next))
+    if (at_once != nullptr && at_once({Bits, section, table()}, g, piece.token, piece.num_tokens, piece.out,
+                                      piece.stride, piece.next))
       return;
     alignas(64) unpacked_lines memory;
     const auto* bytes =
         reinterpret_cast<const std::uint8_t*>(codes::unpack(kernels, g, section, piece, memory));
     const auto decode_runs = keys ? trellis.decode_keys : trellis.decode_values;
-    decode_runs(Bits, g.head_dim, ceil_div(piece.num_tokens, Order::run_tokens), bytes, trellis_table(Bits),
-                piece.out, piece.stride);
+    decode_runs(Bits, g.head_dim, ceil_div(piece.num_tokens, Order::run_tokens), bytes, table(), piece.out,
+                piece.stride);
   }
 
  private:
+  static constexpr const std::int8_t* table() noexcept { return short_trellis_table(Bits); }
   static code_row codes_of(const block_geometry& g, const std::byte* section, index_t token) noexcept {
     code_row row_codes;
     for (index_t d = 0; d < g.head_dim; ++d)
@@ -234,7 +237,9 @@ void for_each_klt_group(const low_rank_layout& layout, index_t block_size, Body 
   };
   visit(klt_bytes<Order>{}, layout.int8);
   visit(klt_codes<6, Order>{}, layout.bits6);
+  visit(klt_codes<5, Order>{}, layout.bits5);
   visit(klt_codes<4, Order>{}, layout.bits4);
+  visit(klt_codes<3, Order>{}, layout.bits3);
   visit(klt_codes<2, Order>{}, layout.bits2);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The two sides of klt: rows as components in a basis, those that matter most in more bits, one scale for each token.
 //
-//   row:      | 8 bits | 6 bits | 4 bits | 2 bits |      components by falling energy; those behind are not stored
+//   row:      | 8 | 6 | 5 | 4 | 3 | 2 bits |      components by falling energy; those behind are not stored
 //   section:  | scales [block_size], bytes | bytes | trellis codes | ... |     each padded to 64
 //
 //   component[i] = scale * spread[i] * unit * level[i]        unit: what a level of the group counts
@@ -55,7 +55,8 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
     low_rank_side<std::is_same_v<Order, keys_in_order>>::validate(shape);
     for (index_t layer = 0; layer < shape.num_layers; ++layer) {
       if (this->layout_of(layer).num_exact() != 0)
-        throw shape_error("kvcache: klt stores components in 8, 6, 4 and 2 bits, these bases have others");
+        throw shape_error(
+            "kvcache: klt stores components in 8, 6, 5, 4, 3 and 2 bits, these bases have others");
     }
   }
 
@@ -265,9 +266,12 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   /// Dims of the groups that are multiplied together, each from a line of its own on.
   template <bool Fine>
   static index_t dims_of(const low_rank_layout& layout) noexcept {
-    constexpr index_t line = detail::keys_in_order::order::pack;
-    return Fine ? round_up(layout.int8, line) + round_up(layout.bits6, line)
-                : round_up(layout.bits4, line) + round_up(layout.bits2, line);
+    index_t dims = 0;
+    detail::for_each_klt_group<detail::keys_in_order>(
+        layout, block_alignment, [&](auto with, const group& part) {
+          if (with.fine == Fine) dims += round_up(part.geometry.head_dim, detail::keys_in_order::order::pack);
+        });
+    return dims;
   }
   static index_t floats_of(index_t dims) noexcept {
     return dims == 0 ? 0 : kernel::prepared_query_floats(dims);

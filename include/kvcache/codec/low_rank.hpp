@@ -7,7 +7,8 @@
 //
 // Keys, with the second moment of the queries G = L L^T: from K L = U S V^T are stored c = V_r^T L^T k, and the query is
 // taken as V_r^T L^-1 q. No other r numbers give a smaller || K Q^T - scores ||: it is sqrt(sum_{i > r} S_i^2). Without G,
-// L = 1: the same for || K - K_r ||. Values: c = E_r^T v in their own basis, the output is E_r times the sum.
+// L = 1: the same for || K - K_r ||. Values: the same, with the second moments
+// of the rows of the output projection in place of G; without them c = E_r^T v in their own basis, the output is E_r times the sum.
 //
 // Components come by falling energy. Each is kept in f32, bf16 (plain truncated SVD), or 8, 4 or 2 bits with a scale for
 // each token and group, or not at all; see codec/low_rank_layout.hpp for bytes and options. Those that are quantised are
@@ -38,6 +39,7 @@
 #include <cstddef>
 #include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -77,15 +79,16 @@ inline components principal_components(const Eigen::MatrixXd& moments) {
   return found;
 }
 
-/// The components that matter for products with queries of these second moments. All zero: any queries.
-inline components query_components(const Eigen::MatrixXd& moments, Eigen::MatrixXd queries, double ridge) {
-  const double mean = queries.trace() / static_cast<double>(queries.rows());
+/// The components that matter for products with queries, or rows of weights, of these second moments. All zero: any.
+inline components weighted_components(const Eigen::MatrixXd& moments, Eigen::MatrixXd weights, double ridge) {
+  const double mean = weights.trace() / static_cast<double>(weights.rows());
   if (!(mean > 0)) return principal_components(moments);
-  queries /= mean;
-  queries.diagonal().array() += ridge;
-  const Eigen::LLT<Eigen::MatrixXd> factor(queries);
+  weights /= mean;
+  weights.diagonal().array() += ridge;
+  const Eigen::LLT<Eigen::MatrixXd> factor(weights);
   if (factor.info() != Eigen::Success)
-    throw shape_error("kvcache: low_rank: query moments must be symmetric and not negative");
+    throw shape_error(
+        "kvcache: low_rank: moments of queries and output weights must be symmetric and not negative");
   const Eigen::MatrixXd lower = factor.matrixL();
   components found = principal_components(lower.transpose() * moments * lower);
   found.out = factor.matrixU().solve(found.in.transpose()).transpose();  // V^T L^-1 = (L^-T V)^T
@@ -118,14 +121,15 @@ inline void append_rows(const Eigen::MatrixXd& matrix, index_t rank, std::vector
 
 }  // namespace detail
 
-/// Gathers what bases are made from, any number of rows in memory of 3 * 8 * head_dim^2 bytes for each head.
+/// Gathers what bases are made from, any number of rows in memory of 4 * 8 * head_dim^2 bytes for each head.
 class low_rank_calibration {
  public:
   /// Throws shape_error.
   explicit low_rank_calibration(const cache_shape& shape) : shape_(shape) {
     validate(shape);
     const Eigen::MatrixXd zero = Eigen::MatrixXd::Zero(shape.head_dim, shape.head_dim);
-    moments_.assign(static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads), {zero, zero, zero});
+    moments_.assign(static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads),
+                    {zero, zero, zero, zero});
     num_tokens_.assign(static_cast<std::size_t>(shape.num_layers), 0);
   }
 
@@ -145,12 +149,7 @@ class low_rank_calibration {
 
   /// Queries, rotated, [tokens, num_q_heads, head_dim]; num_q_heads is a multiple of num_kv_heads. Throws as add.
   void add_queries(index_t layer, std::span<const float> q, index_t num_q_heads) {
-    if (num_q_heads < 1 || num_q_heads % shape_.num_kv_heads != 0)
-      refuse("num_q_heads must be a multiple of num_kv_heads");
-    check(layer, q, num_q_heads);
-    const index_t group_size = num_q_heads / shape_.num_kv_heads;
-    for (index_t head = 0; head < num_q_heads; ++head)
-      add_rows(q, num_q_heads, head, of(layer, head / group_size).queries);
+    add_to_groups(layer, q, num_q_heads, &head_moments::queries);
   }
 
   /// Second moments of queries, [num_layers, num_kv_heads, head_dim, head_dim], on top of what was added. Throws as add.
@@ -167,34 +166,40 @@ class low_rank_calibration {
     }
   }
 
-  /// Components of the keys and the values of each head, [num_layers, num_kv_heads]; those of keys by what they matter to the
-  /// queries that were added. O(heads * head_dim^3). Throws shape_error.
-  [[nodiscard]] std::vector<detail::components> key_components(double ridge = 1e-6) const {
-    if (!(ridge >= 0 && std::isfinite(ridge))) refuse("ridge must not be negative");
-    std::vector<detail::components> all;
-    all.reserve(moments_.size());
-    for (const head_moments& head : moments_)
-      all.push_back(detail::query_components(head.keys, head.queries, ridge));
-    return all;
+  /// What the weighted sums of values are multiplied by behind attention: the output projection of a layer as models store it,
+  /// [outputs, num_q_heads, head_dim]. Errors of values fall where it does not look, as those of keys where queries do not.
+  /// O(outputs * num_q_heads * head_dim^2). Throws as add_queries.
+  void add_output_weights(index_t layer, std::span<const float> weights, index_t num_q_heads) {
+    add_to_groups(layer, weights, num_q_heads, &head_moments::outputs);
   }
-  [[nodiscard]] std::vector<detail::components> value_components() const {
-    std::vector<detail::components> all;
-    all.reserve(moments_.size());
-    for (const head_moments& head : moments_) all.push_back(detail::principal_components(head.values));
-    return all;
+
+  /// Components of the keys and the values of each head, [num_layers, num_kv_heads], by what they matter to the queries and
+  /// the output weights that were added. O(heads * head_dim^3). Throws shape_error.
+  [[nodiscard]] std::vector<detail::components> key_components(double ridge = 1e-6) const {
+    return all_components(&head_moments::keys, &head_moments::queries, ridge);
+  }
+  [[nodiscard]] std::vector<detail::components> value_components(double ridge = 1e-6) const {
+    return all_components(&head_moments::values, &head_moments::outputs, ridge);
   }
   /// Whether queries were added: keys have two matrices then.
-  [[nodiscard]] bool has_queries() const noexcept {
-    return std::any_of(moments_.begin(), moments_.end(),
-                       [](const head_moments& head) { return head.queries.trace() > 0; });
-  }
+  [[nodiscard]] bool has_queries() const noexcept { return has(&head_moments::queries); }
+  /// Whether output weights were added: values have two matrices then.
+  [[nodiscard]] bool has_output_weights() const noexcept { return has(&head_moments::outputs); }
   [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
   /// Tokens of a layer whose rows were added. \pre the layer exists
   [[nodiscard]] index_t num_tokens(index_t layer) const noexcept {
     return num_tokens_[static_cast<std::size_t>(layer)];
   }
 
-  /// The best bases for what was added. O(heads * head_dim^3). Throws shape_error if options cannot be.
+  /// Throws shape_error naming a layer of which no rows were added.
+  void require_rows() const {
+    for (index_t layer = 0; layer < shape_.num_layers; ++layer) {
+      if (num_tokens(layer) == 0) refuse("no rows were added of layer " + std::to_string(layer));
+    }
+  }
+
+  /// The best bases for what was added, which should be many more rows than head_dim. O(heads * head_dim^3).
+  /// Throws shape_error if options cannot be, or a layer has no rows.
   [[nodiscard]] std::shared_ptr<const low_rank_bases> bases(const low_rank_options& keys,
                                                             const low_rank_options& values) const;
   [[nodiscard]] std::shared_ptr<const low_rank_bases> bases(const low_rank_options& both) const {
@@ -203,8 +208,9 @@ class low_rank_calibration {
 
  private:
   struct head_moments {
-    Eigen::MatrixXd keys, values, queries;
+    Eigen::MatrixXd keys, values, queries, outputs;
   };
+  using moments_of = Eigen::MatrixXd head_moments::*;
   using row_map = Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, 0,
                              Eigen::OuterStride<>>;
 
@@ -220,6 +226,27 @@ class low_rank_calibration {
     if (static_cast<index_t>(rows.size()) % (num_heads * shape_.head_dim) != 0)
       refuse("rows must be a whole number of tokens");
     require_finite(rows);
+  }
+  void add_to_groups(index_t layer, std::span<const float> rows, index_t num_q_heads, moments_of moments) {
+    if (num_q_heads < 1 || num_q_heads % shape_.num_kv_heads != 0)
+      refuse("num_q_heads must be a multiple of num_kv_heads");
+    check(layer, rows, num_q_heads);
+    const index_t group_size = num_q_heads / shape_.num_kv_heads;
+    for (index_t head = 0; head < num_q_heads; ++head)
+      add_rows(rows, num_q_heads, head, of(layer, head / group_size).*moments);
+  }
+  [[nodiscard]] std::vector<detail::components> all_components(moments_of rows, moments_of weights,
+                                                               double ridge) const {
+    if (!(ridge >= 0 && std::isfinite(ridge))) refuse("ridge must not be negative");
+    std::vector<detail::components> all;
+    all.reserve(moments_.size());
+    for (const head_moments& head : moments_)
+      all.push_back(detail::weighted_components(head.*rows, head.*weights, ridge));
+    return all;
+  }
+  [[nodiscard]] bool has(moments_of weights) const noexcept {
+    return std::any_of(moments_.begin(), moments_.end(),
+                       [=](const head_moments& head) { return (head.*weights).trace() > 0; });
   }
   [[nodiscard]] head_moments& of(index_t layer, index_t head) noexcept {
     return moments_[static_cast<std::size_t>(layer * shape_.num_kv_heads + head)];
@@ -246,6 +273,7 @@ class low_rank_calibration {
 
 inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
     const low_rank_options& keys, const low_rank_options& values) const {
+  require_rows();
   const bool weighted = has_queries();
   const auto all_of = [this](const detail::components& none) {
     return std::vector<detail::components>(moments_.size(), none);
@@ -253,7 +281,7 @@ inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
   const std::vector<detail::components> key_components =
       keys.left_out ? all_of({}) : this->key_components(keys.ridge);
   const std::vector<detail::components> value_components =
-      values.left_out ? all_of({}) : this->value_components();
+      values.left_out ? all_of({}) : this->value_components(values.ridge);
   const auto energies_of = [](const std::vector<detail::components>& heads) {
     std::vector<std::vector<double>> energies(heads.size());
     std::transform(heads.begin(), heads.end(), energies.begin(),
@@ -274,6 +302,7 @@ inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
     detail::append_rows(k.in, key_layout.rank(), made.keys_in);
     if (weighted) detail::append_rows(k.out, key_layout.rank(), made.keys_out);
     detail::append_rows(v.in, value_layout.rank(), made.values);
+    if (has_output_weights()) detail::append_rows(v.out, value_layout.rank(), made.values_out);
     detail::append_spreads(key_layout, k.energies, made.key_spreads);
     detail::append_spreads(value_layout, v.energies, made.value_spreads);
   }

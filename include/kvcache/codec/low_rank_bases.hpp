@@ -4,7 +4,8 @@
 //   stored  c = (in x) / spread             rank numbers in place of the head_dim of x
 //   read    q . x  ~  (spread * out q) . c       x  ~  out^T (spread * c)        out in^T = identity
 //
-// For values, and for keys where no queries were seen, in and out are one matrix with orthonormal rows.
+// Where nothing is known of the queries, or of what the sums of values are multiplied by, in and out are one matrix with
+// orthonormal rows.
 // How they are found: codec/low_rank.hpp, the only part that needs Eigen.
 #pragma once
 
@@ -37,7 +38,8 @@ struct low_rank_matrices {
   std::vector<low_rank_layout> value_layouts = {};  ///< [num_layers], or empty: value_layout
   std::vector<float> keys_in = {};        ///< [num_layers, num_kv_heads, key rank of the layer, head_dim]
   std::vector<float> keys_out = {};       ///< the same size, or empty: keys_in
-  std::vector<float> values = {};         ///< [num_layers, num_kv_heads, value rank, head_dim]
+  std::vector<float> values = {};         ///< [num_layers, num_kv_heads, value rank, head_dim]: in
+  std::vector<float> values_out = {};     ///< the same size, or empty: values
   std::vector<float> key_spreads = {};    ///< [num_layers, num_kv_heads, key rank], above zero
   std::vector<float> value_spreads = {};  ///< [num_layers, num_kv_heads, value rank]
 };
@@ -92,15 +94,10 @@ class low_rank_bases {
   }
 
   [[nodiscard]] low_rank_basis keys(index_t layer, index_t head) const noexcept {
-    const low_rank_layout& layout = key_layout(layer);
-    const float* at = floats() + keys_.at(layer, head);
-    const float* out = weighted_ ? at + matrix_floats(layout) : at;
-    return {at, out, out + matrix_floats(layout), &layout};
+    return basis_of(keys_, layer, head);
   }
   [[nodiscard]] low_rank_basis values(index_t layer, index_t head) const noexcept {
-    const low_rank_layout& layout = value_layout(layer);
-    const float* at = floats() + values_.at(layer, head);
-    return {at, at, at + matrix_floats(layout), &layout};
+    return basis_of(values_, layer, head);
   }
 
   /// Memory of the bases of the keys and of the values; part of what each cache with them reports as shared.
@@ -114,6 +111,7 @@ class low_rank_bases {
     std::vector<index_t> first;            // [num_layers] float of the first head
     std::vector<index_t> head_floats;      // [num_layers] from one head to the next
     index_t num_floats = 0;
+    bool weighted = false;  // out is a matrix of its own
 
     [[nodiscard]] index_t at(index_t layer, index_t head) const noexcept {
       const auto i = static_cast<std::size_t>(layer);
@@ -127,15 +125,22 @@ class low_rank_bases {
   [[nodiscard]] index_t matrix_floats(const low_rank_layout& layout) const noexcept {
     return round_up(layout.rank(), key_lanes) * shape_.head_dim;
   }
+  [[nodiscard]] low_rank_basis basis_of(const one_side& side, index_t layer, index_t head) const noexcept {
+    const low_rank_layout& layout = side.layouts[static_cast<std::size_t>(layer)];
+    const float* at = floats() + side.at(layer, head);
+    const float* out = side.weighted ? at + matrix_floats(layout) : at;
+    return {at, out, out + matrix_floats(layout), &layout};
+  }
 
-  /// \param num_matrices  of a head, 1 or 2
   [[nodiscard]] one_side side_of(std::vector<low_rank_layout> layouts, const low_rank_layout& layout,
-                                 index_t num_matrices, index_t first) const {
+                                 bool weighted, index_t first) const {
     const auto num_layers = static_cast<std::size_t>(shape_.num_layers);
     if (layouts.empty()) layouts.assign(num_layers, layout);
     if (layouts.size() != num_layers)
       throw shape_error("kvcache: low_rank: layouts must be [num_layers], or one for all");
     one_side side;
+    side.weighted = weighted;
+    const index_t num_matrices = weighted ? 2 : 1;
     for (const low_rank_layout& each : layouts) {
       check_layout(each);
       side.first.push_back(first + side.num_floats);
@@ -191,21 +196,22 @@ class low_rank_bases {
   }
 
   cache_shape shape_;
-  bool weighted_;  // keys have two matrices
   one_side keys_;
   one_side values_;
   memory_block memory_;
 };
 
 inline low_rank_bases::low_rank_bases(const cache_shape& shape, const low_rank_matrices& matrices)
-    : shape_(shape), weighted_(!matrices.keys_out.empty()) {
+    : shape_(shape) {
   validate(shape);
-  keys_ = side_of(matrices.key_layouts, matrices.key_layout, weighted_ ? 2 : 1, 0);
-  values_ = side_of(matrices.value_layouts, matrices.value_layout, 1, keys_.num_floats);
+  keys_ = side_of(matrices.key_layouts, matrices.key_layout, !matrices.keys_out.empty(), 0);
+  values_ =
+      side_of(matrices.value_layouts, matrices.value_layout, !matrices.values_out.empty(), keys_.num_floats);
   const index_t dim = shape.head_dim;
   check_floats(matrices.keys_in, num_components(keys_) * dim, false);
-  if (weighted_) check_floats(matrices.keys_out, num_components(keys_) * dim, false);
+  if (keys_.weighted) check_floats(matrices.keys_out, num_components(keys_) * dim, false);
   check_floats(matrices.values, num_components(values_) * dim, false);
+  if (values_.weighted) check_floats(matrices.values_out, num_components(values_) * dim, false);
   check_floats(matrices.key_spreads, num_components(keys_), true);
   check_floats(matrices.value_spreads, num_components(values_), true);
 
@@ -220,12 +226,14 @@ inline low_rank_bases::low_rank_bases(const cache_shape& shape, const low_rank_m
   for_each_basis(keys_, [&](index_t rank, index_t first, float* to) {
     const index_t matrix = round_up(rank, key_lanes) * dim;
     put_lanes(matrices.keys_in.data() + first * dim, rank, to);
-    if (weighted_) put_lanes(matrices.keys_out.data() + first * dim, rank, to + matrix);
-    put_spreads(matrices.key_spreads, first, rank, to + (weighted_ ? 2 : 1) * matrix);
+    if (keys_.weighted) put_lanes(matrices.keys_out.data() + first * dim, rank, to += matrix);
+    put_spreads(matrices.key_spreads, first, rank, to + matrix);
   });
   for_each_basis(values_, [&](index_t rank, index_t first, float* to) {
+    const index_t matrix = round_up(rank, key_lanes) * dim;
     std::copy_n(matrices.values.begin() + first * dim, rank * dim, to);
-    put_spreads(matrices.value_spreads, first, rank, to + round_up(rank, key_lanes) * dim);
+    if (values_.weighted) std::copy_n(matrices.values_out.begin() + first * dim, rank * dim, to += matrix);
+    put_spreads(matrices.value_spreads, first, rank, to + matrix);
   });
 }
 

@@ -122,7 +122,7 @@ class layout_chooser {
     for (const index_t count : layout.counts()) {
       if (count < 0 || count > shape_.head_dim) refuse("a group has 0 to head_dim components");
     }
-    if (layout.bits6 != 0) refuse("components of 6 bits are for klt");
+    if (layout.num_of_klt() != 0) refuse("components of 6, 5 and 3 bits are for klt");
     if (layout.rank() < 1 || layout.rank() > shape_.head_dim)
       refuse("rank must be 1 to head_dim, got " + std::to_string(layout.rank()));
     return layout;

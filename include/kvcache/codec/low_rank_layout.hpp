@@ -3,7 +3,7 @@
 //
 //   row: | f32 | bf16 | int8 | 4 bits | 2 bits |      components by falling energy; those behind are not stored
 //
-// Layouts of klt (codec/klt_rows.hpp) have no f32 and bf16, but 6 bits.
+// Layouts of klt (codec/klt_rows.hpp) have no f32 and bf16, but 6, 5 and 3 bits.
 //
 // A group of components is a section of its own, encoded by the side of that name over rows as long as the group:
 //
@@ -26,6 +26,7 @@
 #include <kvcache/core/types.hpp>
 
 #include <array>
+#include <numeric>
 
 namespace kvcache::inline v0::codec {
 
@@ -35,18 +36,26 @@ struct low_rank_layout {
   index_t bf16 = 0;
   index_t int8 = 0;
   index_t bits6 = 0;  ///< klt alone
+  index_t bits5 = 0;  ///< klt alone
   index_t bits4 = 0;
+  index_t bits3 = 0;  ///< klt alone
   index_t bits2 = 0;
 
-  [[nodiscard]] constexpr std::array<index_t, 6> counts() const noexcept {
-    return {f32, bf16, int8, bits6, bits4, bits2};
+  using counts_type = std::array<index_t, 8>;
+  [[nodiscard]] constexpr counts_type counts() const noexcept {
+    return {f32, bf16, int8, bits6, bits5, bits4, bits3, bits2};
   }
-  static constexpr low_rank_layout of(const std::array<index_t, 6>& counts) noexcept {
-    return {counts[0], counts[1], counts[2], counts[3], counts[4], counts[5]};
+  static constexpr low_rank_layout of(const counts_type& c) noexcept {
+    return {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]};
   }
-  [[nodiscard]] constexpr index_t rank() const noexcept { return f32 + bf16 + int8 + bits6 + bits4 + bits2; }
+  [[nodiscard]] constexpr index_t rank() const noexcept {
+    const counts_type all = counts();
+    return std::accumulate(all.begin(), all.end(), index_t{0});
+  }
   /// Of these components no scale is stored.
   [[nodiscard]] constexpr index_t num_exact() const noexcept { return f32 + bf16; }
+  /// Components of sizes that low_rank has not.
+  [[nodiscard]] constexpr index_t num_of_klt() const noexcept { return bits6 + bits5 + bits3; }
 
   friend bool operator==(const low_rank_layout&, const low_rank_layout&) = default;
 };

@@ -41,8 +41,9 @@ struct low_rank_rows : low_rank_side<std::is_same_v<Groups, key_groups>> {
   void validate(const cache_shape& shape) const {
     low_rank_side<std::is_same_v<Groups, key_groups>>::validate(shape);
     for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-      if (this->layout_of(layer).bits6 != 0)
-        throw shape_error("kvcache: low_rank stores no components in 6 bits, these bases have some; see klt");
+      if (this->layout_of(layer).num_of_klt() != 0)
+        throw shape_error(
+            "kvcache: low_rank stores no components in 6, 5 or 3 bits, these bases have some; see klt");
     }
   }
   /// The bases; see codec/low_rank_settings.hpp.

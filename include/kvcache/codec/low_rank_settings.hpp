@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // low_rank_settings: the bases of keys, or of values, as a side of low_rank writes them and is made from them again.
 //
-//   u32 flags: 1 where queries have a basis of their own, 2 of klt
-//   for each layer: u32 components in f32, bf16, 8, (of klt: 6,) 4, 2 bits
+//   u32 flags: 1 where the way out has a basis of its own, 4 of klt
+//   for each layer: u32 components in f32, bf16, 8, (of klt: 6, 5,) 4, (of klt: 3,) 2 bits
 //   for each layer and head, in float: in [rank, head_dim] | out, where there is one, the same size | spreads [rank]
 //
 // Little-endian; see codec/description.hpp.
@@ -32,11 +32,11 @@ inline low_rank_basis basis_at(const low_rank_bases& bases, bool is_keys, index_
 }
 
 /// Whose bases: what low_rank has no components of is not written for it.
-enum class settings_of : std::uint32_t { low_rank = 0, klt = 2 };
+enum class settings_of : std::uint32_t { low_rank = 0, klt = 4 };
 
 /// Whether layouts of this codec tell of counts()[i].
 constexpr bool has_count(settings_of codec, std::size_t i) noexcept {
-  return codec == settings_of::klt || i != 3;
+  return codec == settings_of::klt || (i != 3 && i != 4 && i != 6);
 }
 
 /// Appends the settings of one side. Throws std::bad_alloc.
@@ -91,12 +91,12 @@ inline std::shared_ptr<const low_rank_bases> low_rank_bases_from(std::span<const
     return index_t{number};
   };
   const index_t weighted = take_number() - static_cast<index_t>(codec);
-  if (weighted < 0 || weighted > (is_keys ? 1 : 0))
+  if (weighted < 0 || weighted > 1)
     throw shape_error("kvcache: the settings of low_rank, or klt, are of another codec or an older version");
   std::vector<low_rank_layout> layouts;
   index_t num_floats = 0;
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-    std::array<index_t, 6> counts{};
+    low_rank_layout::counts_type counts{};
     for (std::size_t i = 0; i < counts.size(); ++i) {
       if (has_count(codec, i)) counts[i] = take_number();
     }
@@ -118,7 +118,7 @@ inline std::shared_ptr<const low_rank_bases> low_rank_bases_from(std::span<const
   for (const low_rank_layout& l : layouts) {
     for (index_t head = 0; head < shape.num_kv_heads; ++head) {
       take_floats(is_keys ? made.keys_in : made.values, l.rank() * shape.head_dim);
-      if (weighted == 1) take_floats(made.keys_out, l.rank() * shape.head_dim);
+      if (weighted == 1) take_floats(is_keys ? made.keys_out : made.values_out, l.rank() * shape.head_dim);
       take_floats(is_keys ? made.key_spreads : made.value_spreads, l.rank());
     }
   }

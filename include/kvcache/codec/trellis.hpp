@@ -30,13 +30,13 @@ namespace kvcache::inline v0::codec {
 
 namespace detail {
 
-/// The numbers of the table that a row of codes stands for.
+/// The numbers of a table that a row of codes stands for.
 template <int Bits>
-void trellis_levels(const std::uint8_t* codes, index_t count, float* row) noexcept {
+void trellis_levels(const std::uint8_t* codes, index_t count, const std::int8_t* table, float* row) noexcept {
   unsigned state = 0;
   for (index_t d = 0; d < count; ++d) {
     state = (state << static_cast<unsigned>(Bits) | codes[d]) % kernel::trellis_states;
-    row[d] = static_cast<float>(trellis_table(Bits)[state]);
+    row[d] = static_cast<float>(table[state]);
   }
 }
 
@@ -56,7 +56,7 @@ struct trellis_quantiser {
     return std::max(kernels.trellis.encode(Bits, row, count, table(), 0.0F, codes), 0.0F);
   }
   static void levels(const std::uint8_t* codes, index_t count, float* row) noexcept {
-    trellis_levels<Bits>(codes, count, row);
+    trellis_levels<Bits>(codes, count, table(), row);
   }
   static void scores(const looked_up<Bits>& codes, const bfloat16* scales, const float* prepared,
                      index_t num_rows, float* scores) {

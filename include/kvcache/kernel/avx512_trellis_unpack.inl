@@ -5,7 +5,7 @@
 /// Lines of codes one after the other, from any line on.
 template <int Bits>
 struct code_lines {
-  static_assert(Bits == 2 || Bits == 4, "one packed line is a unit");
+  static_assert(Bits == 1 || Bits == 2 || Bits == 4, "one packed line is a unit");
   const std::byte* at;
   unsigned shift;
 
@@ -23,15 +23,22 @@ struct code_lines {
   }
 };
 
-/// The low four bits in one section, the others in another.
-template <>
-struct code_lines<6> {
-  code_lines<4> low;
-  code_lines<2> high;
+/// Codes of 3, 5 and 6 bits: the low ones in one section, the others in another.
+template <int Bits>
+inline constexpr int bits_in_front = Bits == 3  ? 2
+                                     : Bits > 4 ? 4
+                                                : Bits;
+template <int Bits>
+inline constexpr int bits_behind = Bits - bits_in_front<Bits>;
+
+template <int Bits>
+requires(bits_behind<Bits> > 0) struct code_lines<Bits> {
+  code_lines<bits_in_front<Bits>> low;
+  code_lines<bits_behind<Bits>> high;
 
   KVCACHE_INLINE __m512i take() {
     const __m512i codes = low.take();
-    return _mm512_or_si512(codes, _mm512_maskz_slli_epi32(all, high.take(), 4));
+    return _mm512_or_si512(codes, shift_left<bits_in_front<Bits>>(high.take()));
   }
 };
 
@@ -44,23 +51,21 @@ KVCACHE_INLINE void fetch_lines(const std::byte* next, index_t first, index_t en
     __builtin_prefetch(next + i * packed_line_bytes, 0, 3);
 }
 
-/// \param behind  bytes of the section of the low four of six bits
+/// \param behind  bytes of the section of the low bits
 template <int Bits>
 KVCACHE_INLINE code_lines<Bits> lines_from(const packed_section& section, index_t behind, index_t line) {
-  if constexpr (Bits == 6) {
-    return {code_lines<4>(section.codes, line), code_lines<2>(section.codes + behind, line)};
+  if constexpr (bits_behind < Bits >> 0) {
+    return {code_lines<bits_in_front<Bits>>(section.codes, line),
+            code_lines<bits_behind<Bits>>(section.codes + behind, line)};
   } else {
     return code_lines<Bits>(section.codes, line);
   }
 }
 template <int Bits>
 KVCACHE_INLINE void fetch_lines_of(const std::byte* next, index_t behind, index_t first, index_t end) {
-  if constexpr (Bits == 6) {
-    fetch_lines<4>(next, first, end);
-    fetch_lines<2>(next == nullptr ? nullptr : next + behind, first, end);
-  } else {
-    fetch_lines<Bits>(next, first, end);
-  }
+  fetch_lines<bits_in_front<Bits>>(next, first, end);
+  if constexpr (bits_behind < Bits >> 0)
+    fetch_lines<bits_behind<Bits>>(next == nullptr ? nullptr : next + behind, first, end);
 }
 
 /// `num_runs` runs of `num_lines` lines, of which the first is `first`.
@@ -82,10 +87,13 @@ KVCACHE_TARGET inline void unpack_runs(const packed_section& section, index_t be
 template <class Dims>
 inline bool unpack_runs_of(const packed_section& section, index_t size, index_t first, index_t num_runs,
                            index_t num_lines, std::int8_t* out, index_t out_stride, const std::byte* next) {
-  if (!runs_here() || section.bits == 3) return false;
-  const index_t behind = packed_order<4>::section_bytes(size);
+  if (!runs_here()) return false;
+  const index_t behind =
+      section.bits == 3 ? packed_order<2>::section_bytes(size) : packed_order<4>::section_bytes(size);
   const auto run = section.bits == 6   ? unpack_runs<6, Dims>
+                   : section.bits == 5 ? unpack_runs<5, Dims>
                    : section.bits == 4 ? unpack_runs<4, Dims>
+                   : section.bits == 3 ? unpack_runs<3, Dims>
                                        : unpack_runs<2, Dims>;
   run(section, behind, first, num_runs, num_lines, out, out_stride, next);
   return true;

@@ -29,6 +29,7 @@ void unpack_lines(const std::byte* packed, index_t first_line, index_t num_lines
 
 inline void unpack(int bits, const std::byte* packed, index_t first_line, index_t num_lines,
                    const std::int8_t* codebook, std::int8_t* out, const std::byte* /*next*/) {
+  if (bits == 1) unpack_lines<1>(packed, first_line, num_lines, codebook, out);
   if (bits == 2) unpack_lines<2>(packed, first_line, num_lines, codebook, out);
   if (bits == 3) unpack_lines<3>(packed, first_line, num_lines, codebook, out);
   if (bits == 4) unpack_lines<4>(packed, first_line, num_lines, codebook, out);

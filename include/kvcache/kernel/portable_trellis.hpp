@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The codec trellis<b>, b = 2, 3, 4 or 6 bits per number: a row of codes is read as one stream of bits, and the last eight
+// The codec trellis<b>, b = 2, 3, 4, 5 or 6 bits per number: a row of codes is read as one stream of bits, and the last eight
 // bits of it, the state, select one of 256 numbers of a table.
 //
 //   state[d] = (state[d-1] << b | code[d]) mod 256, state[-1] = 0           row[d] ~ scale * table[state[d]]
@@ -169,21 +169,29 @@ inline void walk_trellis(const trellis_row& row, index_t count, const std::int8_
   }
 }
 
-/// Step 3 for six bits: of the states that follow suffix `from` and end in suffix `to` the nearest will do, so what is left to
-/// choose is a path through four suffixes.
-inline void walk_trellis_of_six(const trellis_row& row, index_t count, const std::int8_t* table,
-                                trellis_path& path) {
+/// Step 3 for five and six bits: of the states that follow suffix `from` and end in suffix `to` the nearest will do, so what is
+/// left to choose is a path through eight or four suffixes.
+template <int Bits>
+inline void walk_short_trellis(const trellis_row& row, index_t count, const std::int8_t* table,
+                               trellis_path& path) {
+  static_assert(Bits == 5 || Bits == 6);
   using eight [[gnu::vector_size(16)]] = std::int16_t;
-  constexpr std::size_t num_suffixes = 4;
+  constexpr std::size_t num_suffixes = trellis_states >> Bits;
+  constexpr std::size_t lane_suffixes = 8 / num_suffixes;             // lanes that end in one suffix
   constexpr std::size_t vectors = trellis_states / num_suffixes / 8;  // of the states that follow one suffix
-  alignas(64) std::array<std::int16_t, trellis_states> levels;        // 16 times the numbers
-  for (std::size_t s = 0; s < trellis_states; ++s) levels[s] = static_cast<std::int16_t>(16 * table[s]);
-  constexpr eight first_codes = {0, 0, 0, 0,
-                                 1, 1, 1, 1};  // high bits of the codes: which of two as near is taken
+  alignas(64) std::array<std::int16_t, trellis_states> levels;        // 16 times the numbers, as targets are
+  for (std::size_t s = 0; s < trellis_states; ++s)
+    levels[s] = static_cast<std::int16_t>((16 << trellis_fraction(Bits)) * table[s]);
+  // high bits of the codes: which of those as near is taken
+  constexpr auto second = static_cast<std::int16_t>(lane_suffixes - 1);
+  constexpr eight first_codes = {0, 0, 0, 0, second, second, second, second};
 
   // costs, below them where they come from: the minimum of both needs no branches
+  constexpr unsigned code_bits = 2 * Bits - 8;  // of a code beside its suffix
   constexpr std::int64_t unreachable = std::int64_t{1} << 40;
-  std::array<std::int64_t, num_suffixes> best{0, unreachable, unreachable, unreachable};
+  std::array<std::int64_t, num_suffixes> best;
+  best.fill(unreachable);
+  best[0] = 0;
   std::uint8_t* came_from = path.from.data();
   std::fill_n(came_from, num_suffixes, std::uint8_t{0});
   for (index_t d = 0; d < count; ++d) {
@@ -197,13 +205,15 @@ inline void walk_trellis_of_six(const trellis_row& row, index_t count, const std
         std::memcpy(&off, &levels[(from * vectors + v) * 8], sizeof(off));
         off -= target;
         const eight other = -off;
-        const eight distance = (off > other ? off : other) | (first_codes + static_cast<std::int16_t>(2 * v));
+        const eight distance =
+            (off > other ? off : other) | (first_codes + static_cast<std::int16_t>(lane_suffixes * v));
         nearest = distance < nearest ? distance : nearest;
       }
       for (std::size_t to = 0; to < num_suffixes; ++to) {
-        const std::int64_t found = std::min(nearest[to], nearest[to + num_suffixes]);
+        const std::int64_t found = std::min(nearest[to], nearest[to + 8 - num_suffixes]);
         const std::int64_t cost = best[from] + (found >> 4) * (found >> 4);
-        next[to] = std::min(next[to], cost << 8 | static_cast<std::int64_t>(from << 4) | (found & 15));
+        next[to] =
+            std::min(next[to], cost << 8 | static_cast<std::int64_t>(from << code_bits) | (found & 15));
       }
     }
     came_from += num_suffixes;
@@ -257,8 +267,10 @@ inline float encode_trellis(int bits, const float* row, index_t count, const std
     walk_trellis<3>(prepared, count, table, path);
   } else if (bits == 4) {
     walk_trellis<4>(prepared, count, table, path);
+  } else if (bits == 5) {
+    walk_short_trellis<5>(prepared, count, table, path);
   } else {
-    walk_trellis_of_six(prepared, count, table, path);
+    walk_short_trellis<6>(prepared, count, table, path);
   }
   return trace_trellis(bits, prepared, count, table, path, codes);
 }

@@ -101,7 +101,7 @@ struct scalar_codebook {
   float thresholds[7];     ///< between neighbouring positive levels, in units of the row's rms; ascending
 };
 
-/// Codes of 2, 3 or 4 bits that are packed as in block/packed.hpp, and the 16 bytes that they index, or the 256 that their
+/// Codes of 1 to 4 bits that are packed as in block/packed.hpp, and the 16 bytes that they index, or the 256 that their
 /// states do.
 struct packed_section {
   int bits;
@@ -113,7 +113,7 @@ struct packed_section {
 struct low_bit_kernels {
   /// Codes to bytes: out[64 * line + i] = codebook[code at line, i], for `num_lines` lines of 64 bytes that are packed as
   /// in block/packed.hpp.
-  /// \param bits        2, 3 or 4
+  /// \param bits        1 to 4
   /// \param packed      the section, from its line 0 on
   /// \param first_line  where to start, a multiple of packed_order<bits>::lines_per_unit
   /// \param codebook    [16], of which 2^bits are used
@@ -174,7 +174,7 @@ struct channel_kernels {
 inline constexpr int trellis_unit = 36;
 inline constexpr index_t trellis_states = 256;
 
-/// Arithmetic of the codec trellis<b>, see portable_trellis.hpp. Bits are 2, 3, 4 or 6, tables have 256 entries from -127 to
+/// Arithmetic of the codec trellis<b>, see portable_trellis.hpp. Bits are 2 to 6, tables have 256 entries from -127 to
 /// 127. The same on every instruction set, bit by bit.
 struct trellis_kernels {
   /// The codes, [count], nearest to a row in its own units, and the scale of least squares: row[i] ~ scale *
@@ -197,10 +197,11 @@ struct trellis_kernels {
                         const std::int8_t* table, std::int8_t* out, index_t out_stride);
 
   /// decode_keys and decode_values of a packed section, whose codebook is the table, without unpacking it to codes first;
-  /// codes of six bits are packed as their low four, and the others behind them. Null on levels where that is no faster.
+  /// codes of 3, 5 and 6 bits are packed as their low 2, 4 and 4, and the others behind them. Null on levels where that is no
+  /// faster.
   /// \param token  the first, a multiple of 64; of `num_tokens`
   /// \param next   another section like this one, the same part of it is fetched meanwhile; may be null
-  /// \return false, with nothing done, where unpacking first is better: three bits, values that are no whole lines
+  /// \return false, with nothing done, where unpacking first is better: values that are no whole lines
   bool (*unpack_keys)(const packed_section&, const block_geometry&, index_t token, index_t num_tokens,
                       std::int8_t* out, index_t out_stride, const std::byte* next) = nullptr;
   bool (*unpack_values)(const packed_section&, const block_geometry&, index_t token, index_t num_tokens,

@@ -8,6 +8,8 @@ template <int Bits, int Line>
 KVCACHE_INLINE bits codes_of(const bits* in) {
   if constexpr (Bits == 4) {
     return and_bits(shifted<4 * Line>(in[0]), fill(0x0f0f0f0fU));
+  } else if constexpr (Bits == 1) {
+    return and_bits(shifted<Line>(in[0]), fill(0x01010101U));
   } else {
     const bits low = and_bits(shifted<2 * (Line % 4)>(in[Line / 4]), fill(0x03030303U));
     if constexpr (Bits == 2)
@@ -60,6 +62,7 @@ KVCACHE_TARGET inline void unpack_section(const std::byte* packed, index_t first
 KVCACHE_TARGET inline void unpack(int bits_per_code, const std::byte* packed, index_t first_line,
                                   index_t num_lines, const std::int8_t* codebook, std::int8_t* out,
                                   const std::byte* next) {
+  if (bits_per_code == 1) unpack_section<1>(packed, first_line, num_lines, codebook, out, next);
   if (bits_per_code == 2) unpack_section<2>(packed, first_line, num_lines, codebook, out, next);
   if (bits_per_code == 3) unpack_section<3>(packed, first_line, num_lines, codebook, out, next);
   if (bits_per_code == 4) unpack_section<4>(packed, first_line, num_lines, codebook, out, next);

@@ -76,7 +76,7 @@ KVCACHE_TARGET inline void walk_states(const portable::trellis_row& row, index_t
 
 KVCACHE_TARGET inline float encode_trellis(int num_bits, const float* row, index_t count,
                                            const std::int8_t* table, float unit, std::uint8_t* codes) {
-  if (num_bits == 6) return portable::encode_trellis(num_bits, row, count, table, unit, codes);
+  if (num_bits > 4) return portable::encode_trellis(num_bits, row, count, table, unit, codes);
   portable::trellis_row prepared;
   if (!portable::prepare_trellis(num_bits, row, count, unit, prepared)) {
     std::fill_n(codes, count, std::uint8_t{0});

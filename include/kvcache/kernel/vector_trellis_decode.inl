@@ -34,9 +34,9 @@ struct line_before {
 
 template <int Bits, class Dims>
 KVCACHE_INLINE bits states(bits codes, line_before& before) {
-  const bits highest = broadcast_word(static_cast<std::int32_t>(0xc0c0c0c0U));
+  const bits highest = broadcast_word(static_cast<std::int32_t>(Bits == 5 ? 0xe0e0e0e0U : 0xc0c0c0c0U));
   bits earlier = Dims::template earlier<1, Bits>(codes, before.codes);
-  if constexpr (Bits == 6) earlier = both_bits(earlier, highest);
+  if constexpr (Bits > 4) earlier = both_bits(earlier, highest);
   bits s = either_bit(codes, earlier);
   if constexpr (Bits == 3) {
     s = either_bit(s, both_bits(Dims::template earlier<2, 6>(codes, before.codes), highest));
@@ -82,6 +82,7 @@ KVCACHE_TARGET inline void decode_trellis_keys(int num_bits, index_t head_dim, i
   if (num_bits == 2) decode_key_codes<2>(head_dim, num_groups, codes, numbers, out, out_stride);
   if (num_bits == 3) decode_key_codes<3>(head_dim, num_groups, codes, numbers, out, out_stride);
   if (num_bits == 4) decode_key_codes<4>(head_dim, num_groups, codes, numbers, out, out_stride);
+  if (num_bits == 5) decode_key_codes<5>(head_dim, num_groups, codes, numbers, out, out_stride);
   if (num_bits == 6) decode_key_codes<6>(head_dim, num_groups, codes, numbers, out, out_stride);
 }
 
@@ -92,5 +93,6 @@ KVCACHE_TARGET inline void decode_trellis_values(int num_bits, index_t head_dim,
   if (num_bits == 2) decode_value_codes<2>(head_dim, num_packs, codes, numbers, out, out_stride);
   if (num_bits == 3) decode_value_codes<3>(head_dim, num_packs, codes, numbers, out, out_stride);
   if (num_bits == 4) decode_value_codes<4>(head_dim, num_packs, codes, numbers, out, out_stride);
+  if (num_bits == 5) decode_value_codes<5>(head_dim, num_packs, codes, numbers, out, out_stride);
   if (num_bits == 6) decode_value_codes<6>(head_dim, num_packs, codes, numbers, out, out_stride);
 }
