@@ -2,11 +2,14 @@
 // centred: what turns as RoPE turns costs nothing, whatever the pairing; scores are those of the rows as they are read back.
 
 #include <kvcache/attention/rope.hpp>
+#include <kvcache/cache/chunked.hpp>
 #include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/description.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/trellis.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/interop/any_cache.hpp>
 #include <kvcache/kernel/select.hpp>
 
 #include "codec/coded_blocks.hpp"
@@ -18,6 +21,7 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <vector>
 
 using kvcache::block_geometry;
@@ -205,6 +209,33 @@ TEST_CASE("settings of centred come back, and others are refused", "[codec]") {
   }
   const auto plain = kvcache::describe(codec::centred<codec::rotated<4>>{});
   CHECK(kvcache::make_described<codec::centred<codec::rotated<4>>>(plain, shape).keys.turns == nullptr);
+}
+
+TEST_CASE("turns for another head_dim than the cache's are refused with both", "[codec]") {
+  const kvcache::cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 128};
+  const auto refused = [&](const rope_config& rope, const char* of_rope) {
+    const codec::centred<codec::trellis<3>> codec(rope);
+    try {
+      kvcache::validate(codec, shape);
+      FAIL("took it");
+    } catch (const kvcache::shape_error& error) {
+      const std::string what = error.what();
+      CAPTURE(what);
+      CHECK(what.find(of_rope) != std::string::npos);
+      CHECK(what.find("128") != std::string::npos);
+    }
+    CHECK_THROWS_AS(kvcache::chunked_cache<codec::centred<codec::trellis<3>>>(shape, codec),
+                    kvcache::shape_error);
+    CHECK_THROWS_AS(kvcache::make_cache("paged/k=centred_rotated4,last=1:bf16", shape, rope),
+                    kvcache::shape_error);
+    std::vector<float> rows(128);
+    CHECK_THROWS_AS(codec::take_off_means(rows, shape, codec.keys.turns.get()), kvcache::shape_error);
+  };
+  refused({.head_dim = 64, .pairing = rope_pairing::half}, "64");
+  refused({.head_dim = 256, .pairing = rope_pairing::half, .rotary_dim = 64}, "256");
+  const rope_config same{.head_dim = 128, .pairing = rope_pairing::half, .rotary_dim = 64};
+  CHECK_NOTHROW(kvcache::validate(codec::centred<codec::trellis<3>>(same), shape));
+  CHECK_NOTHROW(kvcache::make_cache("paged/centred_int8", shape, same));
 }
 
 TEST_CASE("the mean takes 16 bits of each channel and block", "[codec]") {

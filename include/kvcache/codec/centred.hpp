@@ -42,6 +42,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 #include <type_traits>
 #include <vector>
@@ -63,6 +64,17 @@ struct centred_name {
 };
 
 using mean_row = std::array<float, max_head_dim>;
+
+/// Throws shape_error where turns were made for rows of another size: their frequencies depend on it.
+/// \param turns  null: nothing turns
+inline void require_turns_for(const rope_turns* turns, index_t head_dim) {
+  if (turns == nullptr) return;
+  if (turns->head_dim() != 0 && turns->head_dim() != head_dim)
+    throw shape_error("kvcache: centred: rope head_dim is " + std::to_string(turns->head_dim()) +
+                      ", that of the cache " + std::to_string(head_dim));
+  if (turns->rotary_dim() > head_dim)
+    throw shape_error("kvcache: centred: rope turns more dims than head_dim");
+}
 
 /// A mean as it is in slot t. \param turns  null: nothing turns
 inline void turn_mean(const rope_turns* turns, const float* mean, index_t t, index_t head_dim,
@@ -123,8 +135,7 @@ struct centred_keys : plain_side {
     return {detail::centred_name<Keys>::text.data(), detail::centred_name<Keys>::text.size()};
   }
   void validate(const cache_shape& shape) const {
-    if (turns && turns->rotary_dim() > shape.head_dim)
-      throw shape_error("kvcache: centred: rope turns more dims than head_dim");
+    detail::require_turns_for(turns.get(), shape.head_dim);
     kvcache::validate(rest, shape);
   }
   [[nodiscard]] index_t settings_bytes() const noexcept {
@@ -331,8 +342,9 @@ struct centred : sides<centred_keys<typename Codec::keys_type>, typename Codec::
 /// What centred keys leave to their encoding of each block, in place: what low_rank_calibration is given for them.
 /// \param k      [tokens, num_kv_heads, head_dim], blocks of shape.block_size tokens from the first on, rotated
 /// \param turns  null: nothing turns
-/// Throws shape_error if that is not a whole number of tokens.
+/// Throws shape_error if that is not a whole number of tokens, or turns are for another head_dim.
 inline void take_off_means(std::span<float> k, const cache_shape& shape, const rope_turns* turns) {
+  detail::require_turns_for(turns, shape.head_dim);
   const index_t stride = shape.num_kv_heads * shape.head_dim;
   const auto size = static_cast<index_t>(k.size());
   if (size % stride != 0) throw shape_error("kvcache: centred: rows must be a whole number of tokens");

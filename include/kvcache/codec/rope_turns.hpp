@@ -34,12 +34,13 @@ class rope_turns {
  public:
   /// Throws shape_error naming the field that cannot be.
   explicit rope_turns(const rope_config& config)
-      : rope_turns(config.pairing, frequencies_of(config).radians) {}
+      : rope_turns(config.pairing, frequencies_of(config).radians, config.head_dim) {}
 
-  /// \param radians  from one token to the next, one for each pair. Throws shape_error if they are none, too many or not
-  ///                 finite over a block.
-  rope_turns(rope_pairing pairing, std::vector<double> radians)
-      : pairing_(pairing), radians_(std::move(radians)) {
+  /// \param radians   from one token to the next, one for each pair. Throws shape_error if they are none, too many or not
+  ///                  finite over a block.
+  /// \param head_dim  of the rows they are for; 0: not known
+  rope_turns(rope_pairing pairing, std::vector<double> radians, index_t head_dim = 0)
+      : pairing_(pairing), head_dim_(head_dim), radians_(std::move(radians)) {
     if (radians_.empty() || 2 * num_pairs() > max_head_dim)
       throw shape_error("kvcache: rope turns 1 to 256 pairs of dims");
     if (!std::all_of(radians_.begin(), radians_.end(),
@@ -65,6 +66,8 @@ class rope_turns {
   }
 
   [[nodiscard]] rope_pairing pairing() const noexcept { return pairing_; }
+  /// Of the rope_config; 0 where frequencies alone are known, as from a file.
+  [[nodiscard]] index_t head_dim() const noexcept { return head_dim_; }
   [[nodiscard]] const std::vector<double>& radians() const noexcept { return radians_; }
   [[nodiscard]] index_t num_pairs() const noexcept { return static_cast<index_t>(radians_.size()); }
   [[nodiscard]] index_t rotary_dim() const noexcept { return 2 * num_pairs(); }
@@ -140,6 +143,7 @@ class rope_turns {
   static constexpr float carrier_levels = 127.0F;
 
   rope_pairing pairing_;
+  index_t head_dim_;
   std::vector<double> radians_;
   std::vector<float> angles_;  // [max_block_size][2 * pairs]: cosines, sines
   memory_block carriers_;
