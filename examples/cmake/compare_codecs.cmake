@@ -42,7 +42,7 @@ endif()
 
 # Bad arguments.
 run(2 "bogus" --bogus)
-run(2 "--codecs.*no codec 'rotated5'; there is .*rotated4" --codecs rotated5)
+run(2 "--codecs.*no codec 'rotated5' .did you mean rotated4\\?.; there is .*rotated4" --codecs rotated5)
 run(2 "--codecs" --codecs "int8 ")
 run(2 "--part" --part all-of-it)
 run(2 "--tokens" --tokens 1)

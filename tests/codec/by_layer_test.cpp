@@ -408,15 +408,21 @@ TEST_CASE("a spec for layers that are not there, or misspelt, is refused with wh
   for (const char* spec :
        {"bf16,first=5:int8", "bf16,last=5:int8", "bf16,layers=4:int8", "bf16,layers=2-4:int8"})
     has(spec, {"shape:", std::string(spec).substr(5).c_str(), "do not exist", "4"});
-  has("bf16,layers=3-2:int8", {"shape:", "3-2"});
+  has("bf16,layers=3-2:int8", {"3-2", "backwards"});
+  has("bf16,layers=9-1:int8", {"9-1", "backwards"});
   has("bf16,frist=2:int8", {"first=", "last=", "layers=", "k=", "v=", "tail=", "sinks="});
   has("bf16,first=2:int9", {"int9", "int8", "rotated4", "balanced2"});
   has("bf16,first=2:int8+", {"int8", "rotated4"});
   has("bf16,first=2:int8+channel4", {"channel4", "keys"});
-  for (const char* spec : {"bf16,first=2", "bf16,layers=int8", "bf16,last="}) has(spec, {"lacks a codec"});
+  for (const char* spec : {"bf16,first=2", "bf16,first=2:", "bf16,layers=int8"}) has(spec, {"lacks a codec"});
+  for (const char* spec : {"bf16,last", "bf16,last=", "first", "bf16,layers=:"})
+    has(spec, {"lacks a number of layers and a codec"});
   for (const char* spec : {"bf16,first=:int8", "bf16,first=x:int8", "bf16,last=-1:int8",
-                           "bf16,first=0-1:int8", "bf16,layers=1-:int8", "bf16,layers=-1:int8"})
+                           "bf16,first=0-1:int8", "bf16,layers=1-2-3:int8"})
     has(spec, {"number of layers"});
+  has("bf16,layers=-1:int8", {"'layers=-1:int8' lacks the layer that its range begins with;", "layers=3-5:"});
+  has("bf16,layers=-1", {"lacks the layer that its range begins with and a codec", "layers=3-5:"});
+  has("bf16,layers=1-:int8", {"lacks the layer that its range ends with;"});
   CHECK(message("bf16,first=4:int8,last=4:int8,first=0:f32") == "made");
   CHECK_THROWS_AS(kvcache::make_codec("bf16,first=1:int8"), std::invalid_argument);
   CHECK_THROWS_AS(kvcache::make_codec_by_layer("bf16", 0), kvcache::shape_error);

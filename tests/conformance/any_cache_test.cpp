@@ -10,7 +10,10 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <optional>
 #include <set>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -256,14 +259,129 @@ TEST_CASE("a spec that is not known is refused with a list of what there is", "[
     refused(spec, {"f32", "bf16", "rotated4", "channel3", "balanced2"});
   for (const char* spec : {"paged/bf16,bf16", "paged/bf16,tial=3", "paged/k=bf16,=3"})
     refused(spec, {"k=", "v=", "sinks=", "tail="});
-  for (const char* spec :
-       {"paged/bf16,tail=", "paged/bf16,tail=3x", "paged/bf16,sinks=-1", "paged/tail=99999999999"})
+  for (const char* spec : {"paged/bf16,tail=", "paged/bf16,tail=3x", "paged/bf16,sinks=-1",
+                           "paged/tail=99999999999", "paged/tail=65537"})
     refused(spec, {"number of tokens"});
+  for (const char* spec : {"paged/bf16,tail", "paged/bf16,tail=", "paged/tail", "paged/tail="})
+    refused(spec, {"'tail=' lacks a number of tokens", "tail=128"});
+  for (const char* spec : {"paged/k=", "paged/bf16,k", "paged/k=,tail=3"})
+    refused(spec, {"'k=' lacks a codec"});
+  refused("paged/int8+", {"'int8+' lacks a codec", "rotated4"});
   refused("paged/v=channel4", {"channel4", "keys"});
+  refused("paged/v=centred_int8", {"centred_int8", "keys"});
+  refused("paged/v=centred_int9", {"no codec 'centred_int9'", "did you mean centred_int8?"});
   refused("paged/bf16,", {"ends"});
+  refused("paged/k=int8,,v=int8", {"no name"});
   REQUIRE_THROWS_AS(kvcache::make_cache("paged/bf16", {.head_dim = 0}), kvcache::shape_error);
   REQUIRE_THROWS_AS(kvcache::make_cache("paged/bf16,sinks=17", small),
                     kvcache::shape_error);  // more than a block
+}
+
+TEST_CASE("a misspelt name is refused once, with the nearest", "[conformance]") {
+  const auto message = [](const std::string& spec) -> std::string {
+    try {
+      (void)kvcache::make_cache(spec, small);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "made";
+  };
+  const auto count = [](const std::string& text, const std::string& word) {
+    std::size_t found = 0;
+    for (std::size_t at = text.find(word); at != std::string::npos; at = text.find(word, at + 1)) ++found;
+    return found;
+  };
+  for (const auto& [said, meant] :
+       std::vector<std::pair<std::string, std::string>>{{"centred_trelis3", "centred_trellis3"},
+                                                        {"centered_trellis3", "centred_trellis3"},
+                                                        {"Int8", "int8"},
+                                                        {"bf61", "bf16"},
+                                                        {"rotated", "rotated4"}}) {
+    const std::string text = message("paged/" + said);
+    CAPTURE(text);
+    CHECK(count(text, "did you mean " + meant + "?") == 1);
+    CHECK(count(text, "'" + said + "'") == 1);
+  }
+  for (const std::string far : {"q", "lz4hc", "centred_channel4_and_more"}) {
+    CAPTURE(far);
+    CHECK(count(message("paged/" + far), "did you mean") == 0);
+  }
+  CHECK(count(message("pagd/bf16"), "did you mean paged?") == 1);
+  CHECK(count(message("paged"), "did you mean") == 0);
+}
+
+TEST_CASE("what is said twice in a spec is refused", "[conformance]") {
+  const auto message = [](const std::string& spec) -> std::string {
+    try {
+      (void)kvcache::make_cache("chunked/" + spec, small);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "made";
+  };
+  for (const char* spec :
+       {"k=int8,k=int8", "v=int8,tail=3,v=f32", "tail=3,tail=3", "int8,sinks=1,sinks=2", "int8,k=f16,k=f32",
+        "centred_int8,rope=half:10000,rope=half:10000", "int8,k=f16,v=f32"}) {
+    CAPTURE(spec, message(spec));
+    CHECK(message(spec).find("given twice") != std::string::npos);
+  }
+  CHECK(message("int8,v=f32") == "made");
+  CHECK(message("int8,k=f32") == "made");
+  CHECK(message("int8,first=1:f32,first=2:f16") == "made");  // the later counts
+}
+
+TEST_CASE("messages show as much of a spec as can be read", "[conformance]") {
+  const auto message = [](const std::string& spec) -> std::string {
+    try {
+      (void)kvcache::make_cache(spec, small);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "made";
+  };
+  using namespace std::string_literals;
+  for (const std::string& spec :
+       {"heap\0\x1b[31m\n\xff/int8"s, "paged/int8\0\x1b[31m\n\xff"s, "paged/k=\0\x1b[31m\n\xff"s,
+        "paged/int8,\0\x1b[31m\n\xff=3"s, "paged/int8,tail=\0\x1b[31m\n\xff"s,
+        "paged/int8,first=\0\x1b[31m\n\xff:int8"s, "paged/int8,first=1:\0\x1b[31m\n\xff"s,
+        "paged/centred_int8,rope=\0\x1b[31m\n\xff"s}) {
+    const std::string text = message(spec);
+    CAPTURE(text);
+    CHECK(text.find("\\x00\\x1b[31m\\x0a\\xff") != std::string::npos);
+    for (const char c : text) REQUIRE((c >= ' ' && c < '\x7f'));
+  }
+  const std::string longest = message("paged/zzz");
+  for (const std::string start : {"", "paged/", "paged/int8,", "paged/int8,tail=", "paged/int8,first=",
+                                  "paged/int8,layers=1:", "paged/centred_int8,rope="}) {
+    CAPTURE(start);
+    CHECK(message(start + std::string(100000, 'z')).size() < longest.size() + 250);
+    CHECK(message(start + std::string(100000, '\0')).size() < longest.size() + 250);
+  }
+}
+
+TEST_CASE("rope= is for centred codecs, and says no other thing than the rope_config", "[conformance]") {
+  const kvcache::rope_config half{.head_dim = 6, .pairing = kvcache::rope_pairing::half};
+  const auto made = [](const std::string& spec, const std::optional<kvcache::rope_config>& rope) {
+    try {
+      return kvcache::make_cache("chunked/" + spec, small, rope).spec() == "chunked/" + spec;
+    } catch (const std::invalid_argument& error) {
+      CHECK(std::string(error.what()).find("rope") != std::string::npos);
+      return false;
+    }
+  };
+  CHECK(made("centred_int8,rope=half:10000", {}));
+  CHECK(made("int8,last=1:centred_int8,rope=half:10000", {}));
+  CHECK(!made("int8,rope=half:10000", {}));
+  CHECK(!made("rope=half:10000", {}));
+  CHECK(made("int8", half));  // as a program says that asks its user for the codec only
+  CHECK(made("centred_int8,rope=half:10000", half));
+  CHECK(!made("centred_int8,rope=half:500000", half));
+  CHECK(!made("centred_int8,rope=interleaved:10000", half));
+  kvcache::rope_config scaled = half;
+  scaled.scaling = kvcache::rope_scaling_linear{.factor = 2};
+  CHECK(!made("centred_int8,rope=half:10000", scaled));
+  CHECK(!made("centred_int8,rope=", {}));
+  CHECK(!made("centred_int8,rope", {}));
 }
 
 TEST_CASE("a spec says the codec of keys and values, sinks and tail", "[conformance]") {

@@ -285,6 +285,7 @@ TEST_CASE("specs of low_rank that cannot be are refused with what there is", "[i
   refused("chunked/low_rank4,first=3:int8", {"first=3:int8", "do not exist"});
   for (const char* text : {"chunked/low_rank4,fit=", "chunked/low_rank4,fit=0", "chunked/fit=3x,low_rank4"})
     refused(text, {"fit=", "number of tokens"});
+  refused("chunked/low_rank4,fit=30,fit=30", {"fit=", "given twice"});
   refused("chunked/low_rank4,fti=30", {"fit=", "tail=", "first="});
   refused("chunk/low_rank4", {"chunked/", "paged/"});
   refused("chunked/low_rank4,", {"ends"});

@@ -24,8 +24,10 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
 #include <kvcache/interop/codec_spec.hpp>
+#include <kvcache/interop/spec_text.hpp>
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <span>
@@ -193,7 +195,8 @@ class any_cache {
   any_cache(std::string spec, std::unique_ptr<detail::erased_cache> cache)
       : spec_(std::move(spec)), cache_(std::move(cache)) {}
 
-  /// What make_cache was given.
+  /// What make_cache was given; of what load_any read, what the saved cache said. Of a typed cache's file that is no codec:
+  /// then it is the container's name alone, and make_cache does not take it.
   [[nodiscard]] const std::string& spec() const noexcept { return spec_; }
 
   /// The cache itself, if it is of this type; else null.
@@ -208,7 +211,7 @@ class any_cache {
     return typed != nullptr ? &typed->cache() : nullptr;
   }
 
-  /// What store/any_snapshot.hpp saves: the cache itself, or the one that has its tokens now.
+  /// What interop/any_snapshot.hpp saves: the cache itself, or the one that has its tokens now.
   [[nodiscard]] const detail::erased_cache& contents() const noexcept { return cache_->contents(); }
 
   [[nodiscard]] any_layer operator[](index_t layer) const noexcept {
@@ -270,7 +273,12 @@ inline spec_parts parts_of(std::string_view spec) {
     if (name == spec.substr(0, slash) && slash < spec.size()) return {name, spec.substr(slash + 1)};
     known.append(known.empty() ? "" : ", ").append(name).append("/<codec>");
   }
-  throw std::invalid_argument("kvcache: there is no cache '" + std::string(spec) + "'; there is " + known);
+  const std::string meant =
+      slash == spec.size()
+          ? ""
+          : did_you_mean(spec.substr(0, slash), {std::begin(known_containers), std::end(known_containers)});
+  throw std::invalid_argument("kvcache: there is no cache '" + shown(spec) + "'" + meant + "; there is " +
+                              known);
 }
 
 inline any_cache make_container(const std::string& spec, std::string_view container,
@@ -295,9 +303,9 @@ inline std::vector<std::string> cache_specs() {
 /// \param spec  "container/codec", as cache_specs() lists them or with options:
 ///              "chunked/k=channel4,v=rotated4,sinks=4,tail=128"; for some layers only:
 ///              "chunked/k=channel3,v=rotated3,first=2:int8,last=2:int8,tail=128"; see codec_spec.hpp
-/// \param rope  how the keys that will be appended are rotated, for codecs named centred_; without it the spec may say so,
-///              and has the last word
-/// Throws std::invalid_argument that lists what there is, and shape_error.
+/// \param rope  how the keys that will be appended are rotated, for codecs named centred_; the spec may say so instead, with
+///              rope=, or the same: what differs in effect is refused
+/// Throws std::invalid_argument that lists what there is, and shape_error, also if rope is for another head_dim.
 inline any_cache make_cache(const std::string& spec, const cache_shape& shape,
                             const std::optional<rope_config>& rope = {}) {
   const detail::spec_parts parts = detail::parts_of(spec);

@@ -14,6 +14,7 @@
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/any_codec.hpp>
 #include <kvcache/interop/codec_spec.hpp>
+#include <kvcache/interop/spec_text.hpp>
 #include <kvcache/store/file.hpp>
 #include <kvcache/store/identity.hpp>
 #include <kvcache/store/io.hpp>
@@ -84,7 +85,7 @@ inline any_cache load_container(const byte_source& source, const contents& file,
   any_cache made = loading(source, header_bytes, [&] {
     bool known = false;
     for (const std::string_view name : kvcache::detail::known_containers) known = known || name == wanted;
-    if (!known) throw shape_error("kvcache: there is no container '" + wanted + "'");
+    if (!known) throw shape_error("kvcache: there is no container '" + kvcache::detail::shown(wanted) + "'");
     return kvcache::detail::make_container(
         spec, wanted, make_described<codec::by_layer<any_codec>>(file.about.codec, file.about.shape),
         file.about.shape);
@@ -117,7 +118,7 @@ void save(const any_cache& cache, const identity& who, To&& to, save_options opt
   detail::contents file = detail::read_contents(source, file_kind::snapshot, options.expect);
   if (detail::waits_for_bases(file.about))
     throw load_error(source.name(), detail::header_bytes,
-                     "it is exact until there are bases for '" + file.about.spec +
+                     "it is exact until there are bases for '" + kvcache::detail::shown(file.about.spec) +
                          "': load_any_with_low_rank of interop/low_rank_snapshot.hpp goes on with it");
   any_cache made = detail::load_container(source, file, options, detail::spec_in(file.about, container));
   return {std::move(made), std::move(file.about)};

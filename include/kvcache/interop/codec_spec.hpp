@@ -11,9 +11,11 @@
 //   "k=centred_trellis3,v=trellis3,rope=half:10000,tail=128"
 //
 // rope= says how the model rotates keys, all dims and without scaling; make_cache takes any rope_config instead. Codecs named
-// centred_ take off the mean that turns so, and where they are told neither, the mean of each channel.
-// Layers count from 0, "3-5" with both ends; of two options that name a layer the later counts. Tail and sinks are the
-// sequence's: where one layer's codec needs whole blocks, all layers have the tail (codec/by_layer.hpp).
+// centred_ take off the mean that turns so, and where they are told neither, the mean of each channel; without one of them
+// rope= is refused, and so is one that says something else than the rope_config.
+// Layers count from 0, "3-5" with both ends; of two options that name a layer the later counts, every other option is given
+// once. Tail and sinks are the sequence's: where one layer's codec needs whole blocks, all layers have the tail
+// (codec/by_layer.hpp). A tail is at most 65,536 tokens, sinks as many as a block has.
 #pragma once
 
 #include <kvcache/codec/balanced.hpp>
@@ -32,10 +34,12 @@
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/spec_text.hpp>
 
 #include <algorithm>
 #include <charconv>
 #include <cstddef>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -104,8 +108,8 @@ struct known_codec_source {
   }
 };
 
-/// Largest tail or sinks in a spec. The tail is allocated with the first token, so a string must not be able to ask for
-/// all memory; who wants more sets any_codec::tail_tokens.
+/// Largest tail in a spec. It is allocated with the first token, so a string must not be able to ask for all memory; who
+/// wants more sets any_codec::tail_tokens. Sinks are read up to it too, and the cache refuses more than a block has.
 inline constexpr index_t max_spec_tokens = 65536;
 
 using shared_turns = std::shared_ptr<const codec::rope_turns>;
@@ -116,7 +120,7 @@ class codec_spec_reader {
  public:
   /// \param num_layers  0: options for some layers are refused
   /// \param head_dim    0: rope= is refused
-  /// \param turns       where there is no rope=
+  /// \param turns       how keys are rotated; null: rope= says it, or nothing does
   explicit codec_spec_reader(std::string_view spec, index_t num_layers = 0, index_t head_dim = 0,
                              const Source& source = {}, shared_turns turns = nullptr)
       : spec_(spec),
@@ -139,51 +143,77 @@ class codec_spec_reader {
 
  private:
   void read_all() {
+    if (spec_.empty()) throw std::invalid_argument("kvcache: no codec is named; there is " + source_.names());
+    if (spec_.back() == ',') refuse("it ends where a codec or an option is expected");
     bool first = true;
-    for (std::string_view rest = spec_; first || !rest.empty(); first = false) {
+    for (std::string_view rest = spec_; !rest.empty(); first = false) {
       const std::string_view piece = rest.substr(0, rest.find(','));
       rest.remove_prefix(std::min(piece.size() + 1, rest.size()));
-      const std::size_t equals = piece.find('=');
-      if (equals == std::string_view::npos && first) {
+      const std::size_t equals = std::min(piece.find('='), piece.size());
+      const std::string_view key = piece.substr(0, equals);
+      if (first && equals == piece.size() && !is_option(key)) {
         codecs_.front() = codec_or_pair(piece);
+        both_sides_ = piece;
         continue;
       }
-      const std::string_view value = equals == std::string_view::npos ? "" : piece.substr(equals + 1);
-      set_option(piece.substr(0, equals), value);
+      set_option(key, piece.substr(std::min(equals + 1, piece.size())));
     }
-    if (spec_.empty() || spec_.back() == ',') refuse("it ends where a codec or an option is expected");
-    if (turns_ != nullptr) {
-      for (any_codec& codec : codecs_) codec.keys = codec.keys.turning_with(turns_);
+    if (!both_sides_.empty() && is_given("k") && is_given("v"))
+      refuse("keys and values are given twice, by '" + shown(both_sides_) + "' and by k= and v=");
+    use_turns();
+  }
+
+  void use_turns() {
+    bool turning = false;
+    for (any_codec& codec : codecs_) {
+      if (turns_ == nullptr) continue;
+      auto turned = codec.keys.turning_with(turns_);
+      turning = turning || turned.erased != codec.keys.erased;
+      codec.keys = std::move(turned);
     }
+    if (is_given("rope") && !turning) refuse("rope= is for codecs named centred_, and there is none");
   }
 
   [[noreturn]] void refuse(const std::string& reason) const {
-    throw std::invalid_argument("kvcache: '" + std::string(spec_) + "' is not a codec: " + reason);
+    const std::string spec = "'" + shown(spec_) + "'";
+    const bool named = reason.find(spec) != std::string::npos;  // no need to say it twice
+    throw std::invalid_argument("kvcache: " + (named ? "" : spec + " is not a codec: ") + reason);
+  }
+
+  static bool is_option(std::string_view key) noexcept {
+    constexpr std::string_view all[] = {"k", "v", "sinks", "tail", "first", "last", "layers", "rope"};
+    return std::find(std::begin(all), std::end(all), key) != std::end(all);
+  }
+  [[nodiscard]] bool is_given(std::string_view key) const noexcept {
+    return std::find(given_.begin(), given_.end(), key) != given_.end();
   }
 
   void set_option(std::string_view key, std::string_view value) {
     any_codec& made = codecs_.front();
-    if (key == "k") {
-      made.keys = keys_named(value);
-    } else if (key == "v") {
-      made.values = values_named(value);
-    } else if (key == "tail") {
-      made.tail_tokens = number_in(value, "a number of tokens", max_spec_tokens);
-    } else if (key == "sinks") {
-      made.sink_tokens = number_in(value, "a number of tokens", max_spec_tokens);
-    } else if (key == "first" || key == "last" || key == "layers") {
-      set_layers(key, value);
-    } else if (key == "rope") {
-      set_rope(value);
-    } else {
-      refuse("there is no option '" + std::string(key) +
-             "'; there is k=, v=, sinks=, tail=, first=, last=, layers=, rope=" +
+    if (!is_option(key))
+      refuse((key.empty() ? "an option has no name" : "there is no option '" + shown(key) + "'") +
+             "; there is k=, v=, sinks=, tail=, first=, last=, layers=, rope=" +
              std::string(Source::more_options));
+    if (key == "first" || key == "last" || key == "layers") return set_layers(key, value);
+    const std::string option = std::string(key) + "=";
+    if (is_given(key)) refuse("'" + option + "' is given twice");
+    given_.push_back(key);
+    if (key == "rope") return set_rope(value);
+    if (key == "k" || key == "v") {
+      if (value.empty()) refuse("'" + option + "' lacks a codec; there is " + source_.names());
+      if (key == "k") made.keys = keys_named(value);
+      if (key == "v") made.values = values_named(value);
+      return;
     }
+    if (value.empty())
+      refuse("'" + option + "' lacks a number of tokens, as in " + option + (key == "tail" ? "128" : "4"));
+    (key == "tail" ? made.tail_tokens : made.sink_tokens) =
+        number_in(value, "a number of tokens", max_spec_tokens);
   }
 
   /// "half:10000", "interleaved:500000".
   void set_rope(std::string_view value) {
+    const std::string option = "'rope=" + shown(value) + "'";
     const std::size_t colon = value.find(':');
     const std::string_view pairing = value.substr(0, colon);
     const std::string_view number = colon == std::string_view::npos ? "" : value.substr(colon + 1);
@@ -191,25 +221,35 @@ class codec_spec_reader {
     const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), theta);
     if ((pairing != "half" && pairing != "interleaved") || error != std::errc{} ||
         end != number.data() + number.size() || !(theta > 0) || theta > 1e30)
-      refuse("'rope=" + std::string(value) +
-             "' does not say how keys are rotated; there is rope=half:10000, rope=interleaved:10000");
-    if (head_dim_ == 0) refuse("'rope=" + std::string(value) + "' is for caches, which have a head_dim");
-    turns_ = std::make_shared<const codec::rope_turns>(
+      refuse(option + " does not say how keys are rotated; there is rope=half:10000, rope=interleaved:10000");
+    if (head_dim_ == 0) refuse(option + " is for caches, which have a head_dim");
+    auto said = std::make_shared<const codec::rope_turns>(
         rope_config{.head_dim = head_dim_,
                     .pairing = pairing == "half" ? rope_pairing::half : rope_pairing::interleaved,
                     .theta = theta});
+    if (turns_ == nullptr)
+      turns_ = std::move(said);
+    else if (turns_->pairing() != said->pairing() || turns_->radians() != said->radians())
+      refuse(option + " says something else than the rope_config");
   }
 
   /// "2:int8" for first and last; "3:int8", "3-5:channel4+rotated4" for layers. What is said later counts.
   void set_layers(std::string_view key, std::string_view value) {
-    const std::string option = std::string(key) + "=" + std::string(value);
-    const std::size_t colon = value.find(':');
-    if (colon == std::string_view::npos)
-      refuse("'" + option +
-             "' lacks a codec; there is first=2:int8, last=2:int8, layers=3-5:channel4+rotated4");
+    const std::string option = std::string(key) + "=" + shown(value);
+    const std::size_t colon = std::min(value.find(':'), value.size());
+    const std::string_view which = value.substr(0, colon);
+    std::string lacks;
+    if (which.empty()) lacks = "a number of layers";
+    if (key == "layers" && which.substr(0, 1) == "-") lacks = "the layer that its range begins with";
+    if (key == "layers" && which.size() > 1 && which.back() == '-')
+      lacks = "the layer that its range ends with";
+    if (colon + 1 >= value.size()) lacks.append(lacks.empty() ? "" : " and ").append("a codec behind ':'");
+    if (!lacks.empty())
+      refuse("'" + option + "' lacks " + lacks +
+             "; there is first=2:int8, last=2:int8, layers=3:int8, layers=3-5:channel4+rotated4");
     const any_codec codec = codec_or_pair(value.substr(colon + 1));
     if (of_layer_.empty()) refuse("'" + option + "' is for caches, which have layers");
-    const auto [begin, end] = layers_in(key, value.substr(0, colon), option);
+    const auto [begin, end] = layers_in(key, which, option);
     std::fill(of_layer_.begin() + begin, of_layer_.begin() + end, static_cast<index_t>(codecs_.size()));
     codecs_.push_back(codec);
   }
@@ -222,7 +262,8 @@ class codec_spec_reader {
     const index_t n = number_in(which.substr(0, dash), "a number of layers");
     const index_t to =
         dash == std::string_view::npos ? n : number_in(which.substr(dash + 1), "a number of layers");
-    if (key == "layers" ? to >= num_layers || n > to : n > num_layers)
+    if (n > to) refuse("'" + option + "' names a range that runs backwards");
+    if (key == "layers" ? to >= num_layers : n > num_layers)
       throw shape_error("kvcache: '" + option + "' names layers that do not exist; there are " +
                         std::to_string(num_layers) + ", from 0 on");
     if (key == "layers") return {n, to + 1};
@@ -232,6 +273,8 @@ class codec_spec_reader {
   /// "int8", or keys and values, "channel4+rotated4".
   [[nodiscard]] any_codec codec_or_pair(std::string_view text) const {
     const std::size_t plus = text.find('+');
+    if (text.empty() || plus == 0 || plus + 1 == text.size())
+      refuse("'" + shown(text) + "' lacks a codec; there is " + source_.names());
     any_codec made;
     made.keys = keys_named(text.substr(0, plus));
     if (plus != std::string_view::npos) {
@@ -247,16 +290,17 @@ class codec_spec_reader {
     refuse_name(name);
   }
   [[nodiscard]] codec::any_values values_named(std::string_view name) const {
+    auto found = source_.values(name);
+    if (!found) refuse_name(name);
     if (name.substr(0, 7) == "channel")
-      refuse("'" + std::string(name) + "' is for keys; its values are those of rotated");
+      refuse("'" + shown(name) + "' is for keys; its values are those of rotated");
     if (name.substr(0, 8) == "centred_")
-      refuse("'" + std::string(name) + "' is for keys; its values are those of " +
-             std::string(name.substr(8)));
-    if (auto found = source_.values(name)) return *found;
-    refuse_name(name);
+      refuse("'" + shown(name) + "' is for keys; its values are those of " + shown(name.substr(8)));
+    return *found;
   }
   [[noreturn]] void refuse_name(std::string_view name) const {
-    refuse("there is no codec '" + std::string(name) + "'; there is " + source_.names());
+    refuse("there is no codec '" + shown(name) + "'" + did_you_mean(name, names_of(known_codecs{})) +
+           "; there is " + source_.names());
   }
 
   /// A whole number from 0 to `most`.
@@ -265,7 +309,7 @@ class codec_spec_reader {
     index_t number = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
     if (error != std::errc{} || end != text.data() + text.size() || number < 0 || number > most)
-      refuse("'" + std::string(text) + "' is not " + what + " from 0 to " + std::to_string(most));
+      refuse("'" + shown(text) + "' is not " + what + " from 0 to " + std::to_string(most));
     return number;
   }
 
@@ -275,6 +319,8 @@ class codec_spec_reader {
   shared_turns turns_;                          // null: nothing turns
   std::vector<any_codec> codecs_{any_codec{}};  // the first is that of layers that are not named
   std::vector<index_t> of_layer_;               // [num_layers] which of them a layer has
+  std::vector<std::string_view> given_;         // options that may be given once
+  std::string_view both_sides_;                 // the codec named before the options
 };
 
 /// Side::of for the side of `known_codecs`, of low_rank or klt, that has that name.
@@ -295,7 +341,7 @@ AnySide any_side_from(codec_list<Codecs...>, const side_description& described, 
     take_if.template operator()<codec::low_rank_values>();
     take_if.template operator()<codec::klt_values>();
   }
-  if (!found) throw shape_error("kvcache: there is no codec '" + described.name + "'");
+  if (!found) throw shape_error("kvcache: there is no codec '" + shown(described.name) + "'");
   return *found;
 }
 
@@ -324,7 +370,7 @@ inline any_codec make_codec(std::string_view spec, index_t head_dim = 0) {
 }
 
 /// The same for `num_layers` layers, and options for some of them. What is not said of them is the spec's first codec.
-/// \param turns  how keys are rotated where the spec has no rope=; null: it is not known
+/// \param turns  how keys are rotated; null: it is not known. rope= may say so instead, or the same
 /// Throws std::invalid_argument as make_codec, and shape_error that names the option whose layers do not exist.
 inline codec::by_layer<any_codec> make_codec_by_layer(
     std::string_view spec, index_t num_layers, index_t head_dim = 0,

@@ -28,6 +28,7 @@
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/any_codec.hpp>
 #include <kvcache/interop/codec_spec.hpp>
+#include <kvcache/interop/spec_text.hpp>
 
 #include <algorithm>
 #include <charconv>
@@ -90,7 +91,7 @@ class low_rank_source : public known_codec_source {
     if (name.substr(0, prefix.size()) != prefix) return {};
     const auto rank = positive_number(name.substr(prefix.size()));
     if (rank && calibration_ == nullptr && *rank > head_dim_)
-      throw shape_error("kvcache: '" + std::string(name) + "': the rank must be 1 to head_dim, which is " +
+      throw shape_error("kvcache: '" + shown(name) + "': the rank must be 1 to head_dim, which is " +
                         std::to_string(head_dim_));
     return rank;
   }
@@ -112,13 +113,14 @@ struct low_rank_plan {
   low_rank_plan(const std::string& whole, const cache_shape& wanted) : spec(whole), shape(wanted) {
     const spec_parts parts = parts_of(spec);
     container = parts.container;
+    bool fit_is_given = false;
     for (std::string_view rest = parts.codec; !rest.empty();) {
       const std::string_view piece = rest.substr(0, rest.find(','));
       rest.remove_prefix(std::min(piece.size() + 1, rest.size()));
       if (piece.substr(0, 4) == "fit=") {
         const auto tokens = positive_number(piece.substr(4));
-        if (!tokens)
-          throw std::invalid_argument("kvcache: '" + std::string(piece) + "' is not a number of tokens");
+        if (!tokens) throw std::invalid_argument("kvcache: '" + shown(piece) + "' is not a number of tokens");
+        if (std::exchange(fit_is_given, true)) throw std::invalid_argument("kvcache: 'fit=' is given twice");
         fit_tokens = *tokens;
       } else {
         codec.append(codec.empty() ? "" : ",").append(piece);
