@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// KVCACHE_ASSERT: checks of the caller's side of a contract (DESIGN: misuse is an assert).
+// KVCACHE_ASSERT: checks of the caller's side of a contract (core/status.hpp says what else there is).
 //
 // On in Debug builds (no NDEBUG). -DKVCACHE_ASSERTIONS=1 keeps it on in Release, =0 turns it off in Debug.
 // The switch changes checks only, never a layout.

@@ -249,7 +249,7 @@ Cache make_empty(const byte_source& source, const stored_sequence& s, const Opti
 
 /// A new cache from a snapshot. \tparam Cache  contiguous_cache or chunked_cache of the codec that was saved, or of any_codec
 /// \param settings  the container's own options
-/// Throws load_error; capacity_error where memory runs out. O(bytes).
+/// Throws load_error; capacity_error where memory runs out; from a path, std::system_error if there is no such file. O(bytes).
 template <class Cache>
 requires described_codec<typename Cache::codec_type>
 [[nodiscard]] loaded<Cache> load(const byte_source& source, const load_options& options = {},
@@ -303,7 +303,8 @@ stored_sequence load_into(Cache& cache, std::span<const std::byte> bytes, const 
   return load_into(cache, memory_source(bytes), options);
 }
 
-/// What a snapshot says of itself, and nothing of its blocks. O(sections and tokens). Throws load_error.
+/// What a snapshot says of itself, and nothing of its blocks. O(sections and tokens). Throws load_error; from a path,
+/// std::system_error if there is no such file.
 [[nodiscard]] inline stored_sequence inspect(const byte_source& source) {
   return detail::read_contents(source, file_kind::snapshot, {}).about;
 }

@@ -187,7 +187,8 @@ inline void cut_damage([[maybe_unused]] const std::filesystem::path& path,
 }  // namespace detail
 
 /// The longest sequence that a journal has whole. \tparam Cache  as for load
-/// Throws load_error if the file is no journal of such a sequence; capacity_error. O(bytes), each read twice.
+/// Throws load_error if the file is no journal of such a sequence; capacity_error; from a path, std::system_error if there is
+/// no such file. O(bytes), each read twice.
 template <class Cache>
 requires described_codec<typename Cache::codec_type>
 [[nodiscard]] recovered<Cache> recover(const byte_source& source, const load_options& options = {},
