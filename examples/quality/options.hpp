@@ -112,8 +112,10 @@ inline void check(const options& given) {
   CLI::App app{
       "Measures what codecs cost in quality: errors of normally distributed rows, attention over synthetic "
       "heads, and a model that decodes through them."};
-  app.add_option("--codecs", codecs,
-                 "specs of codecs, with ; or spaces between them (default: all, and some pairs)");
+  app.add_option(
+      "--codecs", codecs,
+      "specs of codecs, with ; or spaces between them; klt3.4[,tail=128,sinks=4] is klt of 3.4 bits, for "
+      "the model only (default: all that have names, and some pairs)");
   app.add_option("--part", part, "gaussian, heads, model or all")
       ->check(CLI::IsMember({"gaussian", "heads", "model", "all"}))
       ->capture_default_str();
