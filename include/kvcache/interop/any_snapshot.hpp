@@ -111,7 +111,7 @@ void save(const any_cache& cache, const identity& who, To&& to, save_options opt
 
 /// A cache like the one that was saved: of the codec with the settings it had, in the container that its spec names, or in
 /// `container` ("contiguous", "chunked", "paged"). Files of typed caches can be read as well, in a chunked one unless
-/// `container` says otherwise. Throws as load; load_error as well for what make_cache_with_low_rank made and that had no
+/// `container` says otherwise; its spec() is the container's name then. Throws as load; load_error as well for what make_cache_with_low_rank made and that had no
 /// bases yet, which only load_any_with_low_rank, in interop/low_rank_snapshot.hpp, can find.
 [[nodiscard]] inline loaded<any_cache> load_any(const byte_source& source, const load_options& options = {},
                                                 std::string_view container = {}) {
