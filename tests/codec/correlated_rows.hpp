@@ -55,8 +55,9 @@ inline kvcache::codec::low_rank_calibration calibrated(const cache_shape& shape,
     const auto k = correlated_rows(shape, tokens, of_layer(layer), random);
     const auto v = correlated_rows(shape, tokens, of_layer(layer), random);
     seen.add(layer, k, v);
-    if (queries)
-      seen.add_queries(layer, correlated_rows(shape, tokens, {0.5F, 0.1F}, random), shape.num_kv_heads);
+    if (!queries) continue;
+    seen.add_queries(layer, correlated_rows(shape, tokens, {0.5F, 0.1F}, random), shape.num_kv_heads);
+    seen.add_output_weights(layer, correlated_rows(shape, tokens, {0.4F, 0.2F}, random), shape.num_kv_heads);
   }
   return seen;
 }

@@ -145,6 +145,40 @@ TEST_CASE("moments of queries make scores better", "[codec]") {
   CHECK(error_of(seeing) < error_of(blind) * 0.6);
 }
 
+TEST_CASE("output weights make outputs better, and come back from settings", "[codec]") {
+  test::random random;
+  const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 32};
+  const block_geometry g = kvcache::geometry_of(shape);
+  // 50 outputs that look at the second half of the dims ten times as hard
+  std::vector<float> weights = random.floats(50 * 32);
+  for (std::size_t i = 0; i < weights.size(); ++i)
+    if (i % 32 >= 16) weights[i] *= 10;
+  const auto v = correlated_rows(shape, 1000, {0.5F}, random);
+  codec::low_rank_calibration seen(shape);
+  seen.add(0, v, v);
+  const codec::klt blind(codec::klt_bases(seen, {.bits_per_value = 2.5}));
+  seen.add_output_weights(0, weights, 1);
+  const codec::klt seeing(codec::klt_bases(seen, {.bits_per_value = 2.5}));
+
+  const key_value_rows rows = block_of_rows(shape, 0, 0, random);
+  const auto error_of = [&](const codec::klt& klt) {
+    const key_value_rows back = through(g, rows, codec_at(klt, 0, 0));
+    double sum = 0;
+    for (std::size_t i = 0; i < weights.size(); i += 32) {
+      for (std::size_t t = 0; t < rows.v.size(); t += 32) {
+        double off = 0;
+        for (std::size_t d = 0; d < 32; ++d)
+          off += double{weights[i + d]} * (double{back.v[t + d]} - double{rows.v[t + d]});
+        sum += off * off;
+      }
+    }
+    return sum;
+  };
+  CHECK(error_of(seeing) < error_of(blind) * 0.6);
+  const auto again = kvcache::make_described<codec::klt>(kvcache::describe(seeing), shape);
+  CHECK(through(g, rows, codec_at(again, 0, 0)).v == through(g, rows, codec_at(seeing, 0, 0)).v);
+}
+
 TEST_CASE("klt never takes more bits than it was given, and leaves few", "[codec]") {
   test::random random;
   for (const index_t dim : {64, 128}) {

@@ -201,6 +201,48 @@ TEST_CASE("with query moments scores are off by no more than the bound of K Q^T"
   CHECK(worst < 1e-4);
 }
 
+TEST_CASE("with output weights outputs are off by no more than the bound of V W^T", "[codec]") {
+  test::random random;
+  double worst = 0;
+  for (const index_t dim : {2, 16, 33, 128}) {
+    const cache_shape shape = one_head(dim);
+    const key_value_rows rows{rows_of(300, dim, 0.95, random), rows_of(300, dim, 0.95, random)};
+    const std::vector<float> weights = rows_of(2 * 400, dim, 0.97, random);  // 400 outputs of two query heads
+    const matrix v = wide(rows.v, dim);
+    const matrix w = wide(weights, dim);
+    const matrix exact = v * w.transpose();
+    codec::low_rank_calibration calibration(shape);
+    calibration.add(0, rows.k, rows.v);
+    const low_rank_options options{.rank = (dim + 1) / 2, .store = component_store::exact32};
+    const auto blind = calibration.bases(options);
+    CHECK_FALSE(calibration.has_output_weights());
+    calibration.add_output_weights(0, weights, 2);
+    CHECK(calibration.has_output_weights());
+    const auto error_of = [&](const auto& bases) {
+      return (wide(through(shape, codec::low_rank(bases), rows).v, dim) * w.transpose() - exact).norm();
+    };
+    CAPTURE(dim);
+    const double least = bound(exact, options.rank);
+    const double error = error_of(calibration.bases(options));
+    CHECK(error <= 1.0001 * least + 4e-6 * exact.norm());
+    if (least > 1e-3 * exact.norm()) worst = std::max(worst, error / least - 1);
+    if (dim >= 16) CHECK(error_of(blind) > 1.01 * least);
+    // keys know nothing of it
+    CHECK(wide(through(shape, codec::low_rank(calibration.bases(options)), rows).k, dim) ==
+          wide(through(shape, codec::low_rank(blind), rows).k, dim));
+    // and bases come back from their settings
+    const codec::low_rank seeing(calibration.bases(options));
+    const auto again = kvcache::make_described<codec::low_rank>(kvcache::describe(seeing), shape);
+    CHECK(through(shape, again, rows).v == through(shape, seeing, rows).v);
+  }
+  CAPTURE(worst);
+  CHECK(worst < 1e-4);
+  codec::low_rank_calibration calibration(small);
+  const std::vector<float> weights(3 * 4 * 20);
+  CHECK_THROWS_AS(calibration.add_output_weights(2, weights, 4), kvcache::shape_error);
+  CHECK_THROWS_AS(calibration.add_output_weights(0, weights, 3), kvcache::shape_error);
+}
+
 TEST_CASE("quantised components add what their bits cost", "[codec]") {
   test::random random;
   constexpr index_t dim = 64;
