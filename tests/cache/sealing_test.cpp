@@ -457,3 +457,16 @@ TEST_CASE("attention over a sealed cache is that over the tokens it gives back",
     }
   }
 }
+
+TEST_CASE("a block that comes back beyond bfloat16 is sealed again when it was cut", "[cache]") {
+  const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 8, .block_size = 16};
+  using codec_type = codec::exact_tail<codec::balanced<4>, 16>;
+  kvcache::chunked_cache<codec_type> cache(shape);
+  std::vector<float> rows(40 * 8);
+  for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = i % 3 == 0 ? 3e38F : -3e38F;
+  cache[0].append(rows, rows);
+  cache.truncate(8);
+  const std::vector<float> ones(8, 1.0F);
+  for (int t = 0; t < 60; ++t) REQUIRE(cache[0].try_append(ones, ones) == status::ok);
+  cache.check();
+}

@@ -6,8 +6,10 @@
 #include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
+#include <kvcache/codec/rotated.hpp>
 
 #include <cstddef>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <memory_resource>
@@ -355,4 +357,24 @@ TEST_CASE("truncating to more than there is changes nothing, shifted or not", "[
   cache.truncate(std::numeric_limits<index_t>::max());
   CHECK(cache.size() == 20);
   CHECK(cache.positions()[20] == next);
+}
+
+TEST_CASE("nothing of a page's last owner stays in blocks that are written whole", "[cache]") {
+  // their bytes are those of so many tokens, and yet codes have padding
+  const kvcache::cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 5, .block_size = 32};
+  using codec_type = kvcache::codec::rotated<2>;
+  const auto bytes = static_cast<std::size_t>(codec_type{}.block_bytes(kvcache::geometry_of(shape)));
+  kvcache::page_pool<codec_type> pool(shape);
+  const std::vector<float> rows(32 * 5, 0.5F);
+  const auto written = [&](int value) {
+    {
+      auto owner = pool.sequence();
+      owner[0].append(rows, rows);
+      std::memset(const_cast<std::byte*>(owner[0].block(0, 0)), value, bytes);
+    }
+    auto next = pool.sequence();
+    next[0].append(rows, rows);
+    return std::vector<std::byte>(next[0].block(0, 0), next[0].block(0, 0) + bytes);
+  };
+  CHECK(written(0) == written(0xab));
 }

@@ -427,3 +427,22 @@ TEST_CASE("a spec for layers that are not there, or misspelt, is refused with wh
   CHECK_THROWS_AS(kvcache::make_codec("bf16,first=1:int8"), std::invalid_argument);
   CHECK_THROWS_AS(kvcache::make_codec_by_layer("bf16", 0), kvcache::shape_error);
 }
+
+TEST_CASE("a codec that no layer has neither seals nor counts", "[codec]") {
+  const cache_shape shape{.num_layers = 2, .num_kv_heads = 1, .head_dim = 4, .block_size = 16};
+  const std::vector<float> row(4, 1.0001F);  // no bfloat16
+  for (const char* spec : {"chunked/f32,first=0:channel4", "chunked/channel4,layers=0-1:f32"}) {
+    any_cache cache = kvcache::make_cache(spec, shape);
+    for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(row, row);
+    std::vector<float> k(4);
+    std::vector<float> v(4);
+    cache[1].copy_out(0, 1, k, v);
+    CAPTURE(spec);
+    CHECK(k == row);
+    CHECK(v == row);
+  }
+  const layered left(std::vector<any_codec>{kvcache::make_codec("channel4"), kvcache::make_codec("int8")},
+                     {1, 1});
+  CHECK(left.codecs().size() == 1);
+  CHECK(left.of_layer() == std::vector<index_t>{0, 0});
+}

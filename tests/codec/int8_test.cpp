@@ -216,3 +216,20 @@ TEST_CASE("keys without their mean keep more of what differs between them", "[co
   keys.pop_back();
   REQUIRE_THROWS_AS(codec::key_means::of(shape, keys), kvcache::shape_error);
 }
+
+TEST_CASE("keys whose distance from the mean is beyond float are cut off", "[codec]") {
+  const kvcache::cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 4, .block_size = 16};
+  kvcache::codec::int8 codec;
+  codec.keys.means =
+      std::make_shared<const kvcache::codec::key_means>(shape, std::vector<float>{-2e38F, 0, 0, 0});
+  kvcache::chunked_cache<kvcache::codec::int8> cache(shape, codec);
+  cache[0].append(std::vector<float>{2e38F, 1, 2, 3}, std::vector<float>{1, 2, 3, 4});
+  std::vector<float> k(4);
+  std::vector<float> v(4);
+  cache[0].copy_out(0, 1, k, v);
+  for (const float x : k) CHECK(std::isfinite(x));
+  CHECK(k[0] > 1e38F);
+  constexpr kvcache::index_t huge = kvcache::index_t{1} << 40;
+  CHECK_THROWS_AS(kvcache::codec::key_means({.num_layers = huge, .num_kv_heads = huge, .head_dim = 64}, {}),
+                  kvcache::shape_error);
+}

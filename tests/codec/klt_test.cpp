@@ -538,6 +538,20 @@ TEST_CASE("bases at their limits lead to finite components", "[codec]") {
   }
 }
 
+TEST_CASE("groups that would be multiplied beyond the largest head_dim are refused", "[codec]") {
+  const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 512, .block_size = 16};
+  const auto klt_with = [&](const codec::low_rank_layout& layout) {
+    codec::low_rank_matrices made{.key_layout = layout, .value_layout = layout};
+    made.keys_in.assign(static_cast<std::size_t>(512 * layout.rank()), 0.01F);
+    made.values = made.keys_in;
+    made.key_spreads.assign(static_cast<std::size_t>(layout.rank()), 1.0F);
+    made.value_spreads = made.key_spreads;
+    return codec::klt(std::make_shared<const codec::low_rank_bases>(shape, made));
+  };
+  CHECK_NOTHROW(kvcache::validate(klt_with({.int8 = 4, .bits6 = 508}), shape));
+  CHECK_THROWS_AS(kvcache::validate(klt_with({.int8 = 1, .bits6 = 511}), shape), shape_error);
+}
+
 TEST_CASE("klt is calibrated on rows of any size", "[codec]") {
   test::random random;
   const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 64, .block_size = 16};

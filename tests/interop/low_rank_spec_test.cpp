@@ -265,6 +265,21 @@ TEST_CASE("rows that are not finite are refused before bases are found as after"
   CHECK(cache.bytes_per_token() == 2 * 2 * 2 * (5 + 2));
 }
 
+TEST_CASE("a file whose exact rows are not finite stays exact", "[interop]") {
+  const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 4, .block_size = 16};
+  kvcache::chunked_cache<codec::by_layer<kvcache::any_codec>> typed(
+      shape, kvcache::make_codec_by_layer("bf16,tail=1", 1));
+  const std::vector<float> rows(8 * 4, 0.5F);
+  typed[0].append(rows, rows);
+  const kvcache::bfloat16 not_a_number{0x7fc0};
+  std::memcpy(const_cast<std::byte*>(typed[0].block(0, 0)), &not_a_number, sizeof(not_a_number));
+  const any_cache cache("chunked/low_rank2,fit=16", std::move(typed));
+  const auto bytes = kvcache::store::save(cache, kvcache::store::identity{});
+  auto loaded = kvcache::store::load_any_with_low_rank(std::span<const std::byte>(bytes));
+  CHECK(loaded.cache[0].try_append(rows, rows) == kvcache::status::ok);
+  CHECK(loaded.cache.size() == 16);
+}
+
 TEST_CASE("specs of low_rank that cannot be are refused with what there is", "[interop]") {
   const auto refused = [](const std::string& text, std::initializer_list<const char*> words) {
     CAPTURE(text);

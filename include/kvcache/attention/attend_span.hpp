@@ -184,6 +184,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
     const float* queries = tile.queries;
     if (segments[s].rotation != 0 && first < last) {
       KVCACHE_ASSERT(c.rope != nullptr, "attend: options.rope must be set where segments were shifted");
+      KVCACHE_ASSERT(c.rope->config().head_dim == g.head_dim, "attend: options.rope is for another head_dim");
       std::copy_n(tile.queries, num_floats, turned);
       c.rope->turn_by(turned, num_rows, -segments[s].rotation);
       queries = turned;

@@ -109,13 +109,18 @@ class visibility {
     }
   }
 
+  /// At most so large that positions less it stay within index_t: it hides nothing then.
+  [[nodiscard]] index_t window() const noexcept {
+    return std::min(options_->window, std::numeric_limits<index_t>::max() / 2);
+  }
+
   /// What causality and window leave of a segment without k_positions, mask and sinks left aside.
   [[nodiscard]] token_range window_of(index_t query_position,
                                       const position_segment& segment) const noexcept {
     const index_t self =
         segment.first_token + (query_position - segment.first_position);  // token at that position
     const bool causal = options_->causal && mask_.empty();
-    return {options_->window > 0 ? self - options_->window + 1 : 0, causal ? self + 1 : kv_len_};
+    return {options_->window > 0 ? self - window() + 1 : 0, causal ? self + 1 : kv_len_};
   }
 
   /// The whole rule for one key where it is not an interval: explicit key positions, or a mask.
@@ -123,7 +128,7 @@ class visibility {
     if (!k_positions_.empty()) {
       const index_t position = k_positions_[static_cast<std::size_t>(token)];
       if (options_->causal && mask_.empty() && position > query_position) return false;
-      if (options_->window > 0 && position <= query_position - options_->window && token >= options_->sinks)
+      if (options_->window > 0 && position <= query_position - window() && token >= options_->sinks)
         return false;
     }
     if (mask_.empty()) return true;

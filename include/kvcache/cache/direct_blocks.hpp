@@ -104,11 +104,15 @@ class direct_blocks {
     const block_geometry g = geometry();
     for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
       const auto& codec = codec_at(codec_, layer, head);
-      const bool is_padded = codec.block_bytes(g) != g.block_size * codec.token_bytes(g);
+      const index_t numbers = 2 * g.block_size * g.head_dim;
+      const bool is_whole =
+          g.head_dim % 2 == 0 && (codec.block_bytes(g) == numbers * index_t{sizeof(bfloat16)} ||
+                                  codec.block_bytes(g) == numbers * index_t{sizeof(float)});
       const status s = for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
         std::byte* to = block(layer, head, piece.index);
-        // A block that starts out partly filled, or has padding, starts out zero: no bytes of its last owner stay behind.
-        if (piece.slot == 0 && (piece.count < g.block_size || is_padded))
+        // A block starts out zero, so that no bytes of its last owner stay behind, unless every bit of it is written: whole
+        // blocks of numbers of 16 or 32 bits. Others have padding, in the block or in its last codes.
+        if (piece.slot == 0 && (piece.count < g.block_size || !is_whole))
           std::memset(to, 0, static_cast<std::size_t>(codec.block_bytes(g)));
         return codec.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
                             v.at(piece.done, head));

@@ -10,6 +10,7 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 
@@ -55,6 +56,14 @@ void sealing_blocks<Codec, Storage>::unseal(const kernel::table& kernels, index_
     const mutable_rows k = work_rows(0);
     const mutable_rows v = work_rows(1);
     read_piece(kernels, layer, head, {cut_block, 0, block_size, 0}, k, v);
+    // What a codec gives back beyond the range of bfloat16 would be refused when the block is sealed again.
+    for (const mutable_rows& rows : {k, v}) {
+      for (index_t t = 0; t < block_size; ++t) {
+        float* row = rows.row(t);
+        std::transform(row, row + shape().head_dim, row,
+                       [](float x) { return x == x ? std::clamp(x, -0x1.FEp127F, 0x1.FEp127F) : 0.0F; });
+      }
+    }
     (void)exact_.encode(kernels, geometry(), exact_block(layer, head, cut_block), 0, block_size, constant(k),
                         constant(v));
   }

@@ -56,7 +56,7 @@ class by_layer : public detail::by_layer_options<Codec> {
   /// \param layers  [num_layers]. Throws shape_error if there are none.
   explicit by_layer(const std::vector<Codec>& layers) : by_layer(layers, identity(layers.size())) {}
 
-  /// \param codecs    those that occur, each once
+  /// \param codecs    those that occur, each once; others are left out
   /// \param of_layer  [num_layers] which of them a layer has; empty: every layer has the first
   /// Tail and sinks, where there are such settings, are the longest of any codec. Throws shape_error if an index is wrong.
   by_layer(std::vector<Codec> codecs, std::vector<index_t> of_layer) {
@@ -67,6 +67,7 @@ class by_layer : public detail::by_layer_options<Codec> {
         throw shape_error("kvcache: by_layer: a layer names codec " + std::to_string(i) + " of " +
                           std::to_string(codecs.size()));
     }
+    leave_out_unused(codecs, of_layer);
     if constexpr (sealing_codec<Codec>) {
       for (const Codec& codec : codecs) {
         this->tail_tokens = std::max(this->tail_tokens, codec.tail_tokens);
@@ -179,6 +180,20 @@ class by_layer : public detail::by_layer_options<Codec> {
   }
 
  private:
+  /// What no layer has must neither seal nor count.
+  static void leave_out_unused(std::vector<Codec>& codecs, std::vector<index_t>& of_layer) {
+    if (of_layer.empty()) return;
+    std::vector<index_t> now(codecs.size(), -1);
+    std::vector<Codec> used;
+    for (std::size_t i = 0; i < codecs.size(); ++i) {
+      if (std::find(of_layer.begin(), of_layer.end(), static_cast<index_t>(i)) == of_layer.end()) continue;
+      now[i] = static_cast<index_t>(used.size());
+      used.push_back(std::move(codecs[i]));
+    }
+    for (index_t& layer : of_layer) layer = now[static_cast<std::size_t>(layer)];
+    codecs = std::move(used);
+  }
+
   struct settings {
     std::vector<Codec> codecs;
     std::vector<index_t> of_layer;  // [num_layers], or empty: all have the first codec

@@ -123,7 +123,8 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
     for (index_t t = first; t < first + count; ++t) {
       const float* key = rows.row(t - first);
       if (mean != nullptr) {
-        std::transform(key, key + g.head_dim, mean, centred.begin(), [](float x, float m) { return x - m; });
+        std::transform(key, key + g.head_dim, mean, centred.begin(),
+                       [](float x, float m) { return std::clamp(x - m, -0x1.FEp127F, 0x1.FEp127F); });
         key = centred.data();
       }
       const detail::byte_row row(kernels, key, g.head_dim);

@@ -5,6 +5,7 @@
 // q . k = q . (k - m) + q . m: the last term is one number for each query, so nothing is added to a decode step.
 #pragma once
 
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -23,7 +24,8 @@ class key_means {
   /// \param means  [num_layers, num_kv_heads, head_dim]
   /// Throws shape_error if the size is wrong or a number is not finite.
   key_means(const cache_shape& shape, std::vector<float> means) : shape_(shape), means_(std::move(means)) {
-    if (static_cast<index_t>(means_.size()) != shape.num_layers * shape.num_kv_heads * shape.head_dim)
+    if (static_cast<index_t>(means_.size()) !=
+        checked_mul(shape.num_layers, shape.num_kv_heads, shape.head_dim))
       throw shape_error("kvcache: key means must be [num_layers, num_kv_heads, head_dim]");
     for (const float mean : means_) {
       if (!std::isfinite(mean)) throw shape_error("kvcache: key means must be finite");

@@ -57,6 +57,14 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
       if (this->layout_of(layer).num_exact() != 0)
         throw shape_error(
             "kvcache: klt stores components in 8, 6, 5, 4, 3 and 2 bits, these bases have others");
+      // groups of keys are multiplied side by side, in whole lines
+      index_t dims = 0;
+      for_each_klt_group<Order>(this->layout_of(layer), shape.block_size,
+                                [&](auto /*group*/, const component_group& part) {
+                                  dims += round_up(part.geometry.head_dim, keys_in_order::order::pack);
+                                });
+      if (dims > max_head_dim)
+        throw shape_error("kvcache: klt: groups of components, each rounded up to 4, must not exceed 512");
     }
   }
 

@@ -7,6 +7,7 @@
 // Source: QuaRot, Ashkboos et al. 2024.
 #pragma once
 
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -34,7 +35,8 @@ class rotation_matrices {
   rotation_matrices(const cache_shape& shape, std::vector<float> matrices)
       : shape_(shape), matrices_(std::move(matrices)) {
     const index_t dim = shape.head_dim;
-    if (static_cast<index_t>(matrices_.size()) != shape.num_layers * shape.num_kv_heads * dim * dim)
+    if (static_cast<index_t>(matrices_.size()) !=
+        checked_mul(shape.num_layers, shape.num_kv_heads, checked_mul(dim, dim)))
       throw shape_error("kvcache: rotations must be [num_layers, num_kv_heads, head_dim, head_dim]");
     for (index_t layer = 0; layer < shape.num_layers; ++layer) {
       for (index_t head = 0; head < shape.num_kv_heads; ++head) {

@@ -335,6 +335,7 @@ AnySide any_side_from(codec_list<Codecs...>, const side_description& described, 
     (take_if.template operator()<typename Codecs::keys_type>(), ...);
     take_if.template operator()<codec::low_rank_keys>();
     take_if.template operator()<codec::klt_keys>();
+    take_if.template operator()<codec::centred_keys<codec::low_rank_keys>>();
     take_if.template operator()<codec::centred_keys<codec::klt_keys>>();
   } else {
     (take_if.template operator()<typename Codecs::values_type>(), ...);

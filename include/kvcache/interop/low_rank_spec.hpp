@@ -236,6 +236,8 @@ class fitting_cache final : public erased_cache {
       due_ = 2 * size();
     } catch (const capacity_error&) {
       due_ = 2 * size();
+    } catch (const shape_error&) {  // numbers that are not finite, which files may bring: it stays exact
+      due_ = 2 * size();
     }
   }
 
