@@ -361,10 +361,10 @@ TEST_CASE("truncating to more than there is changes nothing, shifted or not", "[
 
 TEST_CASE("nothing of a page's last owner stays in blocks that are written whole", "[cache]") {
   // their bytes are those of so many tokens, and yet codes have padding
-  const kvcache::cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 5, .block_size = 32};
+  const kvcache::cache_shape five_dims{.num_layers = 1, .num_kv_heads = 1, .head_dim = 5, .block_size = 32};
   using codec_type = kvcache::codec::rotated<2>;
-  const auto bytes = static_cast<std::size_t>(codec_type{}.block_bytes(kvcache::geometry_of(shape)));
-  kvcache::page_pool<codec_type> pool(shape);
+  const auto bytes = static_cast<std::size_t>(codec_type{}.block_bytes(kvcache::geometry_of(five_dims)));
+  kvcache::page_pool<codec_type> pool(five_dims);
   const std::vector<float> rows(32 * 5, 0.5F);
   const auto written = [&](int value) {
     {

@@ -226,7 +226,7 @@ TEST_CASE("turns for another head_dim than the cache's are refused with both", "
     }
     CHECK_THROWS_AS(kvcache::chunked_cache<codec::centred<codec::trellis<3>>>(shape, codec),
                     kvcache::shape_error);
-    CHECK_THROWS_AS(kvcache::make_cache("paged/k=centred_rotated4,last=1:bf16", shape, rope),
+    CHECK_THROWS_AS(kvcache::make_cache("paged/k=centred_rotated4,last=0:bf16", shape, rope),
                     kvcache::shape_error);
     std::vector<float> rows(128);
     CHECK_THROWS_AS(codec::take_off_means(rows, shape, codec.keys.turns.get()), kvcache::shape_error);

@@ -104,10 +104,10 @@ class direct_blocks {
     const block_geometry g = geometry();
     for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
       const auto& codec = codec_at(codec_, layer, head);
-      const index_t numbers = 2 * g.block_size * g.head_dim;
-      const bool is_whole =
-          g.head_dim % 2 == 0 && (codec.block_bytes(g) == numbers * index_t{sizeof(bfloat16)} ||
-                                  codec.block_bytes(g) == numbers * index_t{sizeof(float)});
+      const index_t row = codec.token_bytes(g);  // rounded up, so it alone does not tell
+      const bool is_whole = g.head_dim % 2 == 0 && codec.block_bytes(g) == g.block_size * row &&
+                            (row == 2 * g.head_dim * index_t{sizeof(bfloat16)} ||
+                             row == 2 * g.head_dim * index_t{sizeof(float)});
       const status s = for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
         std::byte* to = block(layer, head, piece.index);
         // A block starts out zero, so that no bytes of its last owner stay behind, unless every bit of it is written: whole

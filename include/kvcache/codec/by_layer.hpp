@@ -67,13 +67,13 @@ class by_layer : public detail::by_layer_options<Codec> {
         throw shape_error("kvcache: by_layer: a layer names codec " + std::to_string(i) + " of " +
                           std::to_string(codecs.size()));
     }
-    leave_out_unused(codecs, of_layer);
     if constexpr (sealing_codec<Codec>) {
       for (const Codec& codec : codecs) {
         this->tail_tokens = std::max(this->tail_tokens, codec.tail_tokens);
         this->sink_tokens = std::max(this->sink_tokens, codec.sink_tokens);
       }
     }
+    leave_out_unused(codecs, of_layer);
     settings_ = std::make_shared<const settings>(settings{std::move(codecs), std::move(of_layer)});
   }
 

@@ -243,6 +243,17 @@ void for_each_klt_group(const low_rank_layout& layout, index_t block_size, Body 
   visit(klt_codes<2, Order>{}, layout.bits2);
 }
 
+/// Dims of the keys' groups that are multiplied together, each from a line of its own on.
+template <bool Fine>
+index_t klt_dims(const low_rank_layout& layout) {
+  constexpr index_t line = keys_in_order::order::pack;
+  index_t dims = 0;
+  for_each_klt_group<keys_in_order>(layout, block_alignment, [&](auto group, const component_group& part) {
+    if (group.fine == Fine) dims += round_up(part.geometry.head_dim, line);
+  });
+  return dims;
+}
+
 /// Bytes of one row, its scale included, and of the section.
 struct klt_sizes {
   index_t row = 0;

@@ -57,13 +57,8 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
       if (this->layout_of(layer).num_exact() != 0)
         throw shape_error(
             "kvcache: klt stores components in 8, 6, 5, 4, 3 and 2 bits, these bases have others");
-      // groups of keys are multiplied side by side, in whole lines
-      index_t dims = 0;
-      for_each_klt_group<Order>(this->layout_of(layer), shape.block_size,
-                                [&](auto /*group*/, const component_group& part) {
-                                  dims += round_up(part.geometry.head_dim, keys_in_order::order::pack);
-                                });
-      if (dims > max_head_dim)
+      const low_rank_layout& layout = this->layout_of(layer);
+      if (klt_dims<true>(layout) > max_head_dim || klt_dims<false>(layout) > max_head_dim)
         throw shape_error("kvcache: klt: groups of components, each rounded up to 4, must not exceed 512");
     }
   }
@@ -274,12 +269,7 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   /// Dims of the groups that are multiplied together, each from a line of its own on.
   template <bool Fine>
   static index_t dims_of(const low_rank_layout& layout) noexcept {
-    index_t dims = 0;
-    detail::for_each_klt_group<detail::keys_in_order>(
-        layout, block_alignment, [&](auto with, const group& part) {
-          if (with.fine == Fine) dims += round_up(part.geometry.head_dim, detail::keys_in_order::order::pack);
-        });
-    return dims;
+    return detail::klt_dims<Fine>(layout);
   }
   static index_t floats_of(index_t dims) noexcept {
     return dims == 0 ? 0 : kernel::prepared_query_floats(dims);
