@@ -69,14 +69,13 @@ struct half_rank : codec::low_rank {
   }
 };
 
-/// klt of 3.25 bits in sizes as a layer of a model is stored: of keys and values an eighth in 6 bits and in 5, a quarter in 4, and
-/// so on. Noise has no components that matter more: these are its dims.
+/// klt of 3.25 bits without all_sizes: of keys and values a tenth in 6 bits, half in 4, a quarter in 2 and the rest in none, as a
+/// layer of a model is stored. Noise has no components that matter more: these are its dims.
 struct klt_of_3_bits : codec::klt {
   using codec::klt::klt;
   static klt_of_3_bits for_shape(const cache_shape& shape) {
-    codec::low_rank_matrices made{
-        .key_layout = {.bits6 = 12, .bits5 = 20, .bits4 = 32, .bits3 = 28, .bits2 = 16},
-        .value_layout = {.bits6 = 16, .bits5 = 16, .bits4 = 32, .bits3 = 16, .bits2 = 32}};
+    codec::low_rank_matrices made{.key_layout = {.bits6 = 12, .bits4 = 68, .bits2 = 28},
+                                  .value_layout = {.bits6 = 16, .bits4 = 64, .bits2 = 32}};
     const auto add_dims = [&](index_t rank, std::vector<float>& matrix, std::vector<float>& spreads) {
       for (index_t i = 0; i < rank; ++i) {
         for (index_t d = 0; d < shape.head_dim; ++d) matrix.push_back(d == i ? 1.0F : 0.0F);

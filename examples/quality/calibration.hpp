@@ -102,6 +102,7 @@ class klt_calibration {
     kvcache::codec::klt_options options = weights_;
     options.bits_per_value = bits_per_value;
     options.centred = true;
+    options.all_sizes = true;
     return options;
   }
 

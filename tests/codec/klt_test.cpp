@@ -86,7 +86,8 @@ index_t bits_of(const codec::low_rank_layout& layout) {
 }
 
 codec::klt klt_of(const cache_shape& shape, double bits, test::random& random, bool queries = false) {
-  return codec::klt(codec::klt_bases(calibrated(shape, random, queries), {.bits_per_value = bits}));
+  return codec::klt(
+      codec::klt_bases(calibrated(shape, random, queries), {.bits_per_value = bits, .all_sizes = true}));
 }
 
 }  // namespace
@@ -187,11 +188,16 @@ TEST_CASE("klt never takes more bits than it was given, and leaves few", "[codec
       const auto seen = calibrated(shape, random);
       for (const double bits : {0.7, 1.5, 2.0, 2.75, 3.3, 4.25, 6.0, 8.0}) {
         CAPTURE(dim, block_size, bits);
-        const codec::klt klt(codec::klt_bases(seen, {.bits_per_value = bits}));
+        for (const codec::low_rank_layout& layout :
+             {codec::klt_bases(seen, {.bits_per_value = bits})->key_layout(),
+              codec::klt_bases(seen, {.bits_per_value = bits})->value_layout()})
+          CHECK(layout.bits5 + layout.bits3 == 0);
+        const codec::klt klt(codec::klt_bases(seen, {.bits_per_value = bits, .all_sizes = true}));
         CHECK(bits_used(shape, klt) <= bits + 1e-9);
         CHECK(bits_used(shape, klt) > bits * 0.97);
         if (bits < 1.0) continue;
-        const auto bases = codec::klt_bases(seen, {.bits_per_value = bits, .centred = true});
+        const auto bases =
+            codec::klt_bases(seen, {.bits_per_value = bits, .centred = true, .all_sizes = true});
         const codec::centred<codec::klt> centred({.head_dim = dim, .pairing = kvcache::rope_pairing::half},
                                                  codec::klt(bases));
         CHECK(bits_used(shape, centred) <= bits + 1e-9);
