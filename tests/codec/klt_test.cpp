@@ -110,38 +110,48 @@ TEST_CASE("klt has less than half the error of trellis on correlated rows, at th
   check(codec::trellis<2>{});
 }
 
+namespace {
+
+/// Queries, or rows of output weights, of 32 dims that look at the second half of them ten times as hard.
+std::vector<float> rows_that_look_right(index_t count, test::random& random) {
+  std::vector<float> rows = random.floats(count * 32);
+  for (std::size_t i = 0; i < rows.size(); ++i)
+    if (i % 32 >= 16) rows[i] *= 10;
+  return rows;
+}
+
+/// Squared error of the products of all `looking` rows with all rows, of 32 dims.
+double error_of_products(const std::vector<float>& looking, const std::vector<float>& back,
+                         const std::vector<float>& rows) {
+  double sum = 0;
+  for (std::size_t i = 0; i < looking.size(); i += 32) {
+    for (std::size_t t = 0; t < rows.size(); t += 32) {
+      double off = 0;
+      for (std::size_t d = 0; d < 32; ++d)
+        off += double{looking[i + d]} * (double{back[t + d]} - double{rows[t + d]});
+      sum += off * off;
+    }
+  }
+  return sum;
+}
+
+}  // namespace
+
 TEST_CASE("moments of queries make scores better", "[codec]") {
   test::random random;
   const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 32};
   const block_geometry g = kvcache::geometry_of(shape);
-  // queries that look at the second half of the dims ten times as hard
-  const auto queries = [&](index_t count) {
-    std::vector<float> q = random.floats(count * 32);
-    for (std::size_t i = 0; i < q.size(); ++i)
-      if (i % 32 >= 16) q[i] *= 10;
-    return q;
-  };
   const auto k = correlated_rows(shape, 1000, {0.5F}, random);
   codec::low_rank_calibration seen(shape);
   seen.add(0, k, k);
   const codec::klt blind(codec::klt_bases(seen, {.bits_per_value = 2.5}));
-  seen.add_queries(0, queries(500), 1);
+  seen.add_queries(0, rows_that_look_right(500, random), 1);
   const codec::klt seeing(codec::klt_bases(seen, {.bits_per_value = 2.5}));
 
-  const std::vector<float> q = queries(50);
+  const std::vector<float> q = rows_that_look_right(50, random);
   const key_value_rows rows = block_of_rows(shape, 0, 0, random);
   const auto error_of = [&](const codec::klt& klt) {
-    const key_value_rows back = through(g, rows, codec_at(klt, 0, 0));
-    double sum = 0;
-    for (std::size_t i = 0; i < q.size(); i += 32) {
-      for (std::size_t t = 0; t < rows.k.size(); t += 32) {
-        double off = 0;
-        for (std::size_t d = 0; d < 32; ++d)
-          off += double{q[i + d]} * (double{back.k[t + d]} - double{rows.k[t + d]});
-        sum += off * off;
-      }
-    }
-    return sum;
+    return error_of_products(q, through(g, rows, codec_at(klt, 0, 0)).k, rows.k);
   };
   CHECK(error_of(seeing) < error_of(blind) * 0.6);
 }
@@ -150,10 +160,7 @@ TEST_CASE("output weights make outputs better, and come back from settings", "[c
   test::random random;
   const cache_shape shape{.num_layers = 1, .num_kv_heads = 1, .head_dim = 32};
   const block_geometry g = kvcache::geometry_of(shape);
-  // 50 outputs that look at the second half of the dims ten times as hard
-  std::vector<float> weights = random.floats(50 * 32);
-  for (std::size_t i = 0; i < weights.size(); ++i)
-    if (i % 32 >= 16) weights[i] *= 10;
+  const std::vector<float> weights = rows_that_look_right(50, random);
   const auto v = correlated_rows(shape, 1000, {0.5F}, random);
   codec::low_rank_calibration seen(shape);
   seen.add(0, v, v);
@@ -163,17 +170,7 @@ TEST_CASE("output weights make outputs better, and come back from settings", "[c
 
   const key_value_rows rows = block_of_rows(shape, 0, 0, random);
   const auto error_of = [&](const codec::klt& klt) {
-    const key_value_rows back = through(g, rows, codec_at(klt, 0, 0));
-    double sum = 0;
-    for (std::size_t i = 0; i < weights.size(); i += 32) {
-      for (std::size_t t = 0; t < rows.v.size(); t += 32) {
-        double off = 0;
-        for (std::size_t d = 0; d < 32; ++d)
-          off += double{weights[i + d]} * (double{back.v[t + d]} - double{rows.v[t + d]});
-        sum += off * off;
-      }
-    }
-    return sum;
+    return error_of_products(weights, through(g, rows, codec_at(klt, 0, 0)).v, rows.v);
   };
   CHECK(error_of(seeing) < error_of(blind) * 0.6);
   const auto again = kvcache::make_described<codec::klt>(kvcache::describe(seeing), shape);

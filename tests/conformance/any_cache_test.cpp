@@ -277,15 +277,21 @@ TEST_CASE("a spec that is not known is refused with a list of what there is", "[
                     kvcache::shape_error);  // more than a block
 }
 
+namespace {
+
+/// What make_cache says of a spec that it refuses; "made" where it takes it.
+std::string message_of(const std::string& spec) {
+  try {
+    (void)kvcache::make_cache(spec, small);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "made";
+}
+
+}  // namespace
+
 TEST_CASE("a misspelt name is refused once, with the nearest", "[conformance]") {
-  const auto message = [](const std::string& spec) -> std::string {
-    try {
-      (void)kvcache::make_cache(spec, small);
-    } catch (const std::invalid_argument& error) {
-      return error.what();
-    }
-    return "made";
-  };
   const auto count = [](const std::string& text, const std::string& word) {
     std::size_t found = 0;
     for (std::size_t at = text.find(word); at != std::string::npos; at = text.find(word, at + 1)) ++found;
@@ -297,28 +303,21 @@ TEST_CASE("a misspelt name is refused once, with the nearest", "[conformance]") 
                                                         {"Int8", "int8"},
                                                         {"bf61", "bf16"},
                                                         {"rotated", "rotated4"}}) {
-    const std::string text = message("paged/" + said);
+    const std::string text = message_of("paged/" + said);
     CAPTURE(text);
     CHECK(count(text, "did you mean " + meant + "?") == 1);
     CHECK(count(text, "'" + said + "'") == 1);
   }
   for (const std::string far : {"q", "lz4hc", "centred_channel4_and_more"}) {
     CAPTURE(far);
-    CHECK(count(message("paged/" + far), "did you mean") == 0);
+    CHECK(count(message_of("paged/" + far), "did you mean") == 0);
   }
-  CHECK(count(message("pagd/bf16"), "did you mean paged?") == 1);
-  CHECK(count(message("paged"), "did you mean") == 0);
+  CHECK(count(message_of("pagd/bf16"), "did you mean paged?") == 1);
+  CHECK(count(message_of("paged"), "did you mean") == 0);
 }
 
 TEST_CASE("what is said twice in a spec is refused", "[conformance]") {
-  const auto message = [](const std::string& spec) -> std::string {
-    try {
-      (void)kvcache::make_cache("chunked/" + spec, small);
-    } catch (const std::invalid_argument& error) {
-      return error.what();
-    }
-    return "made";
-  };
+  const auto message = [](const std::string& spec) { return message_of("chunked/" + spec); };
   for (const char* spec :
        {"k=int8,k=int8", "v=int8,tail=3,v=f32", "tail=3,tail=3", "int8,sinks=1,sinks=2", "int8,k=f16,k=f32",
         "centred_int8,rope=half:10000,rope=half:10000", "int8,k=f16,v=f32"}) {
@@ -331,31 +330,23 @@ TEST_CASE("what is said twice in a spec is refused", "[conformance]") {
 }
 
 TEST_CASE("messages show as much of a spec as can be read", "[conformance]") {
-  const auto message = [](const std::string& spec) -> std::string {
-    try {
-      (void)kvcache::make_cache(spec, small);
-    } catch (const std::invalid_argument& error) {
-      return error.what();
-    }
-    return "made";
-  };
   using namespace std::string_literals;
   for (const std::string& spec :
        {"heap\0\x1b[31m\n\xff/int8"s, "paged/int8\0\x1b[31m\n\xff"s, "paged/k=\0\x1b[31m\n\xff"s,
         "paged/int8,\0\x1b[31m\n\xff=3"s, "paged/int8,tail=\0\x1b[31m\n\xff"s,
         "paged/int8,first=\0\x1b[31m\n\xff:int8"s, "paged/int8,first=1:\0\x1b[31m\n\xff"s,
         "paged/centred_int8,rope=\0\x1b[31m\n\xff"s}) {
-    const std::string text = message(spec);
+    const std::string text = message_of(spec);
     CAPTURE(text);
     CHECK(text.find("\\x00\\x1b[31m\\x0a\\xff") != std::string::npos);
     for (const char c : text) REQUIRE((c >= ' ' && c < '\x7f'));
   }
-  const std::string longest = message("paged/zzz");
+  const std::string longest = message_of("paged/zzz");
   for (const std::string start : {"", "paged/", "paged/int8,", "paged/int8,tail=", "paged/int8,first=",
                                   "paged/int8,layers=1:", "paged/centred_int8,rope="}) {
     CAPTURE(start);
-    CHECK(message(start + std::string(100000, 'z')).size() < longest.size() + 250);
-    CHECK(message(start + std::string(100000, '\0')).size() < longest.size() + 250);
+    CHECK(message_of(start + std::string(100000, 'z')).size() < longest.size() + 250);
+    CHECK(message_of(start + std::string(100000, '\0')).size() < longest.size() + 250);
   }
 }
 

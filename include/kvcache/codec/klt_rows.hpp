@@ -54,10 +54,10 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
   void validate(const cache_shape& shape) const {
     low_rank_side<std::is_same_v<Order, keys_in_order>>::validate(shape);
     for (index_t layer = 0; layer < shape.num_layers; ++layer) {
-      if (this->layout_of(layer).num_exact() != 0)
+      const low_rank_layout& layout = this->layout_of(layer);
+      if (layout.num_exact() != 0)
         throw shape_error(
             "kvcache: klt stores components in 8, 6, 5, 4, 3 and 2 bits, these bases have others");
-      const low_rank_layout& layout = this->layout_of(layer);
       if (klt_dims<true>(layout) > max_head_dim || klt_dims<false>(layout) > max_head_dim)
         throw shape_error("kvcache: klt: groups of components, each rounded up to 4, must not exceed 512");
     }
@@ -228,13 +228,14 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
 
   /// prepared = | rows for the fine groups | rows for the others |
   [[nodiscard]] index_t prepared_floats(const block_geometry& /*g*/) const noexcept {
-    return this->here_or_most(
-        [](const low_rank_layout& l) { return floats_of(dims_of<true>(l)) + floats_of(dims_of<false>(l)); });
+    return this->here_or_most([](const low_rank_layout& l) {
+      return floats_of(detail::klt_dims<true>(l)) + floats_of(detail::klt_dims<false>(l));
+    });
   }
   const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
                        index_t num_rows, float* prepared) const {
-    const index_t fine = floats_of(dims_of<true>(layout()));
-    const index_t others = floats_of(dims_of<false>(layout()));
+    const index_t fine = floats_of(detail::klt_dims<true>(layout()));
+    const index_t others = floats_of(detail::klt_dims<false>(layout()));
     for_each_query(kernels, g, queries, num_rows, [&](index_t r, const float* row) {
       prepare_row<true>(kernels, g, row, prepared + r * fine);
       prepare_row<false>(kernels, g, row, prepared + num_rows * fine + r * others);
@@ -245,7 +246,7 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
     fetch_behind(next, 0, detail::klt_scales_bytes(g.block_size));
-    const float* for_others = prepared + num_rows * floats_of(dims_of<true>(layout()));
+    const float* for_others = prepared + num_rows * floats_of(detail::klt_dims<true>(layout()));
     for (index_t t = 0; t < count; t += detail::unpacked_tokens) {
       const index_t here = std::min(detail::unpacked_tokens, count - t);
       const key_piece keys{kernels, g, section, next, t, here, detail::klt_scale_run(section, t, here)};
@@ -266,11 +267,6 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
     detail::klt_scale_run scales;
   };
 
-  /// Dims of the groups that are multiplied together, each from a line of its own on.
-  template <bool Fine>
-  static index_t dims_of(const low_rank_layout& layout) noexcept {
-    return detail::klt_dims<Fine>(layout);
-  }
   static index_t floats_of(index_t dims) noexcept {
     return dims == 0 ? 0 : kernel::prepared_query_floats(dims);
   }
@@ -293,7 +289,7 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   template <bool Fine>
   void prepare_row(const kernel::table& kernels, const block_geometry& g, const float* row,
                    float* prepared) const {
-    const index_t dims = dims_of<Fine>(layout());
+    const index_t dims = detail::klt_dims<Fine>(layout());
     if (dims == 0) return;
     alignas(64) std::array<float, max_head_dim + 16> own{};
     for_each_of<Fine>(g, [&](auto with, const group& part, index_t dim) {
@@ -306,7 +302,7 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
   /// Writes the scores of the fine groups; writes those of the others where there are no fine ones, else adds them.
   template <bool Fine>
   void score(const key_piece& keys, const float* prepared, index_t num_rows, float* scores) const {
-    const block_geometry together{keys.g.block_size, dims_of<Fine>(layout())};
+    const block_geometry together{keys.g.block_size, detail::klt_dims<Fine>(layout())};
     if (together.head_dim == 0) return;
     alignas(64) detail::level_lines memory;
     for_each_of<Fine>(keys.g, [&](auto with, const group& part, index_t dim) {
@@ -319,7 +315,7 @@ struct klt_keys : detail::klt_rows<detail::keys_in_order> {
           .scores(together, reinterpret_cast<const std::byte*>(memory.data()), keys.scales.data(),
                   keys.num_tokens, prepared + first * floats_of(together.head_dim), n, out, nullptr);
     };
-    if (Fine || dims_of<true>(layout()) == 0)
+    if (Fine || detail::klt_dims<true>(layout()) == 0)
       write(0, num_rows, scores);
     else
       detail::add_scores(keys.kernels, keys.g.block_size, keys.num_tokens, num_rows, scores, write);

@@ -7,8 +7,8 @@
 //
 // Keys, with the second moment of the queries G = L L^T: from K L = U S V^T are stored c = V_r^T L^T k, and the query is
 // taken as V_r^T L^-1 q. No other r numbers give a smaller || K Q^T - scores ||: it is sqrt(sum_{i > r} S_i^2). Without G,
-// L = 1: the same for || K - K_r ||. Values: the same, with the second moments
-// of the rows of the output projection in place of G; without them c = E_r^T v in their own basis, the output is E_r times the sum.
+// L = 1: the same for || K - K_r ||. Values: the same, with the second moments of the rows of the output projection in
+// place of G; without them c = E_r^T v in their own basis, the output is E_r times the sum.
 //
 // Components come by falling energy. Each is kept in f32, bf16 (plain truncated SVD), or 8, 4 or 2 bits with a scale for
 // each token and group, or not at all; see codec/low_rank_layout.hpp for bytes and options. Those that are quantised are
@@ -275,6 +275,7 @@ inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
     const low_rank_options& keys, const low_rank_options& values) const {
   require_rows();
   const bool weighted = has_queries();
+  const bool outputs_known = has_output_weights();
   const auto all_of = [this](const detail::components& none) {
     return std::vector<detail::components>(moments_.size(), none);
   };
@@ -302,7 +303,7 @@ inline std::shared_ptr<const low_rank_bases> low_rank_calibration::bases(
     detail::append_rows(k.in, key_layout.rank(), made.keys_in);
     if (weighted) detail::append_rows(k.out, key_layout.rank(), made.keys_out);
     detail::append_rows(v.in, value_layout.rank(), made.values);
-    if (has_output_weights()) detail::append_rows(v.out, value_layout.rank(), made.values_out);
+    if (outputs_known) detail::append_rows(v.out, value_layout.rank(), made.values_out);
     detail::append_spreads(key_layout, k.energies, made.key_spreads);
     detail::append_spreads(value_layout, v.energies, made.value_spreads);
   }
