@@ -101,7 +101,8 @@ inline mean_row mean_before_rope(const rope_turns* turns, index_t head_dim, inde
       row = back.data();
     }
     lanes::transform(
-        head_dim, mean.data(), [share](auto sum, auto x) { return sum + x * share; }, mean.data(), row);
+        head_dim, mean.data(), [share](auto sum, auto x) { return sum + lanes::rounded(x * share); },
+        mean.data(), row);
   }
   constexpr float largest = 0x1p126F;
   for (float& x : mean)

@@ -24,6 +24,7 @@
 #include <kvcache/codec/low_rank_side.hpp>
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/core/half.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -160,10 +161,10 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
     float largest = 0;
 
     void add(float spread, float size) noexcept {
-      squares += spread * size * size;
+      squares += lanes::rounded(spread * size * size);
       spreads += spread;
-      energy += spread * size * (spread * size);
-      square_spreads += spread * spread;
+      energy += lanes::rounded(spread * size * (spread * size));
+      square_spreads += lanes::rounded(spread * spread);
       largest = std::max(largest, size);
     }
   };
@@ -183,7 +184,7 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
       squares += sums.squares;
       spreads += sums.spreads;
       energy += sums.energy;
-      noise += sums.square_spreads * static_cast<float>(group.error);
+      noise += lanes::rounded(sums.square_spreads * static_cast<float>(group.error));
       least = std::max(least, sums.largest / group.reach);
     });
     const float usual = spreads > 0 ? std::max(std::sqrt(squares / spreads), least) : 0.0F;
@@ -201,8 +202,8 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
         for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i) {
           if (std::fabs(c[i]) <= group.reach * scale) continue;
           const float reached = this->basis.spreads[i] * group.reach;
-          wanted += this->basis.spreads[i] * std::fabs(c[i]) * reached;
-          weight += reached * reached;
+          wanted += lanes::rounded(this->basis.spreads[i] * std::fabs(c[i]) * reached);
+          weight += lanes::rounded(reached * reached);
         }
       });
       const float next = wanted / weight;

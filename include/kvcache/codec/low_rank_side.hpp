@@ -13,6 +13,7 @@
 #include <kvcache/codec/scales.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -39,22 +40,17 @@ class lane_sums {
  public:
   void add(const float* factors, float x) noexcept {
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) parts_[i] += load(factors + 4 * i) * x;
+    for (std::size_t i = 0; i < 4; ++i) parts_[i] += lanes::rounded(lanes::load_four(factors + 4 * i) * x);
   }
   void add(const float* factors, const float* x) noexcept {
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) parts_[i] += load(factors + 4 * i) * load(x + 4 * i);
+    for (std::size_t i = 0; i < 4; ++i)
+      parts_[i] += lanes::rounded(lanes::load_four(factors + 4 * i) * lanes::load_four(x + 4 * i));
   }
   void store(float* out) const noexcept { std::memcpy(out, parts_, sizeof(parts_)); }
 
  private:
-  using four [[gnu::vector_size(16)]] = float;
-  static four load(const float* from) noexcept {
-    four loaded;
-    std::memcpy(&loaded, from, sizeof(loaded));
-    return loaded;
-  }
-  four parts_[4] = {};
+  lanes::four_floats parts_[4] = {};
 };
 
 /// out[i] = sum_d matrix[i, d] x[d], the matrix in lanes: [rank/16][head_dim][16].
@@ -74,7 +70,8 @@ inline void project_rows(const float* matrix, index_t rank, index_t head_dim, co
     for (; d + key_lanes <= head_dim; d += key_lanes) sums.add(matrix + d, x + d);
     std::array<float, key_lanes> lanes;
     sums.store(lanes.data());
-    for (; d < head_dim; ++d) lanes[static_cast<std::size_t>(d % key_lanes)] += matrix[d] * x[d];
+    for (; d < head_dim; ++d)
+      lanes[static_cast<std::size_t>(d % key_lanes)] += lanes::rounded(matrix[d] * x[d]);
     for (std::size_t half = key_lanes / 2; half > 0; half /= 2) {
       for (std::size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
     }
@@ -88,7 +85,7 @@ inline void rebuild_lanes(const float* matrix, index_t rank, index_t head_dim, c
   for (index_t i = 0; i < rank; i += key_lanes) {
     const index_t lanes = std::min(key_lanes, rank - i);
     for (index_t d = 0; d < head_dim; ++d, matrix += key_lanes) {
-      for (index_t lane = 0; lane < lanes; ++lane) x[d] += matrix[lane] * c[i + lane];
+      for (index_t lane = 0; lane < lanes; ++lane) x[d] += lanes::rounded(matrix[lane] * c[i + lane]);
     }
   }
 }
@@ -97,7 +94,9 @@ inline void rebuild_lanes(const float* matrix, index_t rank, index_t head_dim, c
 inline void rebuild_rows(const float* matrix, index_t rank, index_t head_dim, const float* c, float* x) {
   std::fill_n(x, head_dim, 0.0F);
   for (index_t i = 0; i < rank; ++i, matrix += head_dim) {
-    for (index_t d = 0; d < head_dim; ++d) x[d] += matrix[d] * c[i];
+    lanes::transform(
+        head_dim, x, [factor = c[i]](auto sum, auto m) { return sum + lanes::rounded(m * factor); }, x,
+        matrix);
   }
 }
 

@@ -89,9 +89,12 @@ class rope_turns {
     const float* cosines = angles_.data() + t * rotary_dim();
     const float* sines = cosines + num_pairs();
     lanes::transform(
-        num_pairs(), out, [](auto x, auto y, auto c, auto s) { return x * c + y * s; }, a, b, cosines, sines);
+        num_pairs(), out,
+        [](auto x, auto y, auto c, auto s) { return lanes::rounded(x * c) + lanes::rounded(y * s); }, a, b,
+        cosines, sines);
     lanes::transform(
-        num_pairs(), out + num_pairs(), [](auto x, auto y, auto c, auto s) { return y * c - x * s; }, a, b,
+        num_pairs(), out + num_pairs(),
+        [](auto x, auto y, auto c, auto s) { return lanes::rounded(y * c) - lanes::rounded(x * s); }, a, b,
         cosines, sines);
     std::copy(row + rotary_dim(), row + head_dim, out + rotary_dim());
   }
@@ -106,9 +109,12 @@ class rope_turns {
     const float* cosines = angles_.data() + t * rotary_dim();
     const float* sines = cosines + num_pairs();
     lanes::transform(
-        num_pairs(), to, [](auto x, auto y, auto c, auto s) { return x * c - y * s; }, a, b, cosines, sines);
+        num_pairs(), to,
+        [](auto x, auto y, auto c, auto s) { return lanes::rounded(x * c) - lanes::rounded(y * s); }, a, b,
+        cosines, sines);
     lanes::transform(
-        num_pairs(), to + num_pairs(), [](auto x, auto y, auto c, auto s) { return y * c + x * s; }, a, b,
+        num_pairs(), to + num_pairs(),
+        [](auto x, auto y, auto c, auto s) { return lanes::rounded(y * c) + lanes::rounded(x * s); }, a, b,
         cosines, sines);
     for (index_t i = 0; interleaved && i < num_pairs(); ++i) {
       out[2 * i] = spread[i];

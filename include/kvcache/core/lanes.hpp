@@ -17,6 +17,20 @@ using four_bytes [[gnu::vector_size(4)]] = std::uint8_t;
 
 inline constexpr index_t width = 4;
 
+/// x, which the compiler takes for unknown: a product is rounded before it is added to anything, also where there are fused
+/// multiplications and additions (-ffp-contract). What is stored is the same bytes in all builds because of it.
+template <class T>
+inline T rounded(T x) noexcept {
+#if defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 inline four_floats load_four(const float* from) noexcept {
   four_floats loaded;
   std::memcpy(&loaded, from, sizeof(loaded));

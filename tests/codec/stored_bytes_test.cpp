@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: MIT
+// The same rows are the same bytes, whatever the processor, the compiler and its options: against checksums. An encoding
+// that changes gets a new name (codec/description.hpp), and with it a new line here.
+
+#include <kvcache/block/order.hpp>
+#include <kvcache/codec/centred.hpp>
+#include <kvcache/codec/klt.hpp>
+#include <kvcache/codec/low_rank.hpp>
+#include <kvcache/codec/rope_turns.hpp>
+#include <kvcache/core/memory.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/status.hpp>
+#include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/codec_spec.hpp>
+#include <kvcache/kernel/select.hpp>
+#include <kvcache/store/crc32c.hpp>
+
+#include "support/catch.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+using kvcache::any_codec;
+using kvcache::cache_shape;
+using kvcache::index_t;
+namespace codec = kvcache::codec;
+namespace kernel = kvcache::kernel;
+
+namespace {
+
+/// Whole numbers over powers of two, roughly normal: no rounding that a library could do in its own way.
+class numbers {
+ public:
+  float operator()(float divisor = 256) {
+    int sum = 0;
+    for (int i = 0; i < 4; ++i) {
+      state_ = state_ * 6364136223846793005U + 1442695040888963407U;
+      sum += static_cast<int>(state_ >> 54) - 512;
+    }
+    return static_cast<float>(sum) / divisor;
+  }
+  std::vector<float> rows(index_t count, float divisor = 256) {
+    std::vector<float> made(static_cast<std::size_t>(count));
+    std::generate(made.begin(), made.end(), [&] { return (*this)(divisor); });
+    return made;
+  }
+
+ private:
+  std::uint64_t state_ = 1;
+};
+
+std::shared_ptr<const codec::rope_turns> turns_for(index_t head_dim) {
+  if (head_dim < 2) return nullptr;
+  return std::make_shared<const codec::rope_turns>(kvcache::rope_config{
+      .head_dim = head_dim, .pairing = kvcache::rope_pairing::half, .rotary_dim = head_dim / 2 * 2});
+}
+
+/// Bases that come from no calibration, whose decomposition would be the library's.
+std::shared_ptr<const codec::low_rank_bases> made_up_bases(index_t head_dim, codec::low_rank_layout layout) {
+  numbers next;
+  codec::low_rank_matrices made;
+  made.key_layout = made.value_layout = layout;
+  made.keys_in = next.rows(head_dim * head_dim, 4096);
+  made.values = next.rows(head_dim * head_dim, 4096);
+  for (index_t i = 0; i < head_dim; ++i) {
+    made.key_spreads.push_back(0.5F + static_cast<float>(i % 7) / 4);
+    made.value_spreads.push_back(0.25F + static_cast<float>(i % 5) / 2);
+  }
+  return std::make_shared<const codec::low_rank_bases>(cache_shape{1, 1, head_dim, 64}, made);
+}
+
+any_codec codec_named(const std::string& name, index_t head_dim) {
+  any_codec made;
+  if (name == "low_rank") {
+    const index_t third = head_dim / 3;
+    const codec::low_rank low_rank(
+        made_up_bases(head_dim, {.f32 = head_dim - 2 * third, .int8 = third, .bits4 = third}));
+    made.keys = codec::any_keys::of(low_rank.keys);
+    made.values = codec::any_values::of(low_rank.values);
+    return made;
+  }
+  if (name == "klt" || name == "centred_klt") {
+    const index_t quarter = head_dim / 16 * 4;
+    const codec::klt klt(made_up_bases(
+        head_dim, {.int8 = quarter, .bits6 = quarter, .bits4 = quarter, .bits2 = head_dim - 3 * quarter}));
+    codec::centred_keys<codec::klt_keys> centred;
+    centred.turns = turns_for(head_dim);
+    centred.rest = klt.keys;
+    made.keys = name == "klt" ? codec::any_keys::of(klt.keys) : codec::any_keys::of(centred);
+    made.values = codec::any_values::of(klt.values);
+    return made;
+  }
+  made = kvcache::make_codec(name);
+  made.keys = made.keys.turning_with(turns_for(head_dim));
+  return made;
+}
+
+/// Of blocks of rows of several sizes, as they are stored and as they are read.
+std::uint32_t checksum_of(const std::string& name, const kernel::table& kernels) {
+  std::uint32_t sum = 0;
+  for (const index_t head_dim : {1, 7, 20, 64, 100, 128}) {
+    const kvcache::block_geometry g{64, head_dim};
+    const any_codec whole = codec_named(name, head_dim);
+    const auto keys = kvcache::codec_at(whole.keys, 0, 0);
+    const auto values = kvcache::codec_at(whole.values, 0, 0);
+    numbers next;
+    const std::vector<float> k = next.rows(64 * head_dim);
+    const std::vector<float> v = next.rows(64 * head_dim);
+    std::vector<float> back(2 * k.size());
+    const index_t key_bytes = keys.section_bytes(g);
+    const kvcache::memory_block block(key_bytes + values.section_bytes(g), kvcache::huge_page_resource());
+    std::memset(block.data(), 0, static_cast<std::size_t>(block.size()));
+    keys.encode(kernels, g, block.data(), 0, 64, {k.data(), head_dim});
+    values.encode(kernels, g, block.data() + key_bytes, 0, 64, {v.data(), head_dim});
+    keys.decode(kernels, g, block.data(), 0, 64, {back.data(), head_dim});
+    values.decode(kernels, g, block.data() + key_bytes, 0, 64, {back.data() + k.size(), head_dim});
+    sum = kvcache::store::crc32c(std::span(block.data(), static_cast<std::size_t>(block.size())), sum);
+    sum = kvcache::store::crc32c(std::as_bytes(std::span(back)), sum);
+  }
+  return sum;
+}
+
+const std::map<std::string, std::uint32_t> known = {{"f32", 0x160b0210U},
+                                                    {"f16", 0xc3757291U},
+                                                    {"bf16", 0x26ce0eeaU},
+                                                    {"int8", 0x3d3c571eU},
+                                                    {"rotated4", 0x7055b03fU},
+                                                    {"rotated3", 0x4d8b3224U},
+                                                    {"rotated2", 0xb918105dU},
+                                                    {"channel4", 0x5d979485U},
+                                                    {"channel3", 0x24d95f14U},
+                                                    {"balanced4", 0xd4a675feU},
+                                                    {"balanced3", 0x00af807eU},
+                                                    {"balanced2", 0x7a9bf3afU},
+                                                    {"trellis4", 0x15da3c97U},
+                                                    {"trellis3", 0x0183215aU},
+                                                    {"trellis2", 0xa6f98872U},
+                                                    {"centred_int8", 0x0080fe19U},
+                                                    {"centred_rotated4", 0x75adb3f1U},
+                                                    {"centred_rotated3", 0x122dc7c4U},
+                                                    {"centred_rotated2", 0x5b117319U},
+                                                    {"centred_trellis4", 0x26a7c725U},
+                                                    {"centred_trellis3", 0xd61412c9U},
+                                                    {"centred_trellis2", 0xd9eac5cdU},
+                                                    {"low_rank", 0xe131ca7cU},
+                                                    {"klt", 0x89e3bd2cU},
+                                                    {"centred_klt", 0xb56922d0U}};
+
+}  // namespace
+
+TEST_CASE("the same rows are the same bytes in every build, on every instruction set", "[codec]") {
+  std::vector<std::string> names = kvcache::codec_names();
+  names.insert(names.end(), {"low_rank", "klt", "centred_klt"});
+  CHECK(names.size() == known.size());
+  for (const std::string& name : names) {
+    for (const kernel::isa level : kernel::available()) {
+      CAPTURE(name, kernel::to_string(level));
+      const auto found = known.find(name);
+      CHECK(checksum_of(name, kernel::select(level)) == (found == known.end() ? 0 : found->second));
+    }
+  }
+}
