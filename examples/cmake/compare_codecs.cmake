@@ -21,7 +21,7 @@ file(MAKE_DIRECTORY "${SCRATCH}")
 run(0 "Bigger models were not measured" --model "${MODEL}" --tokens 16 --texts 1 --documents 0 --heads 1 --head-tokens 256
   --codecs "int8 k=channel4,v=rotated4 rotated2,tail=16" --svg "${SCRATCH}/chart.svg")
 foreach(needed "Normally distributed rows" "x bound" "KL of weights" "same first" "\nint8 +128 +" "\nint8 +0 +"
-    "\nk=channel4,v=rotated4 +128 +" "\nrotated2,tail=16 +own +")
+    "\nk=channel4,v=rotated4 +128 +" "\nint8 +128 f16 +" "\nrotated2,tail=16 +own +")
   if(NOT printed MATCHES "${needed}")
     message(FATAL_ERROR "no \"${needed}\" in\n${printed}")
   endif()

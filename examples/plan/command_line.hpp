@@ -96,6 +96,7 @@ inline std::optional<index_t> unit_bytes(std::string_view unit) {
     const kvcache::any_codec codec = kvcache::make_codec(spec);
     choice.sink_tokens = codec.sink_tokens;
     choice.tail_tokens = codec.tail_tokens;
+    choice.exact_as = codec.exact_as;
   } catch (const std::invalid_argument& error) {
     throw usage_error(std::string("--codec: ") + error.what());
   }
@@ -142,10 +143,10 @@ inline void declare(CLI::App& app, arguments& args) {
   app.add_option("--reserve", args.reserve, "of the memory, for all else [the preset's, or 0]");
   app.add_option("--sequences", args.sequences, "at the same time")->capture_default_str();
   app.add_option("--context", args.context, "tokens of each sequence [what the model was made for, or 4096]");
-  app.add_option("--codec", args.codecs, "only these: int8,sinks=4,tail=128; may be repeated");
+  app.add_option("--codec", args.codecs, "only these: int8,sinks=4,tail=128,exact=f16; may be repeated");
   app.add_option("--block-size", args.block_sizes, "tokens, the best of them is taken [64,128]")
       ->delimiter(',');
-  app.add_option("--worst", args.worst, "most loss to recommend, in times that of int8 behind a tail")
+  app.add_option("--worst", args.worst, "most loss to recommend, in times that of int8 behind a bf16 tail")
       ->capture_default_str();
   app.add_flag("--slow-encoding", args.slow_encoding, "recommend trellis, too");
 }

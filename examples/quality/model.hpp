@@ -60,12 +60,13 @@ struct model_settings {
   return bits;
 }
 
-/// The tail and the sinks of such a spec. Throws std::invalid_argument if it says anything else behind the bits.
+/// The tail and the sinks of such a spec, and how they are stored. Throws std::invalid_argument if it says anything else behind the bits.
 [[nodiscard]] inline any_codec klt_tail_in(std::string_view spec) {
   const std::size_t end = std::min(spec.find(','), spec.size());
   any_codec options = kvcache::make_codec("bf16" + std::string(spec.substr(end)));
   if (options.keys.side_name() != "bf16" || options.values.side_name() != "bf16")
-    throw std::invalid_argument("'" + std::string(spec) + "': behind klt's bits there is tail=, sinks=");
+    throw std::invalid_argument("'" + std::string(spec) +
+                                "': behind klt's bits there is tail=, sinks=, exact=");
   return options;
 }
 
@@ -231,6 +232,7 @@ inline layered_codec model_reference::codec_of(const std::string& spec) const {
   const any_codec options = klt_tail_in(spec);
   codec.tail_tokens = options.tail_tokens;
   codec.sink_tokens = options.sink_tokens;
+  codec.exact_as = options.exact_as;
   return codec;
 }
 

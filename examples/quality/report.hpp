@@ -83,13 +83,13 @@ namespace detail {
 
 namespace detail {
 
-/// Rows of the model's table; remembers the medians of int8.
+/// Rows of the model's table; remembers the medians of int8 without a tail and with one of bf16.
 class model_table {
  public:
-  /// \param tail  "0", "128", or "own" for a spec that says it itself
+  /// \param tail  "0", "128", "128 f16", or "own" for a spec that says it itself
   void add(const std::string& spec, const std::string& tail, double bits, const model_quality& q) {
     double& of_int8 = int8_medians_[tail == "0" ? 0 : 1];
-    if (spec == "int8") of_int8 = q.median;
+    if (spec == "int8" && (tail == "0" || tail == "128")) of_int8 = q.median;
     const std::string times = of_int8 > 0 ? llama::formatted("%.2f", q.median / of_int8) : "-";
     const std::string recalled =
         q.questions == 0 ? "-" : std::to_string(q.correct) + "/" + std::to_string(q.questions);
@@ -126,10 +126,11 @@ class model_table {
       << model.num_positions() << " positions\n"
       << "in the second half of texts of " << std::min(given.num_tokens, c.max_context)
       << " tokens, against an f32 cache; same likeliest token; facts recalled. Blocks of " << given.block_size
-      << ". Tail 128: the last 128 tokens and the first 4 exact.\n"
+      << ". Tail 128: the last 128 tokens and the first 4 exact,\n"
+      << "in bf16 or f16. x int8: times the median of int8, without a tail or with one in bf16.\n"
       << "Bigger models were not measured.\n";
   detail::model_table table;
-  chart_panel panel{.title = "A small model, decoding token by token",
+  chart_panel panel{.title = "A small model, decoding token by token; tails in f16",
                     .error_axis = "median KL divergence of the next token, nats",
                     .bits_axis = "bits per number, keys and values, scales included (head_dim " +
                                  std::to_string(c.head_dim) + ")",
@@ -141,9 +142,11 @@ class model_table {
     table.add(spec, only_itself ? "own" : "0", bits, plain);
     panel.add({only_itself ? label_of(spec) : "", family_of(spec), bits, plain.median, !only_itself});
     if (only_itself) continue;
-    const model_quality tail = model.measure(spec + ",sinks=4,tail=128");
-    table.add(spec, "128", bits, tail);
-    panel.add({label_of(spec), family_of(spec), bits, tail.median});
+    const std::string with_tail = spec + ",sinks=4,tail=128";
+    table.add(spec, "128", bits, model.measure(with_tail));
+    const model_quality in_f16 = model.measure(with_tail + ",exact=f16");
+    table.add(spec, "128 f16", bits, in_f16);
+    panel.add({label_of(spec), family_of(spec), bits, in_f16.median});
   }
   out << table << '\n' << std::flush;
   return panel;

@@ -19,6 +19,7 @@
 #include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/layer_descriptions.hpp>
 #include <kvcache/codec/low_rank_chooser.hpp>

@@ -92,7 +92,7 @@ class layer_model {
 
  private:
   struct token {
-    std::vector<float> k;  // [num_kv_heads, head_dim], in bf16
+    std::vector<float> k;  // [num_kv_heads, head_dim], as exact tokens are stored
     std::vector<float> v;
     std::vector<float> stored_k = {};  // what the codec made of them
     std::vector<float> stored_v = {};
@@ -102,8 +102,14 @@ class layer_model {
     return std::max(size - codec_.tail_tokens, index_t{0}) / shape_.block_size;
   }
 
-  static std::vector<float> narrowed(std::vector<float> rows) {
-    for (float& x : rows) x = kvcache::to_float(kvcache::from_float<kvcache::bfloat16>(x));
+  /// As exact tokens are stored; what a codec made of them is cut to the range of these first.
+  [[nodiscard]] std::vector<float> narrowed(std::vector<float> rows) const {
+    for (float& x : rows) {
+      if (codec_.exact_as == codec::exact_element::f16)
+        x = kvcache::to_float(kvcache::from_float<kvcache::half>(std::clamp(x, -65504.0F, 65504.0F)));
+      if (codec_.exact_as == codec::exact_element::bf16)
+        x = kvcache::to_float(kvcache::from_float<kvcache::bfloat16>(x));
+    }
     return rows;
   }
 
@@ -272,6 +278,8 @@ TEMPLATE_TEST_CASE(
     (codec::exact_sinks<codec::rotated<4>, 3>),
     (codec::exact_sinks<codec::exact_tail<codec::rotated<2>, 0>, 16>), codec::channel<4>,
     (codec::exact_tail<codec::balanced<2>, 33>),
+    (codec::exact_tail<codec::int8, 20, codec::exact_element::f16>),
+    (codec::exact_sinks<codec::exact_tail<codec::channel<4>, 5, codec::exact_element::f32>, 7>),
     (codec::exact_sinks<codec::exact_tail<codec::mixed<codec::channel<3>, codec::rotated<4>>>, 4>)) {
   test::random random;
   run_scripts(TestType{}, random);
@@ -282,6 +290,11 @@ TEST_CASE("settings of tail and sinks are values as well", "[cache]") {
   kvcache::any_codec settings = kvcache::make_codec("k=channel4,v=rotated3,sinks=5,tail=40");
   run_scripts(settings, random);
   run_scripts(codec::exact_tail<codec::int8>(codec::int8{}, 7), random);
+  for (const char* exact : {"f16", "f32", "bf16"}) {
+    CAPTURE(exact);
+    run_scripts(kvcache::make_codec("k=channel4,v=rotated3,sinks=5,tail=40,exact=" + std::string(exact)),
+                random);
+  }
 }
 
 TEST_CASE("tokens appended one by one and at once are stored alike", "[cache]") {
@@ -324,6 +337,53 @@ TEST_CASE("what cannot be stored is refused and leaves everything as it was", "[
   }
 }
 
+TEST_CASE("exact tokens in f16 take all that f16 has, and no more", "[cache]") {
+  using stored = codec::exact_tail<codec::channel<4>, 10, codec::exact_element::f16>;
+  kvcache::chunked_cache<stored> cache(small);
+  const auto floats = static_cast<std::size_t>(16 * small.num_kv_heads * small.head_dim);
+  const std::vector<float> ones(floats, 1.0F);
+  for (const float x : {65504.0F, -65519.9F, 1e-7F, 0x1p-24F, 0.0F}) {
+    CAPTURE(x);
+    std::vector<float> rows = ones;
+    rows[7] = x;
+    cache.truncate(0);
+    REQUIRE(cache[0].try_append(rows, ones) == status::ok);
+    REQUIRE(all_of(cache, 0)[7] == kvcache::to_float(kvcache::from_float<kvcache::half>(x)));
+  }
+  for (const float x : {65520.0F, -1e5F, 3e38F, std::numeric_limits<float>::quiet_NaN()}) {
+    CAPTURE(x);
+    std::vector<float> rows = ones;
+    rows[7] = x;
+    REQUIRE(cache[0].try_append(rows, ones) == status::not_finite);
+    REQUIRE(cache[0].try_append(ones, rows) == status::not_finite);
+    REQUIRE(cache[0].size() == 16);
+  }
+}
+
+TEST_CASE("exact tokens are attended as they are stored, whatever the element", "[cache]") {
+  test::random random;
+  const cache_shape shape{.num_layers = 1, .num_kv_heads = 2, .head_dim = 21, .block_size = 16};
+  const index_t token = shape.num_kv_heads * shape.head_dim;
+  for (const std::string element : {"bf16", "f16", "f32"}) {
+    for (const index_t size : {1, 15, 16, 17, 50}) {
+      CAPTURE(element, size);
+      // A tail longer than the sequence: nothing is sealed, so it has to be what the exact codec gives, bit by bit.
+      auto tail = kvcache::make_cache("chunked/int8,tail=60,exact=" + element, shape);
+      auto whole = kvcache::make_cache("chunked/" + element, shape);
+      const std::vector<float> k = random.floats(size * token);
+      const std::vector<float> v = random.floats(size * token);
+      tail[0].append(k, v);
+      whole[0].append(k, v);
+      const std::vector<float> q = random.floats(3 * token);
+      std::vector<float> out(q.size());
+      std::vector<float> expected(q.size());
+      attend(q, tail[0], out);
+      attend(q, whole[0], expected);
+      REQUIRE(out == expected);
+    }
+  }
+}
+
 TEST_CASE("settings that do not fit the shape are refused", "[cache]") {
   using tail = codec::exact_tail<codec::int8>;
   using sinks = codec::exact_sinks<codec::int8>;
@@ -352,6 +412,23 @@ TEST_CASE("bytes count sealed blocks, ring and sinks", "[cache]") {
         heads * (sealed * stored{}.block_bytes(g) + 5 * exact_block) + 2 * 16 * small.head_dim * 4);
   CHECK(use.total == use.payload + use.slack);
   CHECK(use.shared == 0);
+}
+
+TEST_CASE("exact tokens in f32 take twice the bytes of f16", "[cache]") {
+  const auto g = kvcache::geometry_of(small);
+  const index_t heads = small.num_layers * small.num_kv_heads;
+  const std::vector<float> rows(static_cast<std::size_t>(100 * small.num_kv_heads * small.head_dim), 1.0F);
+  const auto use_of = [&](const std::string& element) {
+    kvcache::chunked_cache<kvcache::any_codec> cache(
+        small, kvcache::make_codec("rotated4,tail=32,sinks=4,exact=" + element), {.blocks_per_chunk = 1});
+    for (index_t layer = 0; layer < small.num_layers; ++layer) cache[layer].append(rows, rows);
+    return cache.bytes();
+  };
+  const auto half = use_of("f16");
+  const auto whole = use_of("f32");
+  CHECK(half.total == use_of("bf16").total);
+  CHECK(whole.total - half.total == heads * 5 * (codec::f32{}.block_bytes(g) - codec::f16{}.block_bytes(g)));
+  CHECK(whole.payload - half.payload == heads * (100 - 64 + 4) * codec::f16{}.token_bytes(g));
 }
 
 TEST_CASE("payload is never more than what the blocks have", "[cache]") {
@@ -386,6 +463,18 @@ TEST_CASE("what a pool refuses leaves no tail behind", "[cache]") {
   CHECK(cache.reserve(100) == status::out_of_pages);
   CHECK(cache.bytes().total == 0);
   cache.check();
+}
+
+TEST_CASE("a first append that is refused takes no memory, and reserved memory stays", "[cache]") {
+  kvcache::chunked_cache<codec::exact_tail<codec::int8, 16>> cache(small);
+  std::vector<float> rows(static_cast<std::size_t>(small.num_kv_heads * small.head_dim), 1.0F);
+  rows[3] = std::numeric_limits<float>::infinity();
+  REQUIRE(cache[0].try_append(rows, rows) == status::not_finite);
+  CHECK(cache.bytes().total == 0);
+  REQUIRE(cache.reserve(20) == status::ok);
+  const index_t reserved = cache.bytes().total;
+  REQUIRE(cache[0].try_append(rows, rows) == status::not_finite);
+  CHECK(cache.bytes().total == reserved);
 }
 
 TEST_CASE("dense rows of a codec that seals are attended block by block", "[cache]") {

@@ -446,3 +446,18 @@ TEST_CASE("a codec that no layer has neither seals nor counts", "[codec]") {
   CHECK(left.codecs().size() == 1);
   CHECK(left.of_layer() == std::vector<index_t>{0, 0});
 }
+
+TEST_CASE("a file may not name more codecs than layers, or than a few hundred", "[codec]") {
+  const std::size_t most = codec::layer_descriptions::max_sides;
+  const auto read = [](std::size_t num_sides, index_t num_layers) {
+    const codec::layer_descriptions made{std::vector<kvcache::side_description>(num_sides, {"int8", {}}),
+                                         std::vector<index_t>(static_cast<std::size_t>(num_layers), 0)};
+    return codec::layer_descriptions::from_side(made.as_side(), num_layers).sides.size();
+  };
+  CHECK(read(3, 3) == 3);
+  CHECK_THROWS_AS(read(4, 3), kvcache::shape_error);
+  CHECK(read(most, 1000) == most);
+  CHECK_THROWS_AS(read(most + 1, 1000), kvcache::shape_error);
+  CHECK(layered(std::vector<any_codec>(most)).codecs().size() == most);
+  CHECK_THROWS_AS(layered(std::vector<any_codec>(most + 1)), kvcache::shape_error);
+}

@@ -8,7 +8,9 @@
 #include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/klt.hpp>
 #include <kvcache/codec/low_rank.hpp>
+#include <kvcache/codec/rope_turns.hpp>
 #include <kvcache/codec/sealing.hpp>
+#include <kvcache/core/rope_config.hpp>
 #include <kvcache/interop/any_cache.hpp>
 #include <kvcache/interop/any_codec.hpp>
 #include <kvcache/interop/any_snapshot.hpp>
@@ -24,6 +26,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -244,6 +247,17 @@ TEMPLATE_TEST_CASE("tokens that stay are what they were when those between them 
       }
     });
   });
+}
+
+TEMPLATE_TEST_CASE("centred keys that no spec names come back from their description", "[codec]", codec::f32,
+                   codec::f16, codec::bf16) {
+  codec::centred_keys<typename TestType::keys_type> keys;
+  keys.turns = std::make_shared<const codec::rope_turns>(
+      kvcache::rope_config{.head_dim = 24, .pairing = kvcache::rope_pairing::half});
+  kvcache::any_codec any;
+  any.keys = codec::any_keys::of(keys);
+  const auto described = kvcache::describe(any);
+  CHECK(kvcache::describe(kvcache::make_described<kvcache::any_codec>(described, shape)) == described);
 }
 
 TEMPLATE_TEST_CASE("snapshots of klt come back with its bases, into caches by type and by name", "[codec]",

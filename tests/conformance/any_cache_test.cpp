@@ -199,7 +199,9 @@ TEST_CASE("attention layers run on any_cache", "[conformance]") {
 
 TEST_CASE("tokens are kept and weights added up as in the typed container", "[conformance]") {
   test::random random;
-  for (const char* spec : {"paged/int8", "chunked/k=channel4,v=rotated4,sinks=2,tail=16"}) {
+  for (const char* spec :
+       {"paged/int8", "chunked/k=channel4,v=rotated4,sinks=2,tail=16",
+        "contiguous/k=channel4,v=rotated4,exact=f16", "paged/trellis3,sinks=2,exact=f32"}) {
     auto any = kvcache::make_cache(spec, small);
     const index_t width = small.num_kv_heads * small.head_dim;
     for (index_t layer = 0; layer < small.num_layers; ++layer)
@@ -266,6 +268,12 @@ TEST_CASE("a spec that is not known is refused with a list of what there is", "[
     refused(spec, {"'tail=' lacks a number of tokens", "tail=128"});
   for (const char* spec : {"paged/k=", "paged/bf16,k", "paged/k=,tail=3"})
     refused(spec, {"'k=' lacks a codec"});
+  for (const char* spec :
+       {"paged/bf16,tail=3,exact=", "paged/bf16,tail=3,exact=f61", "paged/channel4,exact=int8"})
+    refused(spec, {"exact=", "tails and sinks", "bf16, f16, f32"});
+  for (const char* spec :
+       {"paged/int8,exact=f16", "paged/exact=f16,tail=0", "paged/rotated4,first=1:int8,exact=f32"})
+    refused(spec, {"exact=", "neither"});
   refused("paged/int8+", {"'int8+' lacks a codec", "rotated4"});
   refused("paged/v=channel4", {"channel4", "keys"});
   refused("paged/v=centred_int8", {"centred_int8", "keys"});
@@ -320,7 +328,7 @@ TEST_CASE("what is said twice in a spec is refused", "[conformance]") {
   const auto message = [](const std::string& spec) { return message_of("chunked/" + spec); };
   for (const char* spec :
        {"k=int8,k=int8", "v=int8,tail=3,v=f32", "tail=3,tail=3", "int8,sinks=1,sinks=2", "int8,k=f16,k=f32",
-        "centred_int8,rope=half:10000,rope=half:10000", "int8,k=f16,v=f32"}) {
+        "tail=3,exact=f16,exact=f16", "centred_int8,rope=half:10000,rope=half:10000", "int8,k=f16,v=f32"}) {
     CAPTURE(spec, message(spec));
     CHECK(message(spec).find("given twice") != std::string::npos);
   }
@@ -377,6 +385,9 @@ TEST_CASE("rope= is for centred codecs, and says no other thing than the rope_co
 
 TEST_CASE("a spec says the codec of keys and values, sinks and tail", "[conformance]") {
   const auto codec = kvcache::make_codec("k=channel4,v=rotated3,sinks=4,tail=128");
+  REQUIRE(codec.exact_as == codec::exact_element::bf16);
+  REQUIRE(kvcache::make_codec("int8,exact=f16,tail=1").exact_as == codec::exact_element::f16);
+  REQUIRE(kvcache::make_codec("channel3,exact=f32").exact_as == codec::exact_element::f32);
   const kvcache::block_geometry g{.block_size = 64, .head_dim = 128};
   REQUIRE(codec.tail_tokens == 128);
   REQUIRE(codec.sink_tokens == 4);

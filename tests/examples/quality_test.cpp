@@ -164,6 +164,13 @@ TEST_CASE("a decoding model keeps its distributions and its facts", "[examples]"
   CHECK(centred2.median < 0.6 * pair2.median);
   CHECK(klt3.median < 2.2 * int8.median);
   CHECK(klt2.median < 4.4 * int8.median);
+  // Behind a tail in bf16 it is the tail that costs; in f16 it is what the codec does.
+  const auto in_f16 = [&](const std::string& spec) {
+    return model().measure(spec + tail + ",exact=f16").median;
+  };
+  CHECK(in_f16("int8") < 0.1 * int8.median);
+  CHECK(in_f16("klt3.4") < 0.6 * int8.median);
+  CHECK(in_f16("k=channel4,v=rotated4") < 0.7 * pair4.median);
   CHECK(int8.same_first > 0.99);
   CHECK(pair4.same_first > 0.99);
   CHECK(pair2.same_first > 0.97);
@@ -178,6 +185,7 @@ TEST_CASE("specs of klt name bits, a tail and sinks, and nothing else", "[exampl
   CHECK(quality::klt_bits_in("klt2,tail=128") == 2);
   CHECK(quality::klt_tail_in("klt2,tail=128,sinks=4").tail_tokens == 128);
   CHECK(quality::klt_tail_in("klt2,tail=128,sinks=4").sink_tokens == 4);
+  CHECK(quality::klt_tail_in("klt2,tail=128,exact=f16").exact_as == kvcache::codec::exact_element::f16);
   for (const char* spec : {"klt", "klt0.5", "klt9", "klt3x", "klt-3"})
     CHECK_THROWS_AS(quality::klt_bits_in(spec), std::invalid_argument);
   for (const char* spec : {"klt3,k=int8", "klt3,v=rotated4", "klt3,first=1:int8", "klt3,tail=x", "klt3,"})

@@ -204,8 +204,10 @@ TEST_CASE("where there is no memory for both copies tokens stay exact until ther
 TEST_CASE("a cache is saved before and after it has bases, and goes on as it would have", "[interop]") {
   namespace store = kvcache::store;
   test::random random;
-  for (const std::string text : {"chunked/k=low_rank12,v=low_rank20,fit=40,tail=20",
-                                 "paged/low_rank8,first=1:int8,fit=40", "contiguous/low_rank8,fit=40"}) {
+  for (const std::string text :
+       {"chunked/k=low_rank12,v=low_rank20,fit=40,tail=20", "chunked/low_rank8,fit=40,tail=20,exact=f16",
+        "paged/low_rank8,fit=40,tail=20,exact=f32", "paged/low_rank8,first=1:int8,fit=40",
+        "contiguous/low_rank8,fit=40"}) {
     for (const index_t before : {0, 30, 59, 60, 90}) {
       CAPTURE(text, before);
       any_cache saved = make_cache_with_low_rank(text, small);

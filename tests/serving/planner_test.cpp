@@ -206,7 +206,9 @@ TEST_CASE("every sequence reaches the greatest context and none goes past it", "
 }
 
 TEST_CASE("an open long step takes what the plan sets aside for it", "[serving]") {
-  const codec_choice codec{"int8", "int8", 4, 40};
+  const auto exact =
+      GENERATE(codec::exact_element::bf16, codec::exact_element::f16, codec::exact_element::f32);
+  const codec_choice codec{"int8", "int8", 4, 40, exact};
   const plan_options one_step{.codecs = {codec}, .block_sizes = {32}, .long_steps = 1};
   const plan_row row = plan({2, 2, 1, 16}, 1_MiB, 2, 100, one_step).rows.at(0);
   real_pool real(row, 2);
@@ -251,8 +253,8 @@ TEST_CASE("weights and a reserve come off first", "[serving]") {
   CHECK(bf16.spec == "paged/bf16");
   CHECK(bf16.bytes_per_token == 131072);  // 2 x 32 x 8 x 128 x 2
   CHECK(bf16.needed_bytes == 4_GiB);
-  CHECK(bf16.max_context == 8192);  // README: 8,192 tokens take exactly 1 GiB
-  CHECK(made.recommended == std::size_t{0});
+  CHECK(bf16.max_context == 8192);            // README: 8,192 tokens take exactly 1 GiB
+  CHECK(made.recommended == std::size_t{1});  // f16: the same bytes
 
   // Twice as long as bf16 holds: the next least lossy. Four times: the next. Nothing for ever.
   const auto recommended = [&](index_t context) -> std::string {
@@ -260,19 +262,19 @@ TEST_CASE("weights and a reserve come off first", "[serving]") {
         plan(model, machine->memory_bytes, 8, context, {.reserve_bytes = machine->reserve_bytes});
     return p.recommended ? p.rows[*p.recommended].spec : "nothing";
   };
-  CHECK(recommended(8192) == "paged/bf16");
-  CHECK(recommended(8193) == "paged/int8,sinks=4,tail=128");
-  CHECK(recommended(29000) == "paged/k=channel4,v=rotated4,sinks=4,tail=128");
-  CHECK(recommended(38000) == "paged/k=channel3,v=rotated3,sinks=4,tail=128");
+  CHECK(recommended(8192) == "paged/f16");
+  CHECK(recommended(8193) == "paged/int8,sinks=4,tail=128,exact=f16");
+  CHECK(recommended(29000) == "paged/k=channel4,v=rotated4,sinks=4,tail=128,exact=f16");
+  CHECK(recommended(38000) == "paged/k=channel3,v=rotated3,sinks=4,tail=128,exact=f16");
   CHECK(recommended(50000) == "nothing");  // 2 bits would fit
   const auto slow = [&](index_t context, double worst) {
     const cache_plan p = plan(model, 16_GiB, 8, context,
                               {.reserve_bytes = 3_GiB, .worst_kl_ratio = worst, .slow_encoding = true});
     return p.recommended ? p.rows[*p.recommended].spec : "nothing";
   };
-  CHECK(slow(38000, 10) == "paged/trellis3,sinks=4,tail=128");
+  CHECK(slow(38000, 10) == "paged/trellis3,sinks=4,tail=128,exact=f16");
   CHECK(slow(50000, 10) == "nothing");
-  CHECK(slow(50000, 20) == "paged/trellis2,sinks=4,tail=128");
+  CHECK(slow(50000, 20) == "paged/trellis2,sinks=4,tail=128,exact=f16");
   const cache_plan roomy = plan(model, 200_GiB, 1, 50000);
   CHECK(roomy.rows[0].max_context == 131072);
   CHECK(roomy.rows[0].memory_context > 131072);
@@ -388,6 +390,11 @@ TEST_CASE("a choice is judged by the longest tail that was measured and is not l
   CHECK(tail_of({"int8", "int8", 4, 128}) == 128);
   CHECK(tail_of({"int8", "int8", 16, 512}) == 128);
   CHECK(tail_of({"channel4", "channel4", 4, 128}) == 128);
+  const auto element_of = [](const codec_choice& choice) { return find_quality(choice)->exact_as; };
+  for (const codec::exact_element element : codec::exact_elements) {
+    CHECK(element_of({"int8", "int8", 4, 128, element}) == std::min(element, codec::exact_element::f16));
+    CHECK(tail_of({"int8", "int8", 4, 100, element}) == 0);
+  }
   CHECK(tail_of({"trellis3", "trellis3", 0, 0}) == -1);
   CHECK(tail_of({"bf16", "rotated2", 0, 0}) == -1);
   CHECK(find_speed({"channel3", "channel3"}) == find_speed({"channel3", "rotated3", 4, 128}));
@@ -402,7 +409,6 @@ TEST_CASE("a choice is judged by the longest tail that was measured and is not l
 TEST_CASE("the figures of quality are those of docs/codecs.md", "[serving]") {
   const std::string page = file_text("docs/codecs.md");
   const auto model = markdown_table(page, "codec | tail | bits", "## The bundled model");
-  const auto trellis = markdown_table(page, "codec | bits | median KL", "## With trellis codecs");
   const auto heads = markdown_table(page, "codec | keys: bits | KL", "## Synthetic heads");
   const auto trellis_heads = markdown_table(page, "codec | keys: bits | KL", "## With trellis codecs");
   const auto number = [](const std::string& cell) { return std::stod(cell); };
@@ -415,18 +421,16 @@ TEST_CASE("the figures of quality are those of docs/codecs.md", "[serving]") {
       continue;
     }
     const bool is_trellis = name.find("trellis") != std::string::npos;
-    const auto* row =
-        is_trellis ? find_row(trellis, name) : find_row(model, name, std::to_string(f.tail_tokens));
+    const std::string tail =
+        std::to_string(f.tail_tokens) + (f.exact_as == codec::exact_element::f16 ? " f16" : "");
+    const auto* row = find_row(model, name, tail);
     REQUIRE(row != nullptr);
-    const std::size_t column = is_trellis ? 2 : 3;
-    CHECK(same(f.median_kl, number(row->at(column))));
-    CHECK(same(f.reference_kl, number(is_trellis ? find_row(trellis, "int8")->at(2)
-                                                 : find_row(model, "int8", "128")->at(3))));
-    CHECK(f.recalled.has_value() == !is_trellis);
-    if (f.recalled) CHECK(std::to_string(*f.recalled) + "/320" == row->at(8));
+    CHECK(same(f.median_kl, number(row->at(3))));
+    CHECK(same(f.reference_kl, number(find_row(model, "int8", "128")->at(3))));
+    CHECK(std::to_string(f.recalled) + "/320" == row->at(8));
     // Bits there include scales, at 64 dims and blocks of 128 tokens.
     const cache_sizes sizes({1, 1, 64, 128}, {std::string(f.keys), std::string(f.values)});
-    CHECK(std::abs(sizes.bits_per_number() - number(row->at(is_trellis ? 1 : 2))) < 0.0006);
+    CHECK(std::abs(sizes.bits_per_number() - number(row->at(2))) < 0.0006);
     const auto* head = find_row(is_trellis ? trellis_heads : heads, name);
     CHECK((head != nullptr) == f.key_output_error.has_value());
     if (head == nullptr) continue;

@@ -335,8 +335,10 @@ TEMPLATE_TEST_CASE("nothing of deleted tokens gets into a journal", "[store]", c
 TEST_CASE("layers whose blocks differ in size go through snapshots and journals", "[store]") {
   using codecs = codec::by_layer<any_codec>;
   constexpr cache_shape three{3, 2, 6, 16};
-  for (const std::string spec : {"int8,first=1:f32,layers=1:bf16",
-                                 "k=channel4,v=int8,last=1:f32,tail=20,sinks=3", "rotated4,first=1:bf16"}) {
+  for (const std::string spec :
+       {"int8,first=1:f32,layers=1:bf16", "k=channel4,v=int8,last=1:f32,tail=20,sinks=3",
+        "rotated4,first=1:bf16", "k=channel4,v=int8,last=1:f32,tail=20,sinks=3,exact=f16",
+        "rotated4,last=1:balanced2,exact=f32"}) {
     CAPTURE(spec);
     const codecs codec = make_codec_by_layer(spec, 3);
     const block_geometry g = geometry_of(three);

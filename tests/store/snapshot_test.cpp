@@ -40,6 +40,8 @@ namespace {
 
 using bytes = std::vector<std::byte>;
 using sealing = codec::exact_sinks<codec::exact_tail<codec::channel<4>, 20>>;
+using sealing_f16 = codec::exact_sinks<codec::exact_tail<codec::channel<4>, 20, codec::exact_element::f16>>;
+using sealing_f32 = codec::exact_sinks<codec::exact_tail<codec::int8, 20, codec::exact_element::f32>>;
 constexpr cache_shape shape{2, 2, 24, 16};
 
 std::vector<token_id> ids(index_t count) {
@@ -59,7 +61,7 @@ std::vector<float> attended(const auto& layer, test::random&& random) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("a sequence goes through a snapshot into any container and goes on as it was", "[store]",
-                   codec::bf16, codec::int8, sealing) {
+                   codec::bf16, codec::int8, sealing, sealing_f16, sealing_f32) {
   for (const index_t size : {0, 1, 15, 16, 17, 70}) {
     CAPTURE(size);
     test::random random;
@@ -229,6 +231,13 @@ TEST_CASE("settings of a codec are saved, and another codec or shape is refused"
   using with_tail = chunked_cache<codec::exact_tail<codec::bf16, 8>>;
   with_tail tail(shape);
   CHECK_THROWS_AS(store::load<chunked_cache<codec::bf16>>(store::save(tail, {})), load_error);
+  chunked_cache<sealing_f16> in_f16(shape);
+  stored::append(in_f16, 50, random);
+  const bytes saved_f16 = store::save(in_f16, {});
+  chunked_cache<sealing> in_bf16(shape);
+  CHECK_THROWS_AS(store::load_into(in_bf16, saved_f16), load_error);
+  // As tail and sinks, it is what the file says.
+  CHECK(store::load<chunked_cache<sealing>>(saved_f16).cache.codec().exact_as == codec::exact_element::f16);
   CHECK(
       store::load<with_tail>(store::save(chunked_cache<codec::bf16>(shape), {})).cache.codec().tail_tokens ==
       0);
@@ -295,8 +304,10 @@ TEST_CASE("a snapshot of another model, tokenizer or rotation is refused", "[sto
 
 TEST_CASE("any_cache is saved, and made again from its file", "[store]") {
   test::random random;
-  for (const std::string spec : {"contiguous/bf16", "chunked/k=channel4,v=rotated4,tail=20,sinks=4",
-                                 "paged/trellis2", "contiguous/k=channel3,v=rotated3,first=1:int8,tail=20"}) {
+  for (const std::string spec :
+       {"contiguous/bf16", "chunked/k=channel4,v=rotated4,tail=20,sinks=4",
+        "paged/k=channel4,v=rotated4,exact=f16", "chunked/rotated4,tail=20,sinks=4,exact=f32",
+        "paged/trellis2", "contiguous/k=channel3,v=rotated3,first=1:int8,tail=20"}) {
     CAPTURE(spec);
     any_cache cache = make_cache(spec, shape);
     stored::append(cache, 60, random);
@@ -329,8 +340,8 @@ TEST_CASE("low_rank is saved with its bases", "[store]") {
   require_same(cache, store::load_any(saved).cache);
 }
 
-TEMPLATE_TEST_CASE("a mapped snapshot is attended over as the sequence was", "[store]", codec::int8,
-                   sealing) {
+TEMPLATE_TEST_CASE("a mapped snapshot is attended over as the sequence was", "[store]", codec::int8, sealing,
+                   sealing_f32) {
   const model_files::temporary_folder folder;
   const auto path = folder.path() / "mapped.kv";
   for (const index_t size : {1, 16, 23, 70}) {

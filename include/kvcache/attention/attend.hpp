@@ -25,7 +25,7 @@ namespace kvcache::inline v0 {
 
 namespace detail {
 
-/// 48 KiB on the stack of the thread that runs a task (kernels and codecs take up to 96 KiB more); larger shapes take
+/// 48 KiB on the stack of the thread that runs a task (kernels and codecs take up to 160 KiB more); larger shapes take
 /// their memory from the workspace.
 inline constexpr index_t stack_floats = 12 * 1024;
 

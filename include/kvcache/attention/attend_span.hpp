@@ -18,7 +18,7 @@
 #include <kvcache/block/view.hpp>
 #include <kvcache/cache/positions.hpp>
 #include <kvcache/codec/concepts.hpp>
-#include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/lanes.hpp>
@@ -66,6 +66,7 @@ struct span_context {
 struct span_blocks {
   std::span<const std::byte* const> data;  ///< in order, and the one after them, or null
   index_t first_exact = 0;                 ///< token from which on blocks are exact, not the codec's
+  codec::exact_tokens exact = {};          ///< the encoding of these
   exact_sinks_view sinks = {};  ///< exact tokens from token 0 on, in place of those in the first block
 };
 
@@ -96,7 +97,7 @@ struct block_tokens {
   index_t base;                                ///< token of slot 0
   index_t num_scores;                          ///< count, rounded up to what kernels take
   std::span<const position_segment> segments;  ///< that the tokens lie in
-  bool exact;                                  ///< in the encoding of codec::bf16, whatever the codec
+  bool exact;                                  ///< in the encoding of codec::exact_tokens, whatever the codec
 
   [[nodiscard]] index_t count() const noexcept { return tokens.last - base; }
 };
@@ -155,7 +156,7 @@ void attend_block(const Codec& codec, const span_context& c, const block_geometr
 }
 
 /// The blocks of a span that any query of the tile sees, in order: visit(codec, geometry, queries, block_tokens), where
-/// codec is codec::bf16 for exact blocks, and queries are turned and prepared for it.
+/// codec is blocks.exact for exact blocks, and queries are turned and prepared for it.
 /// \tparam Seals   some of the blocks may be exact, not the codec's
 /// \param scratch  [num_rows, round_up(head_dim, 16) + codec.prepared_floats], 64-byte aligned
 template <bool Seals, class Codec, class Visit>
@@ -215,7 +216,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;
           if (in_sinks) in.block = blocks.sinks.data;
-          visit(codec::bf16{}, in_sinks ? blocks.sinks.geometry : g, queries, in);
+          visit(blocks.exact, in_sinks ? blocks.sinks.geometry : g, queries, in);
           continue;
         }
       }

@@ -227,6 +227,7 @@ class item_plan {
     &&sealing_codec<std::remove_cvref_t<decltype(item_->layer.codec())>>;
     if constexpr (seals) {
       in.first_exact = item_->layer.num_sealed() * shape_.block_size;
+      in.exact = {exact_element_of(item_->layer.codec())};
       in.sinks = item_->layer.sinks(head);
     }
     if constexpr (requires { item_->layer.codec(head); }) {

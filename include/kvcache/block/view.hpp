@@ -15,12 +15,12 @@ struct block_view {
   index_t first_token = 0;          ///< token index of slot 0
   index_t count = 0;                ///< slots that hold tokens; the others may hold anything
   const std::byte* data = nullptr;  ///< keys section, then values section; 64-byte aligned
-  bool sealed = true;               ///< in the encoding of the cache's codec, else of codec::bf16
+  bool sealed = true;               ///< in the encoding of the cache's codec, else of codec::exact_tokens
 };
 
 /// The exact first tokens of a sealed block; `count` is 0 where there are none.
 struct exact_sinks_view {
-  const std::byte* data = nullptr;  ///< in the encoding of codec::bf16; 64-byte aligned
+  const std::byte* data = nullptr;  ///< in the encoding of codec::exact_tokens; 64-byte aligned
   index_t count = 0;
   block_geometry geometry = {};
 };

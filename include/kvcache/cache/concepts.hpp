@@ -20,7 +20,7 @@ namespace kvcache::inline v0 {
 /// Memory of the blocks of a sequence and of what its codec refers to, in bytes. `total == payload + slack`.
 struct memory_use {
   index_t total = 0;    ///< granted for blocks, whether used or not
-  index_t payload = 0;  ///< taken by tokens: tokens * heads * codec.token_bytes, exact ones in bf16
+  index_t payload = 0;  ///< taken by tokens: tokens * heads * codec.token_bytes, exact ones as they are
   index_t slack = 0;    ///< the rest: unused slots, reserved blocks, padding, the bases of low_rank
   index_t shared = 0;   ///< part of `total` that other sequences refer to as well, or may: bases
 

@@ -120,7 +120,7 @@ class layer_ref {
     return cache_->block(layer_, head, index);
   }
 
-  /// Blocks [0, num_sealed) are in the encoding of codec(), those behind them in that of codec::bf16.
+  /// Blocks [0, num_sealed) are in the encoding of codec(), those behind are codec::exact_tokens.
   [[nodiscard]] index_t num_sealed() const noexcept {
     if constexpr (requires { cache_->sealing(); }) {
       return cache_->sealing().num_sealed(layer_, size());
@@ -128,7 +128,7 @@ class layer_ref {
       return num_blocks();
     }
   }
-  /// The first tokens of a head that are exact although their block is sealed: a bf16 block of their own.
+  /// The first tokens of a head that are exact although their block is sealed: an exact block of their own.
   [[nodiscard]] exact_sinks_view sinks([[maybe_unused]] index_t head) const noexcept {
     if constexpr (requires { cache_->sealing(); }) {
       const auto& blocks = cache_->sealing();

@@ -31,8 +31,7 @@ status sealing_blocks<Codec, Storage>::seal(const kernel::table& kernels, index_
       std::memset(to, 0, static_cast<std::size_t>(here.block_bytes(g)));  // padding too: no stale bytes
       if (skipped > 0) {
         std::memset(sinks(layer, head), 0, static_cast<std::size_t>(sink_bytes()));
-        (void)exact_.encode(kernels, sink_geometry(), sinks(layer, head), 0, skipped, constant(k),
-                            constant(v));
+        exact_.encode(kernels, sink_geometry(), sinks(layer, head), 0, skipped, constant(k), constant(v));
       }
       if (skipped == g.block_size) continue;
       const status s = here.encode(kernels, g, to, skipped, g.block_size - skipped,
@@ -51,21 +50,22 @@ void sealing_blocks<Codec, Storage>::unseal(const kernel::table& kernels, index_
   while (s.sealed > blocks_to_seal(size) && s.sealed > s.first_in_ring) --s.sealed;
   const index_t block_size = shape().block_size;
   const index_t cut_block = size / block_size;
+  const float most = exact_.largest();
   if (s.sealed <= cut_block) return;
   for (index_t head = 0; size % block_size != 0 && head < shape().num_kv_heads; ++head) {
     const mutable_rows k = work_rows(0);
     const mutable_rows v = work_rows(1);
     read_piece(kernels, layer, head, {cut_block, 0, block_size, 0}, k, v);
-    // What a codec gives back beyond the range of bfloat16 would be refused when the block is sealed again.
+    // What a codec gives back beyond what exact tokens can be would be refused when the block is sealed again.
     for (const mutable_rows& rows : {k, v}) {
       for (index_t t = 0; t < block_size; ++t) {
         float* row = rows.row(t);
         std::transform(row, row + shape().head_dim, row,
-                       [](float x) { return x == x ? std::clamp(x, -0x1.FEp127F, 0x1.FEp127F) : 0.0F; });
+                       [most](float x) { return x == x ? std::clamp(x, -most, most) : 0.0F; });
       }
     }
-    (void)exact_.encode(kernels, geometry(), exact_block(layer, head, cut_block), 0, block_size, constant(k),
-                        constant(v));
+    exact_.encode(kernels, geometry(), exact_block(layer, head, cut_block), 0, block_size, constant(k),
+                  constant(v));
   }
   s.sealed = cut_block;
   s.first_in_ring = cut_block;

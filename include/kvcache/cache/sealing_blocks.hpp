@@ -3,7 +3,7 @@
 // block, once, when they leave the exact tail.
 //
 //   block      0        1      ...    s - 1  |    s      ...   newest  |
-//            [sinks]  sealed          sealed |        exact (bf16)     |      s = blocks older than the newest tail_tokens
+//            [sinks]  sealed          sealed |           exact         |      s = blocks older than the newest tail_tokens
 //             codec, in the storage          |  ring of tail_blocks + 2, block i in place i % ring_blocks
 //
 // Sealed blocks may be shared between forks. Ring and sinks belong to the sequence, which copies them to fork, keeps them for
@@ -16,7 +16,7 @@
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/direct_blocks.hpp>
 #include <kvcache/cache/keep_tokens.hpp>
-#include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/memory.hpp>
 #include <kvcache/core/shape.hpp>
@@ -43,6 +43,7 @@ class sealing_blocks {
   /// Throws shape_error if the codec's settings do not fit the shape.
   sealing_blocks(const cache_shape& shape, const Codec& codec, Storage storage)
       : direct_(shape, codec, std::move(storage)),
+        exact_{codec.exact_as},
         seals_(codec.needs_whole_blocks() || codec.tail_tokens != 0 || codec.sink_tokens != 0) {
     if (!seals_) return;
     if (codec.tail_tokens < 0) throw shape_error("kvcache: tail_tokens must not be negative");
@@ -80,7 +81,7 @@ class sealing_blocks {
     return {round_up(codec().sink_tokens, key_lanes), shape().head_dim};
   }
 
-  /// A block in the encoding of the codec if it is sealed, else in that of codec::bf16.
+  /// A block in the encoding of the codec if it is sealed, else in that of codec::exact_tokens.
   [[nodiscard]] std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
     return seals_ && index >= state(layer).sealed ? exact_block(layer, head, index)
                                                   : direct_.block(layer, head, index);
@@ -98,24 +99,30 @@ class sealing_blocks {
     });
   }
 
-  /// As direct_blocks::write; refuses rows that are not finite, or not in bf16.
-  [[nodiscard]] status write(const kernel::table& kernels, index_t layer, index_t size, index_t num_tokens,
-                             const head_rows<const float>& k, const head_rows<const float>& v) {
-    if (!seals_) return direct_.write(kernels, layer, size, num_tokens, k, v);
-    for (index_t head = 0; head < shape().num_kv_heads; ++head) {
+  /// Refuses rows that are not finite, or not as exact tokens are stored.
+  [[nodiscard]] status accepts(const kernel::table& kernels, index_t num_tokens,
+                               const head_rows<const float>& k, const head_rows<const float>& v) const {
+    for (index_t head = 0; seals_ && head < shape().num_kv_heads; ++head) {
       for (index_t t = 0; t < num_tokens; ++t) {
         if (!fits(kernels, k.at(t, head).row(0)) || !fits(kernels, v.at(t, head).row(0)))
           return status::not_finite;
       }
     }
+    return status::ok;
+  }
+
+  /// As direct_blocks::write. \pre accepts(...)
+  [[nodiscard]] status write(const kernel::table& kernels, index_t layer, index_t size, index_t num_tokens,
+                             const head_rows<const float>& k, const head_rows<const float>& v) {
+    if (!seals_) return direct_.write(kernels, layer, size, num_tokens, k, v);
     const block_geometry g = geometry();
     return for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
       for (index_t head = 0; head < shape().num_kv_heads; ++head) {
         std::byte* to = exact_block(layer, head, piece.index);
         if (piece.slot == 0 && (piece.count < g.block_size || g.head_dim % 2 != 0))  // has padding
           std::memset(to, 0, static_cast<std::size_t>(exact_bytes_));
-        (void)exact_.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
-                            v.at(piece.done, head));
+        exact_.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
+                      v.at(piece.done, head));
       }
       index_t& in_ring = state(layer).first_in_ring;
       in_ring = std::max(in_ring, piece.index - ring_blocks_ + 1);
@@ -328,9 +335,9 @@ class sealing_blocks {
     return s;
   }
 
-  /// Finite, also once it is rounded to bf16.
+  /// Finite, also once it is rounded.
   [[nodiscard]] bool fits(const kernel::table& kernels, const float* row) const {
-    return kernels.int8.largest(row, shape().head_dim) < 0x1.FFp127F;
+    return kernels.int8.largest(row, shape().head_dim) < exact_.limit();
   }
 
   // Defined in cache/seal_blocks.hpp.
@@ -353,7 +360,7 @@ class sealing_blocks {
   }
 
   direct_blocks<Codec, Storage> direct_;
-  [[no_unique_address]] codec::bf16 exact_;
+  codec::exact_tokens exact_;
   bool seals_;
   index_t ring_blocks_ = 0;
   index_t exact_bytes_ = 0;  // of one block in the ring

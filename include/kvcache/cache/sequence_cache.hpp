@@ -92,7 +92,7 @@ class sequence_cache {
     return sizes_[static_cast<std::size_t>(layer)];
   }
 
-  /// In the encoding of codec(), or of codec::bf16 where a sealing codec keeps it exact.
+  /// In the encoding of codec(), or of codec::exact_tokens where a sealing codec keeps it exact.
   /// \pre the block exists. O(1).
   [[nodiscard]] const std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
     return blocks_.block(layer, head, index);
@@ -273,12 +273,14 @@ status sequence_cache<Codec, Storage>::try_append(index_t layer, std::span<const
   if (num_tokens == 0) return status::ok;
 
   index_t& size = sizes_[static_cast<std::size_t>(layer)];
+  const detail::head_rows<const float> k_rows{k.data(), token_size, shape_.head_dim};
+  const detail::head_rows<const float> v_rows{v.data(), token_size, shape_.head_dim};
+  if constexpr (requires { blocks_.accepts(*kernels_, num_tokens, k_rows, v_rows); }) {
+    if (const status s = blocks_.accepts(*kernels_, num_tokens, k_rows, v_rows); s != status::ok) return s;
+  }
   const index_t blocks_before = blocks_.storage().num_blocks();
   if (const status s = blocks_.prepare(size, size + num_tokens); s != status::ok) return s;
-  const index_t dim = shape_.head_dim;
-  if (const status s = blocks_.write(*kernels_, layer, size, num_tokens, {k.data(), token_size, dim},
-                                     {v.data(), token_size, dim});
-      s != status::ok) {
+  if (const status s = blocks_.write(*kernels_, layer, size, num_tokens, k_rows, v_rows); s != status::ok) {
     blocks_.storage().shrink(blocks_before);
     return s;
   }

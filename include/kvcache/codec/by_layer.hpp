@@ -7,7 +7,7 @@
 //   codec   int8 int8 channel4+rotated4   ...   channel4+rotated4 int8 int8      each layer's blocks have a size of their own
 //
 // Codec is one type with settings that differ, or any_codec. Tail and sinks are settings of the sequence, not of a layer: where
-// one layer's codec needs whole blocks, every layer keeps its newest tokens exact (bf16) until a block is full, and where one
+// one layer's codec needs whole blocks, every layer keeps its newest tokens exact until a block is full, and where one
 // asks for a tail or sinks all have it, f32 layers too.
 #pragma once
 
@@ -48,6 +48,7 @@ template <block_codec Codec>
 class by_layer : public detail::by_layer_options<Codec> {
  public:
   static constexpr std::string_view name = "by_layer";
+  static constexpr std::size_t max_codecs = layer_descriptions::max_sides;
 
   /// One codec for every layer, however many there are.
   by_layer() : by_layer(Codec{}) {}
@@ -56,9 +57,9 @@ class by_layer : public detail::by_layer_options<Codec> {
   /// \param layers  [num_layers]. Throws shape_error if there are none.
   explicit by_layer(const std::vector<Codec>& layers) : by_layer(layers, identity(layers.size())) {}
 
-  /// \param codecs    those that occur, each once; others are left out
+  /// \param codecs    those that occur, each once; others are left out, and at most max_codecs are left
   /// \param of_layer  [num_layers] which of them a layer has; empty: every layer has the first
-  /// Tail and sinks, where there are such settings, are the longest of any codec. Throws shape_error if an index is wrong.
+  /// Tail and sinks, where there are such settings, are the longest of any codec, and stored as the finest of them says. Throws shape_error if an index is wrong.
   by_layer(std::vector<Codec> codecs, std::vector<index_t> of_layer) {
     if (codecs.empty()) throw shape_error("kvcache: by_layer needs a codec");
     if (of_layer.empty()) codecs.erase(codecs.begin() + 1, codecs.end());  // no layer has them
@@ -71,9 +72,13 @@ class by_layer : public detail::by_layer_options<Codec> {
       for (const Codec& codec : codecs) {
         this->tail_tokens = std::max(this->tail_tokens, codec.tail_tokens);
         this->sink_tokens = std::max(this->sink_tokens, codec.sink_tokens);
+        this->exact_as = std::max(this->exact_as, codec.exact_as);
       }
     }
     leave_out_unused(codecs, of_layer);
+    if (codecs.size() > max_codecs)
+      throw shape_error("kvcache: by_layer takes " + std::to_string(max_codecs) + " different codecs, not " +
+                        std::to_string(codecs.size()));
     settings_ = std::make_shared<const settings>(settings{std::move(codecs), std::move(of_layer)});
   }
 
@@ -245,6 +250,7 @@ codec_description by_layer<Codec>::description() const requires described_codec<
     made.tail_tokens = this->tail_tokens;
     made.sink_tokens = this->sink_tokens;
     made.seals = made.seals || made.tail_tokens != 0 || made.sink_tokens != 0;
+    made.exact_as = made.seals ? this->exact_as : exact_element::bf16;
   }
   return made;
 }
@@ -253,7 +259,8 @@ template <block_codec Codec>
 by_layer<Codec> by_layer<Codec>::from_description(const codec_description& described,
                                                   const cache_shape& shape) requires described_codec<Codec> {
   const auto codec_from = [&](const side_description& keys, const side_description& values) {
-    codec_description one{keys, values, described.tail_tokens, described.sink_tokens, described.seals};
+    codec_description one{
+        keys, values, described.tail_tokens, described.sink_tokens, described.seals, described.exact_as};
     return kvcache::detail::from_sides<Codec>(one, shape);
   };
   const bool keys_by_layer = described.keys.name == layer_descriptions::side_name;

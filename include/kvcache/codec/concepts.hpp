@@ -15,6 +15,7 @@
 
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
 
 namespace kvcache::inline v0 {
@@ -111,12 +112,30 @@ constexpr bool moves_tokens([[maybe_unused]] const Codec& codec) noexcept {
   }
 }
 
+namespace codec {
+
+/// How tokens are kept exact, see codec/exact_tokens.hpp.
+enum class exact_element : std::uint8_t { bf16, f16, f32 };
+
+}  // namespace codec
+
 /// Whether a cache with this codec may keep some tokens exact and seal whole blocks; see cache/sealing_blocks.hpp.
 template <class C>
 concept sealing_codec = block_codec<C> && requires(const C& codec) {
   { codec.tail_tokens } -> std::convertible_to<index_t>;
   { codec.sink_tokens } -> std::convertible_to<index_t>;
+  { codec.exact_as } -> std::convertible_to<codec::exact_element>;
 };
+
+/// How a cache with this codec keeps tokens exact, where it does.
+template <class Codec>
+constexpr codec::exact_element exact_element_of([[maybe_unused]] const Codec& codec) noexcept {
+  if constexpr (sealing_codec<Codec>) {
+    return codec.exact_as;
+  } else {
+    return codec::exact_element::bf16;
+  }
+}
 
 namespace codec {
 

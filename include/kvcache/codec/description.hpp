@@ -39,6 +39,7 @@ struct codec_description {
   index_t tail_tokens = 0;
   index_t sink_tokens = 0;
   bool seals = false;  ///< newest or first tokens are kept exact; see cache/sealing_blocks.hpp
+  codec::exact_element exact_as = codec::exact_element::bf16;  ///< how, if it seals
 
   friend bool operator==(const codec_description&, const codec_description&) = default;
 };
@@ -126,6 +127,7 @@ codec_description describe_sides(const Codec& codec) {
     made.tail_tokens = codec.tail_tokens;
     made.sink_tokens = codec.sink_tokens;
     made.seals = made.seals || codec.tail_tokens != 0 || codec.sink_tokens != 0;
+    if (made.seals) made.exact_as = codec.exact_as;
   }
   return made;
 }
@@ -138,6 +140,7 @@ Codec from_sides(const codec_description& described, const cache_shape& shape) {
   if constexpr (sealing_codec<Codec>) {
     made.tail_tokens = described.tail_tokens;
     made.sink_tokens = described.sink_tokens;
+    made.exact_as = described.exact_as;
   }
   return made;
 }
@@ -164,9 +167,9 @@ Codec make_described(const codec_description& described, const cache_shape& shap
       return detail::from_sides<Codec>(described, shape);
     }
   }();
-  if (const codec_description again = describe(made); again.seals != described.seals ||
-                                                      again.tail_tokens != described.tail_tokens ||
-                                                      again.sink_tokens != described.sink_tokens)
+  if (const codec_description again = describe(made);
+      again.seals != described.seals || again.tail_tokens != described.tail_tokens ||
+      again.sink_tokens != described.sink_tokens || again.exact_as != described.exact_as)
     throw shape_error(
         "kvcache: the codec keeps other tokens exact: wrap it in exact_tail or exact_sinks, or not");
   return made;

@@ -9,6 +9,7 @@
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -22,6 +23,8 @@ namespace kvcache::inline v0::codec {
 /// The sides of the codecs of a by_layer, and which of them each layer has.
 struct layer_descriptions {
   static constexpr std::string_view side_name = "by_layer";
+  /// A few hundred bytes of settings may stand for tables of some hundred KiB (rope_turns); a file is believed no more.
+  static constexpr std::size_t max_sides = 256;
 
   std::vector<side_description> sides = {};
   std::vector<index_t> of_layer = {};  ///< [num_layers]
@@ -60,6 +63,8 @@ struct layer_descriptions {
     };
     layer_descriptions made;
     const auto num_codecs = take_number(std::uint32_t{});
+    if (num_codecs > std::min(max_sides, static_cast<std::size_t>(num_layers)))
+      throw shape_error("kvcache: there are more codecs by layer than a file may have, or layers");
     for (std::uint32_t i = 0; i < num_codecs; ++i) {
       side_description& next = made.sides.emplace_back();
       const auto name = take(take_number(std::uint32_t{}));

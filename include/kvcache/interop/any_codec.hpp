@@ -239,7 +239,7 @@ struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
   static any_keys of(const Keys& keys) {
     return any_keys(std::make_shared<kvcache::detail::erased_keys_of<Keys>>(keys));
   }
-  /// As they were described, those of any codec that make_codec knows. Defined in interop/codec_spec.hpp. Throws
+  /// As they were described, those of any codec that make_codec knows. Defined in interop/known_codecs.hpp. Throws
   /// shape_error.
   static any_keys from_description(const side_description& described, const cache_shape& shape);
 
@@ -307,6 +307,8 @@ struct any_codec : codec::sides<codec::any_keys, codec::any_values> {
   static constexpr std::string_view name = "any";
   index_t tail_tokens = 0;  ///< as in codec::exact_tail
   index_t sink_tokens = 0;  ///< as in codec::exact_sinks
+  codec::exact_element exact_as =
+      codec::exact_element::bf16;  ///< how they are stored, see codec/exact_tokens.hpp
 };
 
 static_assert(sealing_codec<any_codec>);

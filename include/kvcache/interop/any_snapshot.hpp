@@ -64,8 +64,8 @@ inline std::string spec_in(const stored_sequence& about, std::string_view contai
 
 /// Whether it was saved by make_cache_with_low_rank's cache before that had bases.
 inline bool waits_for_bases(const stored_sequence& about) noexcept {
-  return about.spec.find("low_rank") != std::string::npos && about.codec.keys.name == "bf16" &&
-         about.codec.values.name == "bf16";
+  return about.spec.find("low_rank") != std::string::npos && is_exact(about.codec) &&
+         about.codec.keys.name == about.codec.values.name;
 }
 
 /// Reads the blocks into an empty cache of the file's codec.

@@ -3,7 +3,7 @@
 //
 //   spec    = codec *( "," option )  |  option *( "," option )
 //   codec   = name | name "+" name                                  keys + values
-//   option  = "k=" name | "v=" name | "sinks=" tokens | "tail=" tokens
+//   option  = "k=" name | "v=" name | "sinks=" tokens | "tail=" tokens | "exact=" ( "bf16" | "f16" | "f32" )
 //           | "first=" n ":" codec | "last=" n ":" codec | "layers=" n [ "-" n ] ":" codec
 //           | "rope=" ( "half" | "interleaved" ) ":" theta
 //
@@ -14,26 +14,19 @@
 // centred_ take off the mean that turns so, and where they are told neither, the mean of each channel; without one of them
 // rope= is refused, and so is one that says something else than the rope_config.
 // Layers count from 0, "3-5" with both ends; of two options that name a layer the later counts, every other option is given
-// once. Tail and sinks are the sequence's: where one layer's codec needs whole blocks, all layers have the tail
-// (codec/by_layer.hpp). A tail is at most 65,536 tokens, sinks as many as a block has.
+// once. Tail and sinks, and how these are stored, are the sequence's: where one layer's codec needs whole blocks, all layers
+// have the tail (codec/by_layer.hpp). A tail is at most 65,536 tokens, sinks as many as a block has.
 #pragma once
 
-#include <kvcache/codec/balanced.hpp>
 #include <kvcache/codec/by_layer.hpp>
-#include <kvcache/codec/centred.hpp>
-#include <kvcache/codec/channel.hpp>
-#include <kvcache/codec/exact.hpp>
-#include <kvcache/codec/int8.hpp>
-#include <kvcache/codec/klt_rows.hpp>
-#include <kvcache/codec/low_rank_rows.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/codec/rope_turns.hpp>
-#include <kvcache/codec/rotated.hpp>
-#include <kvcache/codec/trellis.hpp>
 #include <kvcache/core/rope_config.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/known_codecs.hpp>
 #include <kvcache/interop/spec_text.hpp>
 
 #include <algorithm>
@@ -46,43 +39,12 @@
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 namespace kvcache::inline v0 {
 
 namespace detail {
-
-template <class... Codecs>
-struct codec_list {};
-
-/// What make_codec knows. A new codec is one more name here.
-using known_codecs = codec_list<
-    codec::f32, codec::f16, codec::bf16, codec::int8, codec::rotated<4>, codec::rotated<3>, codec::rotated<2>,
-    codec::channel<4>, codec::channel<3>, codec::balanced<4>, codec::balanced<3>, codec::balanced<2>,
-    codec::trellis<4>, codec::trellis<3>, codec::trellis<2>, codec::centred<codec::int8>,
-    codec::centred<codec::rotated<4>>, codec::centred<codec::rotated<3>>, codec::centred<codec::rotated<2>>,
-    codec::centred<codec::trellis<4>>, codec::centred<codec::trellis<3>>, codec::centred<codec::trellis<2>>>;
-
-template <class... Codecs>
-std::vector<std::string_view> names_of(codec_list<Codecs...>) {
-  return {Codecs::name...};
-}
-
-/// A codec by name, keys and values; nothing if there is none.
-template <class... Codecs>
-std::optional<any_codec> find_codec(codec_list<Codecs...>, std::string_view name) {
-  std::optional<any_codec> found;
-  const auto take_if = [&]<class Codec>() {
-    if (name != Codec::name) return;
-    found.emplace();
-    found->keys = codec::any_keys::of(typename Codec::keys_type{});
-    found->values = codec::any_values::of(typename Codec::values_type{});
-  };
-  (take_if.template operator()<Codecs>(), ...);
-  return found;
-}
 
 /// Where a reader finds codecs; interop/low_rank_spec.hpp has one that knows more.
 struct known_codec_source {
@@ -160,6 +122,11 @@ class codec_spec_reader {
     }
     if (!both_sides_.empty() && is_given("k") && is_given("v"))
       refuse("keys and values are given twice, by '" + shown(both_sides_) + "' and by k= and v=");
+    const auto keeps_exact = [](const any_codec& codec) {
+      return codec.needs_whole_blocks() || codec.tail_tokens > 0 || codec.sink_tokens > 0;
+    };
+    if (is_given("exact") && std::none_of(codecs_.begin(), codecs_.end(), keeps_exact))
+      refuse("exact= says how tail= and sinks= are stored, and there is neither");
     use_turns();
   }
 
@@ -181,7 +148,8 @@ class codec_spec_reader {
   }
 
   static bool is_option(std::string_view key) noexcept {
-    constexpr std::string_view all[] = {"k", "v", "sinks", "tail", "first", "last", "layers", "rope"};
+    constexpr std::string_view all[] = {"k",     "v",    "sinks",  "tail", "exact",
+                                        "first", "last", "layers", "rope"};
     return std::find(std::begin(all), std::end(all), key) != std::end(all);
   }
   [[nodiscard]] bool is_given(std::string_view key) const noexcept {
@@ -192,13 +160,14 @@ class codec_spec_reader {
     any_codec& made = codecs_.front();
     if (!is_option(key))
       refuse((key.empty() ? "an option has no name" : "there is no option '" + shown(key) + "'") +
-             "; there is k=, v=, sinks=, tail=, first=, last=, layers=, rope=" +
+             "; there is k=, v=, sinks=, tail=, exact=, first=, last=, layers=, rope=" +
              std::string(Source::more_options));
     if (key == "first" || key == "last" || key == "layers") return set_layers(key, value);
     const std::string option = std::string(key) + "=";
     if (is_given(key)) refuse("'" + option + "' is given twice");
     given_.push_back(key);
     if (key == "rope") return set_rope(value);
+    if (key == "exact") return set_exact(value);
     if (key == "k" || key == "v") {
       if (value.empty()) refuse("'" + option + "' lacks a codec; there is " + source_.names());
       if (key == "k") made.keys = keys_named(value);
@@ -209,6 +178,15 @@ class codec_spec_reader {
       refuse("'" + option + "' lacks a number of tokens, as in " + option + (key == "tail" ? "128" : "4"));
     (key == "tail" ? made.tail_tokens : made.sink_tokens) =
         number_in(value, "a number of tokens", max_spec_tokens);
+  }
+
+  /// "f16".
+  void set_exact(std::string_view value) {
+    const auto element = codec::exact_element_named(value);
+    if (!element)
+      refuse("'exact=" + shown(value) +
+             "' does not say how tails and sinks are stored; there is bf16, f16, f32");
+    codecs_.front().exact_as = *element;
   }
 
   /// "half:10000", "interleaved:500000".
@@ -323,45 +301,7 @@ class codec_spec_reader {
   std::string_view both_sides_;                 // the codec named before the options
 };
 
-/// Side::of for the side of `known_codecs`, of low_rank or klt, that has that name.
-template <class AnySide, class... Codecs>
-AnySide any_side_from(codec_list<Codecs...>, const side_description& described, const cache_shape& shape) {
-  std::optional<AnySide> found;
-  const auto take_if = [&]<class Side>() {
-    if (!found && described.name == Side{}.side_name())
-      found = AnySide::of(side_from<Side>(described, shape));
-  };
-  if constexpr (std::is_same_v<AnySide, codec::any_keys>) {
-    (take_if.template operator()<typename Codecs::keys_type>(), ...);
-    take_if.template operator()<codec::low_rank_keys>();
-    take_if.template operator()<codec::klt_keys>();
-    take_if.template operator()<codec::centred_keys<codec::low_rank_keys>>();
-    take_if.template operator()<codec::centred_keys<codec::klt_keys>>();
-  } else {
-    (take_if.template operator()<typename Codecs::values_type>(), ...);
-    take_if.template operator()<codec::low_rank_values>();
-    take_if.template operator()<codec::klt_values>();
-  }
-  if (!found) throw shape_error("kvcache: there is no codec '" + shown(described.name) + "'");
-  return *found;
-}
-
 }  // namespace detail
-
-inline codec::any_keys codec::any_keys::from_description(const side_description& described,
-                                                         const cache_shape& shape) {
-  return kvcache::detail::any_side_from<any_keys>(kvcache::detail::known_codecs{}, described, shape);
-}
-inline codec::any_values codec::any_values::from_description(const side_description& described,
-                                                             const cache_shape& shape) {
-  return kvcache::detail::any_side_from<any_values>(kvcache::detail::known_codecs{}, described, shape);
-}
-
-/// The names of all codecs.
-inline std::vector<std::string> codec_names() {
-  const auto names = detail::names_of(detail::known_codecs{});
-  return {names.begin(), names.end()};
-}
 
 /// \param spec  "rotated4", or "k=channel4,v=rotated4,sinks=4,tail=128"; what is not said is bf16, or 0
 /// \param head_dim  what rope= needs

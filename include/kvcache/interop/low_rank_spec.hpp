@@ -3,7 +3,7 @@
 //
 //   auto cache = make_cache_with_low_rank("chunked/k=low_rank48,v=low_rank64,fit=512,tail=128", shape);
 //
-//   tokens  |   0 .. fit + tail: all exact (bf16)   |   then: bases from tokens 0 .. fit, everything older than the tail
+//   tokens  |   0 .. fit + tail: all exact          |   then: bases from tokens 0 .. fit, everything older than the tail
 //                                                       in them, once, and on from there like any low_rank cache
 //
 // "low_rank48": the 48 components with the most energy, 8 bits each (codec/low_rank.hpp); wherever a codec may stand, also in
@@ -108,6 +108,7 @@ struct low_rank_plan {
   std::string codec = {};  // without fit=
   index_t fit_tokens = 512;
   index_t tail_tokens = 0;
+  codec::exact_tokens exact = {};
 
   /// Throws std::invalid_argument and shape_error as make_cache does.
   low_rank_plan(const std::string& whole, const cache_shape& wanted) : spec(whole), shape(wanted) {
@@ -132,12 +133,16 @@ struct low_rank_plan {
                                                              low_rank_source(shape.head_dim))
                               .read_by_layer();
     tail_tokens = in_place.tail_tokens;
+    exact = {in_place.exact_as};
     (void)make_container(spec, container, in_place, shape);  // whatever else it would refuse later
   }
 
   [[nodiscard]] any_cache exact_cache() const {
     // With a tail, so that rows that are not finite are refused from the start.
-    return make_cache(container + "/bf16,tail=" + std::to_string(std::max(tail_tokens, index_t{1})), shape);
+    const std::string element(exact.name());
+    return make_cache(container + "/" + element + ",exact=" + element +
+                          ",tail=" + std::to_string(std::max(tail_tokens, index_t{1})),
+                      shape);
   }
   [[nodiscard]] any_cache fitted_cache(const codec::low_rank_calibration& calibration) const {
     codec_spec_reader<low_rank_source> reader(codec, shape.num_layers, shape.head_dim,

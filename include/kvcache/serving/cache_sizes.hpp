@@ -11,6 +11,7 @@
 #include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/channel.hpp>
 #include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/trellis.hpp>
@@ -32,14 +33,17 @@ namespace kvcache::inline v0::serving {
 struct codec_choice {
   std::string keys = "bf16";
   std::string values = "bf16";
-  index_t sink_tokens = 0;  ///< as in codec::exact_sinks
-  index_t tail_tokens = 0;  ///< as in codec::exact_tail
+  index_t sink_tokens = 0;                                     ///< as in codec::exact_sinks
+  index_t tail_tokens = 0;                                     ///< as in codec::exact_tail
+  codec::exact_element exact_as = codec::exact_element::bf16;  ///< how both are stored
 
-  /// "int8", or "k=channel4,v=rotated4,sinks=4,tail=128".
+  /// "int8", or "k=channel4,v=rotated4,sinks=4,tail=128,exact=f16".
   [[nodiscard]] std::string spec() const {
     std::string text = keys == values ? keys : "k=" + keys + ",v=" + values;
     if (sink_tokens != 0) text += ",sinks=" + std::to_string(sink_tokens);
     if (tail_tokens != 0) text += ",tail=" + std::to_string(tail_tokens);
+    if (exact_as != codec::exact_element::bf16)
+      text.append(",exact=").append(codec::exact_tokens{exact_as}.name());
     return text;
   }
 
@@ -171,8 +175,8 @@ inline cache_sizes::cache_sizes(const cache_shape& shape, const codec_choice& co
       keys.whole_key_blocks || values.whole_value_blocks || codec.tail_tokens > 0 || codec.sink_tokens > 0;
   if (!seals_) return;
 
-  // Ring and sinks of every head in bf16, and two blocks of floats to work in: as in cache/sealing_blocks.hpp.
-  const codec::bf16 exact;
+  // Exact ring and sinks of every head, and two blocks of floats to work in: as in cache/sealing_blocks.hpp.
+  const codec::exact_tokens exact{codec.exact_as};
   const block_geometry sinks{round_up(codec.sink_tokens, key_lanes), shape.head_dim};
   const index_t ring_blocks = checked_add(ceil_div(codec.tail_tokens, shape.block_size), 2);
   const index_t ring_bytes = checked_mul(ring_blocks, exact.block_bytes(g));

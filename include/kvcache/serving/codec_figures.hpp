@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the codecs cost in quality and gain in speed, as measured: the tables that plan() reads.
 //
-// Copied from docs/codecs.md ("The bundled model", "With trellis codecs", "Synthetic heads") and from the README
+// Copied from docs/codecs.md ("The bundled model", "Synthetic heads", "With trellis codecs") and from the README
 // ("Benchmarks"); a test compares every figure with those pages. Only synthetic heads and a model of 2.4 million
 // parameters were measured, bigger models were not: take the order of the codecs from here, not a promise.
 #pragma once
@@ -22,18 +22,20 @@ struct quality_figures {
   std::string_view values;
   index_t sink_tokens = 0;
   index_t tail_tokens = 0;
-  /// KL divergence of the bundled model's next token from that over an f32 cache, nats, median of 4,096 positions
-  /// (2,048 where `reference_kl` is 1.12e-6: those of the trellis codecs); 64 dims, blocks of 128 tokens.
+  codec::exact_element exact_as = codec::exact_element::bf16;
+  /// KL divergence of the bundled model's next token from that over an f32 cache, nats, median of 4,096 positions;
+  /// 64 dims, blocks of 128 tokens.
   double median_kl = 0;
-  /// The same for int8 behind a tail of 128 tokens, on the same texts: what bf16's own rounding costs.
-  double reference_kl = 1.08e-6;
-  /// Facts recalled of 320 scattered through documents, where asked; f32 recalls 318.
-  std::optional<int> recalled;
+  /// Facts recalled of 320 scattered through documents; f32 recalls 318.
+  int recalled = 0;
   /// Relative error of the output of attention where only keys, or only values, are in the codec, 128 dims.
   std::optional<double> key_output_error;
   std::optional<double> value_output_error;
 
-  /// Divergence in multiples of that of int8 behind a tail; bf16 is .97, more is worse.
+  /// That of int8 behind a tail of 128 tokens in bf16: what bf16's own rounding costs.
+  static constexpr double reference_kl = 1.07e-6;
+
+  /// Divergence in multiples of that; bf16 is .98, more is worse.
   [[nodiscard]] constexpr double kl_ratio() const noexcept { return median_kl / reference_kl; }
 };
 
@@ -55,38 +57,58 @@ struct speed_figures {
 
 // clang-format off
 /// Least lossy first within each part.
-inline constexpr std::array measured_quality = {
-    // keys, values, sinks, tail, median KL, reference, recalled, output error of keys, of values
-    quality_figures{"f32", "f32", 0, 0, 0.0, 1.08e-6, 318, {}, {}},  // what the others are compared with
-    quality_figures{"f16", "f16", 0, 0, 1.63e-8, 1.08e-6, 318, 0.0007, 0.0002},
-    quality_figures{"bf16", "bf16", 0, 0, 1.05e-6, 1.08e-6, 318, 0.0058, 0.0014},
-    quality_figures{"int8", "int8", 0, 0, 9.18e-6, 1.08e-6, 318, 0.0278, 0.0059},
-    quality_figures{"channel4", "rotated4", 0, 0, 6.75e-6, 1.08e-6, 318, 0.1356, 0.0806},
-    quality_figures{"channel3", "rotated3", 0, 0, 2.55e-5, 1.08e-6, 317, 0.2847, 0.1548},
-    quality_figures{"balanced2", "rotated2", 0, 0, 1.14e-4, 1.08e-6, 267, 0.6177, 0.2927},
-    quality_figures{"int8", "rotated4", 0, 0, 8.67e-4, 1.08e-6, 317, 0.0278, 0.0806},
-    quality_figures{"rotated4", "rotated4", 0, 0, 1.90e-3, 1.08e-6, 318, 0.2205, 0.0806},
-    quality_figures{"rotated3", "rotated3", 0, 0, 7.10e-3, 1.08e-6, 315, 0.4066, 0.1548},
-    quality_figures{"rotated2", "rotated2", 0, 0, 3.47e-2, 1.08e-6, 260, 0.6790, 0.2927},
-    // with a tail
-    quality_figures{"int8", "int8", 4, 128, 1.08e-6, 1.08e-6, 318, 0.0278, 0.0059},
-    quality_figures{"int8", "rotated4", 4, 128, 1.51e-6, 1.08e-6, 318, 0.0278, 0.0806},
-    quality_figures{"channel4", "rotated4", 4, 128, 2.71e-6, 1.08e-6, 319, 0.1356, 0.0806},
-    quality_figures{"balanced4", "balanced4", 4, 128, 3.33e-6, 1.08e-6, 318, 0.1849, 0.0745},
-    quality_figures{"rotated4", "rotated4", 4, 128, 3.40e-6, 1.08e-6, 318, 0.2205, 0.0806},
-    quality_figures{"channel3", "rotated3", 4, 128, 7.91e-6, 1.08e-6, 317, 0.2847, 0.1548},
-    quality_figures{"balanced3", "balanced3", 4, 128, 8.56e-6, 1.08e-6, 312, 0.3320, 0.1421},
-    quality_figures{"rotated3", "rotated3", 4, 128, 9.05e-6, 1.08e-6, 316, 0.4066, 0.1548},
-    quality_figures{"balanced2", "balanced2", 4, 128, 3.00e-5, 1.08e-6, 261, 0.6177, 0.2652},
-    quality_figures{"balanced2", "rotated2", 4, 128, 3.17e-5, 1.08e-6, 275, 0.6177, 0.2927},
-    quality_figures{"rotated2", "rotated2", 4, 128, 4.00e-5, 1.08e-6, 311, 0.6790, 0.2927},
-    // with a tail, the table of the trellis codecs: other texts, no facts
-    quality_figures{"channel4", "trellis4", 4, 128, 2.52e-6, 1.12e-6, {}, {}, {}},
-    quality_figures{"trellis4", "trellis4", 4, 128, 2.63e-6, 1.12e-6, {}, 0.1745, 0.0635},
-    quality_figures{"trellis3", "trellis3", 4, 128, 6.24e-6, 1.12e-6, {}, 0.3311, 0.1212},
-    quality_figures{"channel3", "trellis3", 4, 128, 7.75e-6, 1.12e-6, {}, {}, {}},
-    quality_figures{"channel3", "trellis2", 4, 128, 9.47e-6, 1.12e-6, {}, {}, {}},
-    quality_figures{"trellis2", "trellis2", 4, 128, 2.17e-5, 1.12e-6, {}, 0.5961, 0.2371}};
+inline constexpr auto measured_quality = [] {
+  using enum codec::exact_element;
+  return std::array{
+    // keys, values, sinks, tail, how both are stored, median KL, recalled, output error of keys, of values
+    quality_figures{"f32", "f32", 0, 0, bf16, 0.0, 318, {}, {}},  // what the others are compared with
+    quality_figures{"f16", "f16", 0, 0, bf16, 1.63e-8, 318, 0.0007, 0.0002},
+    quality_figures{"bf16", "bf16", 0, 0, bf16, 1.05e-6, 318, 0.0058, 0.0014},
+    quality_figures{"channel4", "rotated4", 0, 0, bf16, 6.73e-6, 318, 0.1356, 0.0806},
+    quality_figures{"int8", "int8", 0, 0, bf16, 9.20e-6, 318, 0.0278, 0.0059},
+    quality_figures{"channel3", "rotated3", 0, 0, bf16, 2.55e-5, 317, 0.2847, 0.1548},
+    quality_figures{"balanced2", "rotated2", 0, 0, bf16, 1.14e-4, 267, 0.6177, 0.2927},
+    quality_figures{"int8", "rotated4", 0, 0, bf16, 8.67e-4, 317, 0.0278, 0.0806},
+    quality_figures{"rotated4", "rotated4", 0, 0, bf16, 1.90e-3, 318, 0.2205, 0.0806},
+    quality_figures{"rotated3", "rotated3", 0, 0, bf16, 7.10e-3, 315, 0.4066, 0.1548},
+    quality_figures{"rotated2", "rotated2", 0, 0, bf16, 3.47e-2, 260, 0.6790, 0.2927},
+    // with a tail in bf16
+    quality_figures{"int8", "int8", 4, 128, bf16, 1.07e-6, 318, 0.0278, 0.0059},
+    quality_figures{"int8", "rotated4", 4, 128, bf16, 1.52e-6, 318, 0.0278, 0.0806},
+    quality_figures{"channel4", "trellis4", 4, 128, bf16, 2.65e-6, 318, {}, {}},
+    quality_figures{"channel4", "rotated4", 4, 128, bf16, 2.71e-6, 319, 0.1356, 0.0806},
+    quality_figures{"trellis4", "trellis4", 4, 128, bf16, 2.74e-6, 319, 0.1745, 0.0635},
+    quality_figures{"balanced4", "balanced4", 4, 128, bf16, 3.34e-6, 318, 0.1849, 0.0745},
+    quality_figures{"rotated4", "rotated4", 4, 128, bf16, 3.42e-6, 318, 0.2205, 0.0806},
+    quality_figures{"trellis3", "trellis3", 4, 128, bf16, 6.24e-6, 319, 0.3311, 0.1212},
+    quality_figures{"channel3", "trellis3", 4, 128, bf16, 7.61e-6, 317, {}, {}},
+    quality_figures{"channel3", "rotated3", 4, 128, bf16, 7.91e-6, 317, 0.2847, 0.1548},
+    quality_figures{"balanced3", "balanced3", 4, 128, bf16, 8.59e-6, 312, 0.3320, 0.1421},
+    quality_figures{"rotated3", "rotated3", 4, 128, bf16, 9.05e-6, 316, 0.4066, 0.1548},
+    quality_figures{"channel3", "trellis2", 4, 128, bf16, 9.30e-6, 316, {}, {}},
+    quality_figures{"trellis2", "trellis2", 4, 128, bf16, 2.09e-5, 315, 0.5961, 0.2371},
+    quality_figures{"balanced2", "balanced2", 4, 128, bf16, 3.00e-5, 261, 0.6177, 0.2652},
+    quality_figures{"balanced2", "rotated2", 4, 128, bf16, 3.17e-5, 275, 0.6177, 0.2927},
+    quality_figures{"rotated2", "rotated2", 4, 128, bf16, 4.00e-5, 311, 0.6790, 0.2927},
+    // with a tail in f16
+    quality_figures{"int8", "int8", 4, 128, f16, 3.05e-8, 318, 0.0278, 0.0059},
+    quality_figures{"int8", "rotated4", 4, 128, f16, 2.30e-7, 318, 0.0278, 0.0806},
+    quality_figures{"channel4", "trellis4", 4, 128, f16, 1.16e-6, 318, {}, {}},
+    quality_figures{"channel4", "rotated4", 4, 128, f16, 1.20e-6, 319, 0.1356, 0.0806},
+    quality_figures{"trellis4", "trellis4", 4, 128, f16, 1.22e-6, 318, 0.1745, 0.0635},
+    quality_figures{"balanced4", "balanced4", 4, 128, f16, 1.77e-6, 318, 0.1849, 0.0745},
+    quality_figures{"rotated4", "rotated4", 4, 128, f16, 1.87e-6, 318, 0.2205, 0.0806},
+    quality_figures{"trellis3", "trellis3", 4, 128, f16, 4.43e-6, 318, 0.3311, 0.1212},
+    quality_figures{"channel3", "trellis3", 4, 128, f16, 5.75e-6, 318, {}, {}},
+    quality_figures{"channel3", "rotated3", 4, 128, f16, 6.04e-6, 317, 0.2847, 0.1548},
+    quality_figures{"balanced3", "balanced3", 4, 128, f16, 6.86e-6, 312, 0.3320, 0.1421},
+    quality_figures{"rotated3", "rotated3", 4, 128, f16, 7.29e-6, 316, 0.4066, 0.1548},
+    quality_figures{"channel3", "trellis2", 4, 128, f16, 7.66e-6, 318, {}, {}},
+    quality_figures{"trellis2", "trellis2", 4, 128, f16, 1.98e-5, 315, 0.5961, 0.2371},
+    quality_figures{"balanced2", "balanced2", 4, 128, f16, 2.82e-5, 259, 0.6177, 0.2652},
+    quality_figures{"balanced2", "rotated2", 4, 128, f16, 2.93e-5, 272, 0.6177, 0.2927},
+    quality_figures{"rotated2", "rotated2", 4, 128, f16, 3.78e-5, 309, 0.6790, 0.2927}};
+}();
 
 inline constexpr std::array measured_speed = {
     speed_figures{"bf16", "bf16", {1, 1, 1, 1}, {}},  // by definition
@@ -111,14 +133,17 @@ inline std::string_view values_name(const codec_choice& codec) noexcept {
 
 }  // namespace detail
 
-/// The measured quality of a choice, or null. More sinks or a longer tail than were measured cost no quality, so the
-/// figures of the longest tail that is no longer than the choice's stand for it.
+/// The measured quality of a choice, or null. More sinks, a longer tail or a finer one than were measured cost no quality, so
+/// the figures of the longest tail that is no longer than the choice's stand for it, and of these the finest that is no finer.
 inline const quality_figures* find_quality(const codec_choice& codec) noexcept {
   const quality_figures* best = nullptr;
   for (const quality_figures& f : measured_quality) {
     if (f.keys != codec.keys || f.values != detail::values_name(codec)) continue;
     if (f.tail_tokens > codec.tail_tokens || f.sink_tokens > codec.sink_tokens) continue;
-    if (best == nullptr || f.tail_tokens > best->tail_tokens) best = &f;
+    if (f.exact_as > codec.exact_as) continue;
+    if (best == nullptr || f.tail_tokens > best->tail_tokens ||
+        (f.tail_tokens == best->tail_tokens && f.exact_as > best->exact_as))
+      best = &f;
   }
   return best;
 }
@@ -132,15 +157,17 @@ inline const speed_figures* find_speed(const codec_choice& codec) noexcept {
 }
 
 /// The choices that plan() weighs unless told otherwise: those that lose least for what they take, least lossy first;
-/// and two without a tail, which costs memory for each sequence.
+/// and two without a tail, which costs memory for each sequence. Those with one have it in f16.
 inline std::vector<codec_choice> default_choices() {
+  constexpr auto f16 = codec::exact_element::f16;
   return {{"bf16", "bf16"},
-          {"int8", "int8", 4, 128},
-          {"int8", "rotated4", 4, 128},
-          {"channel4", "rotated4", 4, 128},
-          {"channel3", "rotated3", 4, 128},
-          {"trellis3", "trellis3", 4, 128},
-          {"trellis2", "trellis2", 4, 128},
+          {"f16", "f16"},
+          {"int8", "int8", 4, 128, f16},
+          {"int8", "rotated4", 4, 128, f16},
+          {"channel4", "rotated4", 4, 128, f16},
+          {"channel3", "rotated3", 4, 128, f16},
+          {"trellis3", "trellis3", 4, 128, f16},
+          {"trellis2", "trellis2", 4, 128, f16},
           {"int8", "int8"},
           {"rotated4", "rotated4"}};
 }

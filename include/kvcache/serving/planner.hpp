@@ -63,7 +63,7 @@ struct plan_options {
   std::vector<index_t> block_sizes = {64, 128};
   /// Sequences that are in an open step (`begin`) of more than block_size tokens at a time: behind a tail each keeps a copy.
   index_t long_steps = 0;
-  /// Most divergence that is recommended, in multiples of that of int8 behind a tail; see quality_figures. The default
+  /// Most divergence that is recommended, in multiples of that of int8 behind a bf16 tail; see quality_figures. The default
   /// leaves out what 2 bits cost.
   double worst_kl_ratio = 10;
   /// Whether trellis is recommended, which loses less and takes some ten times as long to encode (docs/codecs.md).
@@ -73,7 +73,7 @@ struct plan_options {
 /// One codec, with the block size that suits it best.
 struct plan_row {
   codec_choice codec;
-  std::string spec;   ///< for make_cache: "paged/int8,sinks=4,tail=128"
+  std::string spec;   ///< for make_cache: "paged/int8,sinks=4,tail=128,exact=f16"
   cache_shape shape;  ///< for page_pool or make_cache, block size included
   index_t page_bytes = 0;
   index_t bytes_per_token = 0;  ///< of full pages, rounded up, in all layers and heads

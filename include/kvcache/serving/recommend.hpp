@@ -164,7 +164,7 @@ class recommender {
   void judge_compression() {
     const std::optional<double> ratio = m_.compression_ratio();
     if (!ratio || m_.at(rung::drop).count < t_.min_evictions || !(*ratio < t_.min_compression)) return;
-    add(advice::compress, "store tokens in int8 with sinks=4,tail=128",
+    add(advice::compress, "store tokens in int8 with sinks=4,tail=128,exact=f16",
         "blocks are dropped, while tokens take " + two_digits(1 / *ratio) + " times what they take in bf16",
         *ratio);
   }

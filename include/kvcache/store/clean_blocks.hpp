@@ -5,7 +5,7 @@
 
 #include <kvcache/cache/block_access.hpp>
 #include <kvcache/codec/concepts.hpp>
-#include <kvcache/codec/exact.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/core/memory.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
@@ -27,10 +27,10 @@ inline block_geometry sink_geometry(const stored_sequence& s) {
   return {round_up(s.codec.sink_tokens, key_lanes), s.shape.head_dim};
 }
 inline index_t sink_bytes(const stored_sequence& s) {
-  return s.codec.sink_tokens == 0 ? 0 : codec::bf16{}.block_bytes(sink_geometry(s));
+  return s.codec.sink_tokens == 0 ? 0 : codec::exact_tokens{s.codec.exact_as}.block_bytes(sink_geometry(s));
 }
 inline index_t exact_block_bytes(const stored_sequence& s) {
-  return codec::bf16{}.block_bytes(geometry_of(s.shape));
+  return codec::exact_tokens{s.codec.exact_as}.block_bytes(geometry_of(s.shape));
 }
 
 /// Each member returns the block where it lies, if it can be written as it is, else a copy in memory that holds
@@ -43,6 +43,7 @@ class clean_blocks {
       : cache_(&cache),
         kernels_(&kernel::best()),
         seals_(about.codec.seals),
+        exact_{about.codec.exact_as},
         sink_tokens_(about.codec.sink_tokens),
         sink_geometry_(sink_geometry(about)),
         largest_bytes_(std::max(exact_block_bytes(about), sink_bytes(about))),
@@ -85,7 +86,7 @@ class clean_blocks {
     std::byte* to = copy();
     if (num_sealed > 0)
       return exact_copy(access::sinks(*cache_, layer, head), sink_geometry_, sink_tokens_, to);
-    std::memset(to, 0, static_cast<std::size_t>(codec::bf16{}.block_bytes(sink_geometry_)));
+    std::memset(to, 0, static_cast<std::size_t>(exact_.block_bytes(sink_geometry_)));
     return to;
   }
 
@@ -104,18 +105,18 @@ class clean_blocks {
 
   /// As if it had just been made.
   const std::byte* exact_copy(const std::byte* block, const block_geometry& g, index_t count, std::byte* to) {
-    const codec::bf16 exact;
     const mutable_rows k{rows_.data(), g.head_dim};
     const mutable_rows v{rows_.data() + g.block_size * g.head_dim, g.head_dim};
-    exact.decode(*kernels_, g, block, 0, count, k, v);
-    std::memset(to, 0, static_cast<std::size_t>(exact.block_bytes(g)));
-    (void)exact.encode(*kernels_, g, to, 0, count, {k.data, k.stride}, {v.data, v.stride});
+    exact_.decode(*kernels_, g, block, 0, count, k, v);
+    std::memset(to, 0, static_cast<std::size_t>(exact_.block_bytes(g)));
+    exact_.encode(*kernels_, g, to, 0, count, {k.data, k.stride}, {v.data, v.stride});
     return to;
   }
 
   const Cache* cache_;
   const kernel::table* kernels_;
   bool seals_;
+  codec::exact_tokens exact_;
   index_t sink_tokens_;
   block_geometry sink_geometry_;
   index_t largest_bytes_;

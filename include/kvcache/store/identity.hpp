@@ -5,6 +5,7 @@
 #include <kvcache/cache/block_access.hpp>
 #include <kvcache/cache/positions.hpp>
 #include <kvcache/codec/description.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -76,7 +77,7 @@ inline std::vector<std::byte> encode_description(const stored_sequence& s) {
   for (const index_t n : {s.shape.num_layers, s.shape.num_kv_heads, s.shape.head_dim, s.shape.block_size,
                           s.first_token, s.codec.tail_tokens, s.codec.sink_tokens})
     to.count(n);
-  to.number(static_cast<std::uint32_t>(s.codec.seals));
+  to.number(s.codec.seals ? 1 + static_cast<std::uint32_t>(s.codec.exact_as) : 0U);
   to.number(static_cast<std::uint32_t>(s.who.rope.kind));
   to.number(s.who.rope.theta);
   to.count(s.who.rope.rotary_dim);
@@ -99,9 +100,10 @@ inline stored_sequence decode_description(byte_reader from) {
     *n = from.count();
   const auto seals = from.number<std::uint32_t>();
   const auto rope = from.number<std::uint32_t>();
-  if (seals > 1) from.refuse("a flag is neither 0 nor 1", 8);
+  if (seals > codec::exact_elements.size()) from.refuse("there is no such way to keep tokens exact", 8);
   if (rope > static_cast<std::uint32_t>(rope_kind::interleaved)) from.refuse("there is no such pairing", 4);
   s.codec.seals = seals != 0;
+  if (seals != 0) s.codec.exact_as = codec::exact_elements[seals - 1];
   s.who.rope.kind = static_cast<rope_kind>(rope);
   s.who.rope.theta = from.number<double>();
   s.who.rope.rotary_dim = from.count();

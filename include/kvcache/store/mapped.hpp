@@ -86,7 +86,7 @@ class mapped_snapshot {
     return {*this, layer};
   }
 
-  /// The codec's encoding, or codec::bf16's from num_sealed on. \pre the block exists. O(1).
+  /// The codec's encoding, or codec::exact_tokens' from num_sealed on. \pre the block exists. O(1).
   [[nodiscard]] const std::byte* block(index_t layer, index_t head, index_t index) const noexcept {
     const auto i = static_cast<std::size_t>(layer);
     const auto& l = file_.about.layers[i];

@@ -5,7 +5,6 @@
 #include <kvcache/cache/block_access.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/description.hpp>
-#include <kvcache/codec/exact.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/memory.hpp>
 #include <kvcache/core/shape.hpp>
