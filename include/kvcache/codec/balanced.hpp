@@ -89,7 +89,7 @@ class channel_statistics {
       const float inverse_unit = inverse_unit_;
       const auto add_square = [=](auto sum, auto number, auto mean) {
         const auto x = (number - mean) * inverse_unit;
-        return sum + weight * x * x;
+        return sum + lanes::rounded(weight * x * x);
       };
       lanes::transform(dim_, squares, add_square, squares, row, means);
     }
@@ -109,14 +109,14 @@ class channel_statistics {
           const index_t at = d + 4 * i;
           const lanes::four_floats x =
               (lanes::load_four(row + at) - lanes::load_four(means_.data() + at)) * inverse_unit_;
-          sums[i] += x * x * lanes::load_four(inverse.data() + at);
+          sums[i] += lanes::rounded(x * x * lanes::load_four(inverse.data() + at));
         }
       }
       std::memcpy(parts.data(), sums, sizeof(sums));
       for (; d < dim_; ++d) {
         const auto i = static_cast<std::size_t>(d);
         const float x = (row[i] - means_[i]) * inverse_unit_;
-        parts[i % parts.size()] += x * x * inverse[i];
+        parts[i % parts.size()] += lanes::rounded(x * x * inverse[i]);
       }
       float sum = 0;
       for (const float part : parts) sum += part;

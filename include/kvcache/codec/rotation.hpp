@@ -8,6 +8,7 @@
 #pragma once
 
 #include <kvcache/core/checked.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -129,7 +130,8 @@ struct rotation {
     std::array<float, max_head_dim> product;
     for (index_t i = 0; i < head_dim; ++i) {
       float sum = 0;
-      for (index_t d = 0; d < head_dim; ++d) sum += matrix[i * strides.row + d * strides.column] * row[d];
+      for (index_t d = 0; d < head_dim; ++d)
+        sum += lanes::rounded(matrix[i * strides.row + d * strides.column] * row[d]);
       product[static_cast<std::size_t>(i)] = sum * factor;
     }
     std::copy_n(product.begin(), head_dim, out);
