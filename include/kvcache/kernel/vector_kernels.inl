@@ -47,7 +47,7 @@ KVCACHE_INLINE vec load_first(const float* p, index_t count) {
 
 // ---- reading ahead --------------------------------------------------------------------------------------------------
 
-/// Fetches into L2, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy
+/// Fetches into L1, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy
 /// during the softmax and across blocks. `stride` is less than a line where the kernel passes over its own lines more
 /// often than once.
 struct read_ahead {
@@ -63,8 +63,8 @@ template <int Lines>
   const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
 #pragma GCC unroll 16
   for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
-    __builtin_prefetch(next.at, 0, 2);
-    __builtin_prefetch(again, 0, 2);
+    __builtin_prefetch(next.at, 0, 3);
+    __builtin_prefetch(again, 0, 3);
   }
 }
 
