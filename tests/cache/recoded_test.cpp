@@ -220,6 +220,23 @@ TEST_CASE("bases fitted to a cache's own tokens, then on with low_rank", "[cache
   CHECK(distance(all_of(again, 1), all_of(any, 1)) < 0.015);
 }
 
+TEST_CASE("what a codec gives back beyond f16 is cut to it, and taken", "[cache]") {
+  const std::vector<float> rows(static_cast<std::size_t>(90 * token_floats), 65504.0F);
+  std::vector<float> other = rows;
+  for (std::size_t i = 0; i < other.size(); i += 2) other[i] = -55000.0F + static_cast<float>(i % 97);
+  for (const std::string name : {"int8", "rotated4", "rotated2", "trellis2"}) {
+    for (const auto& k : {rows, other}) {
+      CAPTURE(name);
+      auto cache = kvcache::make_cache("chunked/" + name + ",tail=20,exact=f16", small);
+      for (index_t layer = 0; layer < small.num_layers; ++layer) cache[layer].append(k, k);
+      const auto any = recoded(cache, kvcache::make_cache(cache.spec(), small));
+      CHECK(any.size() == 90);
+      using typed = codec::exact_tail<codec::rotated<4>, 20, codec::exact_element::f16>;
+      CHECK(recoded(cache, chunked_cache<typed>(small)).size() == 90);
+    }
+  }
+}
+
 TEST_CASE("recoded tokens keep rows and positions", "[cache]") {
   test::random random;
   for (int script = 0; script < 40; ++script) {

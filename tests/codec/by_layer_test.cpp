@@ -5,7 +5,11 @@
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/cache/block_layout.hpp>
 #include <kvcache/codec/by_layer.hpp>
+#include <kvcache/codec/centred.hpp>
+#include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/key_means.hpp>
+#include <kvcache/codec/rope_turns.hpp>
+#include <kvcache/core/rope_config.hpp>
 #include <kvcache/interop/any_cache.hpp>
 
 #include "conformance/memory.hpp"
@@ -458,6 +462,17 @@ TEST_CASE("a file may not name more codecs than layers, or than a few hundred", 
   CHECK_THROWS_AS(read(4, 3), kvcache::shape_error);
   CHECK(read(most, 1000) == most);
   CHECK_THROWS_AS(read(most + 1, 1000), kvcache::shape_error);
-  CHECK(layered(std::vector<any_codec>(most)).codecs().size() == most);
-  CHECK_THROWS_AS(layered(std::vector<any_codec>(most + 1)), kvcache::shape_error);
+  const layered same(std::vector<any_codec>(most + 44, kvcache::make_codec("int8")));
+  CHECK(codec::layer_descriptions::from_side(kvcache::describe(same).keys, 300).sides.size() == 1);
+  std::vector<any_codec> different;
+  for (std::size_t i = 0; i <= most; ++i) {
+    codec::centred_keys<codec::int8::keys_type> one;
+    one.turns = std::make_shared<const codec::rope_turns>(kvcache::rope_config{
+        .head_dim = 4, .pairing = kvcache::rope_pairing::half, .theta = 2.0 + static_cast<double>(i)});
+    different.emplace_back().keys = codec::any_keys::of(one);
+  }
+  CHECK_THROWS_AS(kvcache::describe(layered(different)), kvcache::shape_error);
+  different.pop_back();
+  CHECK(codec::layer_descriptions::from_side(kvcache::describe(layered(different)).keys, 256).sides.size() ==
+        most);
 }

@@ -205,6 +205,21 @@ TEST_CASE("every sequence reaches the greatest context and none goes past it", "
   }
 }
 
+TEST_CASE("every choice names a spec that can be made", "[serving]") {
+  for (const codec::exact_element element : codec::exact_elements) {
+    for (const codec_choice& choice : {codec_choice{"int8", "int8", 0, 0, element},
+                                       {"channel4", "rotated4", 0, 0, element},
+                                       {"int8", "rotated4", 2, 0, element},
+                                       {"bf16", "balanced3", 0, 5, element},
+                                       {"bf16", "balanced3", 0, 0, element}}) {
+      CAPTURE(choice.spec());
+      const any_codec made = make_codec(choice.spec());
+      CHECK(made.tail_tokens == choice.tail_tokens);
+      CHECK(made.exact_as == (choice.seals() ? element : codec::exact_element::bf16));
+    }
+  }
+}
+
 TEST_CASE("an open long step takes what the plan sets aside for it", "[serving]") {
   const auto exact =
       GENERATE(codec::exact_element::bf16, codec::exact_element::f16, codec::exact_element::f32);

@@ -15,6 +15,9 @@ struct block_access;  // cache/block_access.hpp
 
 template <block_codec Codec, block_storage Storage>
 struct blocks_for_codec {
+  static_assert(
+      !requires(const Codec& codec) { codec.tail_tokens; },
+      "a codec with tail_tokens needs sink_tokens and exact_as, as codec::sealing_options has them");
   using type = direct_blocks<Codec, Storage>;
 };
 template <sealing_codec Codec, block_storage Storage>

@@ -6,6 +6,7 @@
 
 #include <kvcache/cache/concepts.hpp>
 #include <kvcache/cache/positions.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
@@ -45,6 +46,8 @@ void append_tokens(const From& from, To& to, index_t first, index_t last) {
       const std::span<float> keys = std::span(k).first(size);
       const std::span<float> values = std::span(v).first(size);
       from[layer].copy_out(t, count, keys, values);
+      codec::fit_into(to, keys);
+      codec::fit_into(to, values);
       to[layer].append(keys, values);
     }
   }
@@ -56,7 +59,8 @@ void append_tokens(const From& from, To& to, index_t first, index_t last) {
 ///
 /// \param from  any kv_cache, or any_cache
 /// \param to    empty, with the same layers, heads and dims; what it is made of decides container and codec
-/// Throws capacity_error if `to` has no room, or refuses a row that is not finite; std::bad_alloc.
+/// Throws capacity_error if `to` has no room, or refuses a row that is not finite; std::bad_alloc. Numbers beyond what exact
+/// tokens of `to` can be are cut to that.
 template <class From, class To>
 [[nodiscard]] To recoded(const From& from, To to) {
   if (!same_heads(from.shape(), to.shape()))

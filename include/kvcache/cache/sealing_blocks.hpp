@@ -47,6 +47,8 @@ class sealing_blocks {
         seals_(codec.needs_whole_blocks() || codec.tail_tokens != 0 || codec.sink_tokens != 0) {
     if (!seals_) return;
     if (codec.tail_tokens < 0) throw shape_error("kvcache: tail_tokens must not be negative");
+    if (codec.exact_as > codec::exact_elements.back())
+      throw shape_error("kvcache: exact_as must be bf16, f16 or f32");
     if (codec.sink_tokens < 0 || codec.sink_tokens > shape.block_size)
       throw shape_error("kvcache: sink_tokens must be 0 to block_size, got " +
                         std::to_string(codec.sink_tokens));

@@ -48,7 +48,6 @@ template <block_codec Codec>
 class by_layer : public detail::by_layer_options<Codec> {
  public:
   static constexpr std::string_view name = "by_layer";
-  static constexpr std::size_t max_codecs = layer_descriptions::max_sides;
 
   /// One codec for every layer, however many there are.
   by_layer() : by_layer(Codec{}) {}
@@ -57,7 +56,7 @@ class by_layer : public detail::by_layer_options<Codec> {
   /// \param layers  [num_layers]. Throws shape_error if there are none.
   explicit by_layer(const std::vector<Codec>& layers) : by_layer(layers, identity(layers.size())) {}
 
-  /// \param codecs    those that occur, each once; others are left out, and at most max_codecs are left
+  /// \param codecs    those that occur, each once; others are left out
   /// \param of_layer  [num_layers] which of them a layer has; empty: every layer has the first
   /// Tail and sinks, where there are such settings, are the longest of any codec, and stored as the finest of them says. Throws shape_error if an index is wrong.
   by_layer(std::vector<Codec> codecs, std::vector<index_t> of_layer) {
@@ -76,9 +75,6 @@ class by_layer : public detail::by_layer_options<Codec> {
       }
     }
     leave_out_unused(codecs, of_layer);
-    if (codecs.size() > max_codecs)
-      throw shape_error("kvcache: by_layer takes " + std::to_string(max_codecs) + " different codecs, not " +
-                        std::to_string(codecs.size()));
     settings_ = std::make_shared<const settings>(settings{std::move(codecs), std::move(of_layer)});
   }
 
@@ -151,7 +147,8 @@ class by_layer : public detail::by_layer_options<Codec> {
     only().move_token(g, from_block, from_slot, to_block, to_slot);
   }
 
-  /// One codec for all layers is described as that codec is. Throws std::bad_alloc.
+  /// One codec for all layers is described as that codec is; of equal ones the first counts. Throws shape_error if there are
+  /// more different ones than layer_descriptions::max_sides, std::bad_alloc.
   [[nodiscard]] codec_description description() const requires described_codec<Codec>;
   /// Throws shape_error, as make_described.
   static by_layer from_description(const codec_description& described,
@@ -235,14 +232,24 @@ codec_description by_layer<Codec>::description() const requires described_codec<
   const settings& s = *settings_;
   codec_description made = describe(s.codecs.front());
   if (s.codecs.size() > 1) {
-    layer_descriptions keys{{}, s.of_layer};
-    layer_descriptions values{{}, s.of_layer};
+    layer_descriptions keys;
+    layer_descriptions values;
+    std::vector<index_t> place;  // of each codec among those that are told apart
     for (const Codec& codec : s.codecs) {
       codec_description one = describe(codec);
       made.seals = made.seals || one.seals;
+      std::size_t i = 0;
+      while (i < keys.sides.size() && (keys.sides[i] != one.keys || values.sides[i] != one.values)) ++i;
+      place.push_back(static_cast<index_t>(i));
+      if (i < keys.sides.size()) continue;
       keys.sides.push_back(std::move(one.keys));
       values.sides.push_back(std::move(one.values));
     }
+    if (keys.sides.size() > layer_descriptions::max_sides)
+      throw shape_error("kvcache: by_layer: files hold " + std::to_string(layer_descriptions::max_sides) +
+                        " different codecs, not " + std::to_string(keys.sides.size()));
+    for (const index_t i : s.of_layer) keys.of_layer.push_back(place[static_cast<std::size_t>(i)]);
+    values.of_layer = keys.of_layer;
     made.keys = keys.as_side();
     made.values = values.as_side();
   }

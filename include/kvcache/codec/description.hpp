@@ -171,7 +171,8 @@ Codec make_described(const codec_description& described, const cache_shape& shap
       again.seals != described.seals || again.tail_tokens != described.tail_tokens ||
       again.sink_tokens != described.sink_tokens || again.exact_as != described.exact_as)
     throw shape_error(
-        "kvcache: the codec keeps other tokens exact: wrap it in exact_tail or exact_sinks, or not");
+        "kvcache: the codec keeps other tokens exact, or in another way: wrap it in exact_tail or "
+        "exact_sinks, or not");
   return made;
 }
 

@@ -13,9 +13,12 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <optional>
+#include <span>
 #include <string_view>
 
 namespace kvcache::inline v0::codec {
@@ -48,7 +51,7 @@ struct exact_tokens {
     return visit([&](const auto& codec) { return codec.token_bytes(g); });
   }
 
-  /// Numbers of a row have to be smaller than this. That of f32 is bf16's: the codecs behind it take no more.
+  /// Numbers of a row have to be smaller than this. That of f32 is bf16's, beyond which codecs store no scales.
   [[nodiscard]] constexpr float limit() const noexcept {
     return element == exact_element::f16 ? 65520.0F : 0x1.FFp127F;
   }
@@ -83,6 +86,23 @@ struct exact_tokens {
     });
   }
 };
+
+/// How a cache keeps tokens exact, where it does: `cache.exact_as()` if it says so itself, else by its codec.
+template <class Cache>
+constexpr exact_tokens exact_tokens_of(const Cache& cache) noexcept {
+  if constexpr (requires { cache.exact_as(); }) {
+    return {cache.exact_as()};
+  } else {
+    return {exact_element_of(cache.codec())};
+  }
+}
+
+/// Rows that a codec gave back, cut to what a cache stores exactly: codecs overshoot. NaN and infinity stay.
+template <class Cache>
+void fit_into(const Cache& cache, std::span<float> rows) noexcept {
+  const float most = exact_tokens_of(cache).largest();
+  for (float& x : rows) x = std::isfinite(x) ? std::clamp(x, -most, most) : x;
+}
 
 inline constexpr std::array exact_elements = {exact_element::bf16, exact_element::f16, exact_element::f32};
 

@@ -11,6 +11,8 @@
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/core/types.hpp>
 
+#include <algorithm>
+
 namespace kvcache::inline v0::codec {
 
 /// What a sealing codec can be told; a base of codecs that need whole blocks.
@@ -22,7 +24,7 @@ struct sealing_options {
 };
 
 /// The newest `tail_tokens` tokens stay exact.
-/// \tparam Exact  how they and sinks are stored; f16 takes the bytes of bf16, and where a model computes in float, it loses
+/// \tparam Exact  how they and sinks are stored, or finer where the codec says so; f16 takes the bytes of bf16, and where a model computes in float, it loses
 ///                less than the codec behind it, which bf16 does not
 template <block_codec Codec, index_t TailTokens = 128, exact_element Exact = exact_element::bf16>
 struct exact_tail : Codec, sealing_options {
@@ -37,7 +39,7 @@ struct exact_tail<Codec, TailTokens, Exact> : Codec {
   constexpr exact_tail() : exact_tail(Codec{}) {}
   constexpr explicit exact_tail(const Codec& codec, index_t tokens = TailTokens) : Codec(codec) {
     this->tail_tokens = tokens;
-    this->exact_as = Exact;
+    this->exact_as = std::max(this->exact_as, Exact);
   }
 };
 

@@ -38,14 +38,10 @@ struct codec_choice {
   codec::exact_element exact_as = codec::exact_element::bf16;  ///< how both are stored
 
   /// "int8", or "k=channel4,v=rotated4,sinks=4,tail=128,exact=f16".
-  [[nodiscard]] std::string spec() const {
-    std::string text = keys == values ? keys : "k=" + keys + ",v=" + values;
-    if (sink_tokens != 0) text += ",sinks=" + std::to_string(sink_tokens);
-    if (tail_tokens != 0) text += ",tail=" + std::to_string(tail_tokens);
-    if (exact_as != codec::exact_element::bf16)
-      text.append(",exact=").append(codec::exact_tokens{exact_as}.name());
-    return text;
-  }
+  [[nodiscard]] std::string spec() const;
+
+  /// Whether tokens are kept exact. False for codecs that there are not.
+  [[nodiscard]] bool seals() const noexcept;
 
   friend bool operator==(const codec_choice&, const codec_choice&) = default;
 };
@@ -104,6 +100,24 @@ inline const named_sizes& sizes_named(std::string_view name) {
 }
 
 }  // namespace detail
+
+inline bool codec_choice::seals() const noexcept {
+  const auto whole = [](const std::string& name, bool detail::named_sizes::*side) {
+    return std::any_of(detail::known_sizes.begin(), detail::known_sizes.end(),
+                       [&](const detail::named_sizes& s) { return s.name == name && s.*side; });
+  };
+  return sink_tokens > 0 || tail_tokens > 0 || whole(keys, &detail::named_sizes::whole_key_blocks) ||
+         whole(values, &detail::named_sizes::whole_value_blocks);
+}
+
+inline std::string codec_choice::spec() const {
+  std::string text = keys == values ? keys : "k=" + keys + ",v=" + values;
+  if (sink_tokens != 0) text += ",sinks=" + std::to_string(sink_tokens);
+  if (tail_tokens != 0) text += ",tail=" + std::to_string(tail_tokens);
+  if (exact_as != codec::exact_element::bf16 && seals())
+    text.append(",exact=").append(codec::exact_tokens{exact_as}.name());
+  return text;
+}
 
 /// Sizes of a page_pool and its sequences. Not in them: page tables and the pool's lists (page_pool::books_bytes()), some 40
 /// to 150 bytes a page.
@@ -171,8 +185,7 @@ inline cache_sizes::cache_sizes(const cache_shape& shape, const codec_choice& co
   page_bytes_ = checked_mul(num_heads, block_bytes);
   bits_per_number_ =
       8.0 * static_cast<double>(block_bytes) / static_cast<double>(2 * g.block_size * g.head_dim);
-  seals_ =
-      keys.whole_key_blocks || values.whole_value_blocks || codec.tail_tokens > 0 || codec.sink_tokens > 0;
+  seals_ = codec.seals();
   if (!seals_) return;
 
   // Exact ring and sinks of every head, and two blocks of floats to work in: as in cache/sealing_blocks.hpp.

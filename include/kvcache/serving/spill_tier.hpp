@@ -6,6 +6,7 @@
 #pragma once
 
 #include <kvcache/cache/concepts.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -158,6 +159,7 @@ template <class Cache>
       std::memcpy(x + sizeof(float) - element, stored + i * element, element);
       std::memcpy(&layer_rows[i], x, sizeof(float));
     }
+    codec::fit_into(cache, layer_rows);
     const std::span<const float> both(layer_rows);
     if (const status s =
             cache[layer].try_append(both.first(part).subspan(from), both.last(part).subspan(from));
