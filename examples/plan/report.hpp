@@ -85,9 +85,8 @@ inline void write_table(std::ostream& out, const command_line& asked, const cach
 
 inline void write_legend(std::ostream& out) {
   out << "\nneeded: pages and exact tails of all sequences. max context: of every sequence at once; + where\n"
-         "only the model sets the limit. loss: KL divergence in times that of int8 behind a bf16 tail; bf16 "
-         "is "
-         "0.98.\n"
+         "only the model sets the limit. loss: KL divergence in times that of int8 behind a bf16 tail; "
+         "bf16 is 0.98.\n"
          "recalled: facts of 320. decode: times as fast as bf16. encode: one token of 8 heads of 128. -: "
          "not\n"
          "measured. trellis encodes ten times slower than rotated; it is recommended with --slow-encoding "

@@ -237,6 +237,15 @@ TEST_CASE("what a codec gives back beyond f16 is cut to it, and taken", "[cache]
   }
 }
 
+TEST_CASE("where no tokens are kept apart, the largest floats stay what they are", "[cache]") {
+  const std::vector<float> rows(static_cast<std::size_t>(3 * token_floats),
+                                std::numeric_limits<float>::max());
+  kvcache::contiguous_cache<codec::f32> cache(small);
+  for (index_t layer = 0; layer < small.num_layers; ++layer) cache[layer].append(rows, rows);
+  CHECK(all_of(recoded(cache, chunked_cache<codec::f32>(small)), 1) == all_of(cache, 1));
+  CHECK(all_of(recoded(cache, kvcache::make_cache("chunked/f32", small)), 1) == all_of(cache, 1));
+}
+
 TEST_CASE("recoded tokens keep rows and positions", "[cache]") {
   test::random random;
   for (int script = 0; script < 40; ++script) {

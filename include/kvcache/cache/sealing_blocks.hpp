@@ -42,9 +42,7 @@ class sealing_blocks {
  public:
   /// Throws shape_error if the codec's settings do not fit the shape.
   sealing_blocks(const cache_shape& shape, const Codec& codec, Storage storage)
-      : direct_(shape, codec, std::move(storage)),
-        exact_{codec.exact_as},
-        seals_(codec.needs_whole_blocks() || codec.tail_tokens != 0 || codec.sink_tokens != 0) {
+      : direct_(shape, codec, std::move(storage)), exact_{codec.exact_as}, seals_(keeps_exact(codec)) {
     if (!seals_) return;
     if (codec.tail_tokens < 0) throw shape_error("kvcache: tail_tokens must not be negative");
     if (codec.exact_as > codec::exact_elements.back())

@@ -127,7 +127,17 @@ concept sealing_codec = block_codec<C> && requires(const C& codec) {
   { codec.exact_as } -> std::convertible_to<codec::exact_element>;
 };
 
-/// How a cache with this codec keeps tokens exact, where it does.
+/// Whether a cache with this codec keeps tokens exact: newest or first ones, or those that do not fill a block yet.
+template <class Codec>
+constexpr bool keeps_exact([[maybe_unused]] const Codec& codec) noexcept {
+  if constexpr (sealing_codec<Codec>) {
+    return codec.needs_whole_blocks() || codec.tail_tokens != 0 || codec.sink_tokens != 0;
+  } else {
+    return false;
+  }
+}
+
+/// How, where it does.
 template <class Codec>
 constexpr codec::exact_element exact_element_of([[maybe_unused]] const Codec& codec) noexcept {
   if constexpr (sealing_codec<Codec>) {

@@ -126,7 +126,7 @@ codec_description describe_sides(const Codec& codec) {
   if constexpr (sealing_codec<Codec>) {
     made.tail_tokens = codec.tail_tokens;
     made.sink_tokens = codec.sink_tokens;
-    made.seals = made.seals || codec.tail_tokens != 0 || codec.sink_tokens != 0;
+    made.seals = keeps_exact(codec);
     if (made.seals) made.exact_as = codec.exact_as;
   }
   return made;

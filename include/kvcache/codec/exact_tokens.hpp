@@ -87,20 +87,22 @@ struct exact_tokens {
   }
 };
 
-/// How a cache keeps tokens exact, where it does: `cache.exact_as()` if it says so itself, else by its codec.
+/// How a cache keeps tokens exact, if it does: `cache.exact_as()` where it says so itself, else by its codec.
 template <class Cache>
-constexpr exact_tokens exact_tokens_of(const Cache& cache) noexcept {
+constexpr std::optional<exact_element> exact_element_in(const Cache& cache) noexcept {
   if constexpr (requires { cache.exact_as(); }) {
-    return {cache.exact_as()};
+    return cache.exact_as();
   } else {
-    return {exact_element_of(cache.codec())};
+    return keeps_exact(cache.codec()) ? std::optional(exact_element_of(cache.codec())) : std::nullopt;
   }
 }
 
-/// Rows that a codec gave back, cut to what a cache stores exactly: codecs overshoot. NaN and infinity stay.
+/// Rows that a codec gave back, cut to what a cache stores exactly, if it does: codecs overshoot. NaN and infinity stay.
 template <class Cache>
 void fit_into(const Cache& cache, std::span<float> rows) noexcept {
-  const float most = exact_tokens_of(cache).largest();
+  const auto element = exact_element_in(cache);
+  if (!element) return;
+  const float most = exact_tokens{*element}.largest();
   for (float& x : rows) x = std::isfinite(x) ? std::clamp(x, -most, most) : x;
 }
 

@@ -17,6 +17,7 @@
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/step.hpp>
 #include <kvcache/codec/by_layer.hpp>
+#include <kvcache/codec/exact_tokens.hpp>
 #include <kvcache/core/executor.hpp>
 #include <kvcache/core/rope_config.hpp>
 #include <kvcache/core/shape.hpp>
@@ -61,7 +62,7 @@ class erased_cache {
   [[nodiscard]] virtual index_t size() const noexcept = 0;
   [[nodiscard]] virtual index_t layer_size(index_t layer) const noexcept = 0;
   [[nodiscard]] virtual index_t bytes_per_token() const noexcept = 0;
-  [[nodiscard]] virtual codec::exact_element exact_as() const noexcept = 0;
+  [[nodiscard]] virtual std::optional<codec::exact_element> exact_as() const noexcept = 0;
   [[nodiscard]] virtual memory_use bytes() const noexcept = 0;
   [[nodiscard]] virtual const position_map& positions() const noexcept = 0;
   virtual void shift(index_t first, index_t last, index_t delta) = 0;
@@ -106,8 +107,8 @@ class erased_cache_of final : public erased_cache {
   [[nodiscard]] const cache_shape& shape() const noexcept override { return cache_.shape(); }
   [[nodiscard]] index_t size() const noexcept override { return cache_.size(); }
   [[nodiscard]] index_t layer_size(index_t layer) const noexcept override { return cache_.layer_size(layer); }
-  [[nodiscard]] codec::exact_element exact_as() const noexcept override {
-    return exact_element_of(cache_.codec());
+  [[nodiscard]] std::optional<codec::exact_element> exact_as() const noexcept override {
+    return codec::exact_element_in(cache_);
   }
   [[nodiscard]] index_t bytes_per_token() const noexcept override {
     return kvcache::bytes_per_token(cache_.shape(), cache_.codec());
@@ -225,8 +226,8 @@ class any_cache {
   [[nodiscard]] const cache_shape& shape() const noexcept { return cache_->shape(); }
   [[nodiscard]] index_t size() const noexcept { return cache_->size(); }
   [[nodiscard]] index_t bytes_per_token() const noexcept { return cache_->bytes_per_token(); }
-  /// How tails and sinks are stored, where there are such.
-  [[nodiscard]] codec::exact_element exact_as() const noexcept { return cache_->exact_as(); }
+  /// How tokens are kept exact; nothing where none are.
+  [[nodiscard]] std::optional<codec::exact_element> exact_as() const noexcept { return cache_->exact_as(); }
   [[nodiscard]] memory_use bytes() const noexcept { return cache_->bytes(); }
   [[nodiscard]] const position_map& positions() const noexcept { return cache_->positions(); }
   void shift(index_t first, index_t last, index_t delta) { cache_->shift(first, last, delta); }

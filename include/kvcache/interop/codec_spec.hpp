@@ -122,10 +122,7 @@ class codec_spec_reader {
     }
     if (!both_sides_.empty() && is_given("k") && is_given("v"))
       refuse("keys and values are given twice, by '" + shown(both_sides_) + "' and by k= and v=");
-    const auto keeps_exact = [](const any_codec& codec) {
-      return codec.needs_whole_blocks() || codec.tail_tokens > 0 || codec.sink_tokens > 0;
-    };
-    if (is_given("exact") && std::none_of(codecs_.begin(), codecs_.end(), keeps_exact))
+    if (is_given("exact") && std::none_of(codecs_.begin(), codecs_.end(), keeps_exact<any_codec>))
       refuse("exact= says how tail= and sinks= are stored, and there is neither");
     use_turns();
   }

@@ -182,7 +182,9 @@ class fitting_cache final : public erased_cache {
   [[nodiscard]] index_t size() const noexcept override { return cache_.size(); }
   [[nodiscard]] index_t layer_size(index_t layer) const noexcept override { return cache_[layer].size(); }
   [[nodiscard]] index_t bytes_per_token() const noexcept override { return cache_.bytes_per_token(); }
-  [[nodiscard]] codec::exact_element exact_as() const noexcept override { return cache_.exact_as(); }
+  [[nodiscard]] std::optional<codec::exact_element> exact_as() const noexcept override {
+    return cache_.exact_as();
+  }
   [[nodiscard]] memory_use bytes() const noexcept override { return cache_.bytes(); }
   [[nodiscard]] const position_map& positions() const noexcept override { return cache_.positions(); }
   void shift(index_t first, index_t last, index_t delta) override { cache_.shift(first, last, delta); }
