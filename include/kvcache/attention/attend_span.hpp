@@ -37,6 +37,13 @@ namespace kvcache::inline v0::detail {
 inline constexpr index_t span_tokens = 2048;
 inline constexpr index_t max_span_blocks = span_tokens / key_lanes;
 
+/// Memory has to be asked some time before it answers: this many blocks ahead, so that some KiB lie between.
+inline constexpr index_t max_blocks_ahead = 4;
+constexpr index_t blocks_ahead(index_t block_bytes) noexcept {
+  constexpr index_t least_bytes = 8 * 1024;
+  return std::clamp(ceil_div(least_bytes, block_bytes), index_t{1}, max_blocks_ahead);
+}
+
 /// Rows that are computed at a time where a group has fewer: several queries share the unpacking of a block.
 inline constexpr index_t tile_rows = 16;
 
@@ -64,10 +71,11 @@ struct span_context {
 
 /// The blocks of one span and one head.
 struct span_blocks {
-  std::span<const std::byte* const> data;  ///< in order, and the one after them, or null
-  index_t first_exact = 0;                 ///< token from which on blocks are exact, not the codec's
-  codec::exact_tokens exact = {};          ///< the encoding of these
-  exact_sinks_view sinks = {};  ///< exact tokens from token 0 on, in place of those in the first block
+  std::span<const std::byte* const>
+      data;                        ///< in order, and max_blocks_ahead after them, null where there is none
+  index_t first_exact = 0;         ///< token from which on blocks are exact, not the codec's
+  codec::exact_tokens exact = {};  ///< the encoding of these
+  exact_sinks_view sinks = {};     ///< exact tokens from token 0 on, in place of those in the first block
 };
 
 /// Sums of the rows of a tile, [rows, head_dim] each: as they are, and in the codec's own coordinates.
@@ -92,7 +100,7 @@ float* scores_in(float* scratch, const Codec& codec, const block_geometry& g, in
 /// Tokens whose keys moved equally far since they were stored, in one block of which slots [0, count) are read.
 struct block_tokens {
   const std::byte* block;
-  const std::byte* next_block;  ///< read after it, or null
+  const std::byte* next_block;  ///< read after it, blocks_ahead blocks later, or null
   token_range tokens;
   index_t base;                                ///< token of slot 0
   index_t num_scores;                          ///< count, rounded up to what kernels take
@@ -167,6 +175,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
   const index_t num_floats = num_rows * g.head_dim;
   float* prepared = scratch;
   float* turned = prepared + num_rows * codec.prepared_floats(g);
+  const index_t ahead = blocks_ahead(codec.block_bytes(g));
   const auto& segments = c.segments;
   const auto starts_later = [](index_t t, const position_segment& s) { return t < s.first_token; };
   auto s = static_cast<std::size_t>(
@@ -206,7 +215,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
       block_tokens in{blocks.data[b],
-                      blocks.data[b + 1],
+                      blocks.data[b + static_cast<std::size_t>(ahead)],
                       tokens,
                       base,
                       (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes,

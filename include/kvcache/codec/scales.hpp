@@ -31,7 +31,7 @@ inline const bfloat16* scales(const std::byte* section) noexcept {
 /// \param next  the section, or null
 inline void fetch_behind(const std::byte* next, index_t codes_bytes, index_t section_bytes) noexcept {
   for (index_t i = codes_bytes; next != nullptr && i < section_bytes; i += block_alignment)
-    __builtin_prefetch(next + i, 0, 2);
+    __builtin_prefetch(next + i, 0, 3);
 }
 
 inline void set_scale(std::byte* section, index_t slot, bfloat16 scale) noexcept {

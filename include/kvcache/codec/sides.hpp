@@ -88,13 +88,13 @@ struct sides {
               const float* prepared, index_t num_rows, float* scores, const std::byte* next_block) const {
     const std::byte* values_of_block = block + keys.section_bytes(g);
     keys.scores(kernels, g, block, count, prepared, num_rows, scores,
-                next_block != nullptr && reads_far_ahead(g) ? next_block : values_of_block);
+                next_block != nullptr && reads_far_ahead(g, num_rows) ? next_block : values_of_block);
   }
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next_block) const {
-    const bool far = next_block != nullptr && reads_far_ahead(g);
+    const bool far = next_block != nullptr && reads_far_ahead(g, num_rows);
     values.accumulate(kernels, g, block + keys.section_bytes(g), count, weights, num_rows, sums,
                       far ? next_block + keys.section_bytes(g) : next_block);
   }
@@ -111,9 +111,10 @@ struct sides {
   { return sides{codec_at(keys, layer, head), codec_at(values, layer, head)}; }
 
  private:
-  /// Memory has to be asked some time before it answers: one section ahead, or two where they are soon multiplied.
-  [[nodiscard]] constexpr bool reads_far_ahead(const block_geometry& g) const noexcept {
-    constexpr index_t small = 12 * 1024;
+  /// Memory has to be asked some time before it answers: one section ahead, or two where they are soon multiplied. Not
+  /// further than first-level caches are large; for one row, which reads as fast as memory delivers, two are too far.
+  [[nodiscard]] constexpr bool reads_far_ahead(const block_geometry& g, index_t num_rows) const noexcept {
+    const index_t small = num_rows > 1 ? index_t{20 * 1024} : index_t{12 * 1024};
     return block_bytes(g) <= small;
   }
 };

@@ -54,17 +54,31 @@ struct read_ahead {
   const std::byte* at;
   const std::byte* first;
   index_t stride;
+
+  void go_on_at(const std::byte* next) {
+    if (stride != 0 && next != at) at = first = next;
+  }
 };
 
-/// `Lines` lines, and once more those some way back: when the miss buffers are full, processors drop prefetches.
-template <int Lines>
+/// Tokens of a section that are read while as many are fetched. Lines that wait in L1 are the least recently used ones:
+/// twice as many bytes must find room there.
+template <class Element>
+inline index_t piece_tokens(const block_geometry& g) {
+  constexpr index_t most_bytes = 16 * 1024;
+  index_t tokens = 4 * key_lanes;
+  while (tokens > key_lanes && tokens * g.head_dim * index_t{sizeof(Element)} > most_bytes) tokens /= 2;
+  return tokens;
+}
+
+/// `Lines` lines, and, if `Twice`, once more those some way back: when the miss buffers are full, processors drop prefetches.
+template <int Lines, bool Twice = true>
 [[gnu::always_inline]] inline void fetch(read_ahead& next) {
   constexpr index_t second_chance = 4096;  // bytes
   const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
 #pragma GCC unroll 16
   for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
     __builtin_prefetch(next.at, 0, 3);
-    __builtin_prefetch(again, 0, 3);
+    if constexpr (Twice) __builtin_prefetch(again, 0, 3);
   }
 }
 
@@ -97,7 +111,7 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
   }
   index_t d = 0;
   for (; d + pack <= g.head_dim; d += pack, keys += key_lanes * pack) {
-    fetch<Groups>(next);
+    fetch<Groups, (Rows > 1)>(next);
     widened<pack> k[Groups];
 #pragma GCC unroll 16
     for (int i = 0; i < Groups; ++i) {
@@ -152,11 +166,24 @@ KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte
   const auto* group = reinterpret_cast<const Element*>(keys);
   const index_t group_size = block_order<Element>::key_group_size(g);
   read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, max_score_rows));
-  index_t t = 0;
-  for (; t + 3 * key_lanes < count; t += 4 * key_lanes, group += 4 * group_size)
-    score_rows<Element, max_score_rows, 4>(g, group, queries, num_rows, out + t, ahead);
-  for (; t < count; t += key_lanes, group += group_size)
-    score_rows<Element, max_score_rows, 1>(g, group, queries, num_rows, out + t, ahead);
+  const index_t piece_groups = piece_tokens<Element>(g) / key_lanes;
+  const index_t num_groups = ceil_div(count, key_lanes);
+  for (index_t i = 0; i < num_groups; i += piece_groups) {
+    const Element* behind = group + piece_groups * group_size;
+    ahead.go_on_at(i + piece_groups < num_groups ? reinterpret_cast<const std::byte*>(behind) : next);
+    const index_t groups = std::min(piece_groups, num_groups - i);
+    if (groups == 4) {
+      score_rows<Element, max_score_rows, 4>(g, group, queries, num_rows, out, ahead);
+    } else if (groups == 2) {
+      score_rows<Element, max_score_rows, 2>(g, group, queries, num_rows, out, ahead);
+    } else {
+      for (index_t j = 0; j < groups; ++j)
+        score_rows<Element, max_score_rows, 1>(g, group + j * group_size, queries, num_rows,
+                                               out + j * key_lanes, ahead);
+    }
+    group = behind;
+    out += piece_groups * key_lanes;
+  }
 }
 
 template <class Element>
@@ -210,7 +237,7 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
   const Element* values = in.values;
   const float* weights = in.weights;
   for (index_t i = 0; i < in.num_packs; ++i, values += in.stride, weights += pack) {
-    fetch<Chunks>(next);
+    fetch<Chunks, (Rows > 1)>(next);
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) {
       const auto v = widen(values + c * width);
@@ -289,9 +316,12 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
   constexpr index_t pack = block_order<Element>::pack;
   constexpr index_t wide = 8 * key_lanes;
   read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, max_sum_rows));
-  for (index_t t = 0; t < count; t += sum_tokens) {
+  const index_t piece = piece_tokens<Element>(g);
+  for (index_t t = 0; t < count; t += piece) {
+    const std::byte* behind = values + (t + piece) * g.head_dim * index_t{sizeof(Element)};
+    ahead.go_on_at(t + piece < count ? behind : next);
     weighted_values<Element> in{reinterpret_cast<const Element*>(values) + t * g.head_dim, g.head_dim * pack,
-                                ceil_div(std::min(sum_tokens, count - t), pack), weights + t, g.block_size};
+                                ceil_div(std::min(piece, count - t), pack), weights + t, g.block_size};
     index_t d = 0;
     for (; d + wide <= g.head_dim; d += wide, in.values += wide * pack)
       sum_rows<Element, max_sum_rows, 8>(in, num_rows, sums + d, g.head_dim, ahead);
