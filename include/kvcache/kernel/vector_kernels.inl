@@ -71,9 +71,10 @@ inline index_t piece_tokens(const block_geometry& g) {
 }
 
 /// `Lines` lines, and, if `Twice`, once more those some way back: when the miss buffers are full, processors drop prefetches.
+/// Few at a time, between multiplications: of many at once always the same ones would be dropped.
 template <int Lines, bool Twice = true>
 [[gnu::always_inline]] inline void fetch(read_ahead& next) {
-  constexpr index_t second_chance = 4096;  // bytes
+  constexpr index_t second_chance = 34 * 64;  // bytes; what was dropped at one place of a turn comes up at another
   const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
 #pragma GCC unroll 16
   for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
@@ -102,6 +103,11 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
                                       float* out, read_ahead& ahead) {
   constexpr index_t pack = block_order<Element>::pack;
   const index_t group_size = block_order<Element>::key_group_size(g);
+  // `Groups` lines are fetched in `pack * Rows` turns
+  constexpr int turns = static_cast<int>(pack) * Rows;
+  constexpr int lines_each = std::max(Groups / turns, 1);
+  constexpr int turns_each = std::max(turns / Groups, 1);
+  static_assert(lines_each * (turns / turns_each) == Groups);
   read_ahead next = ahead;  // in a register
   vec sum[Rows][Groups];
 #pragma GCC unroll 16
@@ -111,7 +117,6 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
   }
   index_t d = 0;
   for (; d + pack <= g.head_dim; d += pack, keys += key_lanes * pack) {
-    fetch<Groups, (Rows > 1)>(next);
     widened<pack> k[Groups];
 #pragma GCC unroll 16
     for (int i = 0; i < Groups; ++i) {
@@ -121,6 +126,7 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
     for (int j = 0; j < pack; ++j) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
+        if ((j * Rows + r) % turns_each == 0) fetch<lines_each, (Rows > 1)>(next);
         const vec q = broadcast(queries.row(r)[d + j]);
 #pragma GCC unroll 16
         for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, k[i].part[j], sum[r][i]);
@@ -237,9 +243,9 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
   const Element* values = in.values;
   const float* weights = in.weights;
   for (index_t i = 0; i < in.num_packs; ++i, values += in.stride, weights += pack) {
-    fetch<Chunks, (Rows > 1)>(next);
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) {
+      fetch<1, (Rows > 1)>(next);
       const auto v = widen(values + c * width);
 #pragma GCC unroll 16
       for (int j = 0; j < pack; ++j) {
