@@ -74,7 +74,8 @@ inline index_t piece_tokens(const block_geometry& g) {
 /// Few at a time, between multiplications: of many at once always the same ones would be dropped.
 template <int Lines, bool Twice = true>
 [[gnu::always_inline]] inline void fetch(read_ahead& next) {
-  constexpr index_t second_chance = 34 * 64;  // bytes; what was dropped at one place of a turn comes up at another
+  constexpr index_t second_chance =
+      34 * 64;  // bytes; what was dropped at one place of a turn comes up at another
   const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
 #pragma GCC unroll 16
   for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
