@@ -103,6 +103,7 @@ class klt_calibration {
     options.bits_per_value = bits_per_value;
     options.centred = true;
     options.all_sizes = true;
+    options.best_scales = true;
     return options;
   }
 

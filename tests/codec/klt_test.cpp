@@ -110,6 +110,51 @@ TEST_CASE("klt has less than half the error of trellis on correlated rows, at th
   check(codec::trellis<2>{});
 }
 
+TEST_CASE("the best of three scales never loses more, takes no more bits, and comes back from settings",
+          "[codec]") {
+  test::random random;
+  const cache_shape shape{.num_layers = 2, .num_kv_heads = 1, .head_dim = 64};
+  const block_geometry g = kvcache::geometry_of(shape);
+  const auto seen = calibrated(shape, random);
+  for (const double bits : {2.25, 3.25, 4.5}) {
+    CAPTURE(bits);
+    const codec::klt usual(codec::klt_bases(seen, {.bits_per_value = bits}));
+    const codec::klt best(codec::klt_bases(seen, {.bits_per_value = bits, .best_scales = true}));
+    CHECK(bits_used(shape, best) == bits_used(shape, usual));
+    const auto again = kvcache::make_described<codec::klt>(kvcache::describe(best), shape);
+    double usual_error = 0;
+    double best_error = 0;
+    for (index_t layer = 0; layer < shape.num_layers; ++layer) {
+      key_value_rows rows = block_of_rows(shape, layer, 0, random);
+      std::fill_n(rows.k.begin(), shape.head_dim, 0.0F);
+      for (index_t d = 0; d < shape.head_dim; ++d) {
+        rows.k[static_cast<std::size_t>(shape.head_dim + d)] *= 1e-30F;
+        rows.k[static_cast<std::size_t>(2 * shape.head_dim + d)] *= 1e30F;
+      }
+      const auto plain = through(g, rows, codec_at(usual, layer, 0));
+      const auto back = through(g, rows, codec_at(best, layer, 0));
+      CHECK(through(g, rows, codec_at(again, layer, 0)).k == back.k);
+      CHECK(through(g, rows, codec_at(again, layer, 0)).v == back.v);
+      for (std::size_t i = 0; i < rows.v.size(); i += 64) {
+        const auto error = [&](const std::vector<float>& of, const std::vector<float>& is) {
+          double squares = 0;
+          for (std::size_t d = i; d < i + 64; ++d) squares += std::pow(double{of[d]} - double{is[d]}, 2);
+          return squares;
+        };
+        for (const bool is_k : {true, false}) {
+          const double was = is_k ? error(rows.k, plain.k) : error(rows.v, plain.v);
+          const double now = is_k ? error(rows.k, back.k) : error(rows.v, back.v);
+          CHECK(now <= was * 1.01 + 1e-80);
+          if (is_k) continue;  // some of which are huge
+          usual_error += was;
+          best_error += now;
+        }
+      }
+    }
+    CHECK(best_error < usual_error * 0.98);
+  }
+}
+
 namespace {
 
 /// Queries, or rows of output weights, of 32 dims that look at the second half of them ten times as hard.

@@ -109,9 +109,10 @@ any_codec codec_named(const std::string& name, index_t head_dim) {
     made.values = codec::any_values::of(low_rank.values);
     return made;
   }
-  if (name == "klt_5_and_3") {
+  if (name == "klt_5_and_3" || name == "klt_best_scales") {
     const index_t half = head_dim / 16 * 8;
-    const codec::klt klt(made_up_bases(head_dim, {.bits5 = half, .bits3 = head_dim - half}));
+    const codec::klt klt(made_up_bases(
+        head_dim, {.bits5 = half, .bits3 = head_dim - half, .best_scales = name == "klt_best_scales"}));
     made.keys = codec::any_keys::of(klt.keys);
     made.values = codec::any_values::of(klt.values);
     return made;
@@ -197,14 +198,15 @@ const std::map<std::string, std::uint32_t> known = {{"f32", 0xde5ff740U},
                                                     {"low_rank_16_and_2", 0x5418f2cbU},
                                                     {"klt", 0xb9e7f8acU},
                                                     {"klt_5_and_3", 0x0fecec33U},
+                                                    {"klt_best_scales", 0xad6f1e60U},
                                                     {"centred_klt", 0xae38f022U}};
 
 }  // namespace
 
 TEST_CASE("the same rows are the same bytes in every build, on every instruction set", "[codec]") {
   std::vector<std::string> names = kvcache::codec_names();
-  names.insert(names.end(),
-               {"turned_rotated3", "low_rank", "low_rank_16_and_2", "klt", "klt_5_and_3", "centred_klt"});
+  names.insert(names.end(), {"turned_rotated3", "low_rank", "low_rank_16_and_2", "klt", "klt_5_and_3",
+                             "klt_best_scales", "centred_klt"});
   CHECK(names.size() == known.size());
   for (const std::string& name : names) {
     for (const kernel::isa level : kernel::available()) {

@@ -16,6 +16,7 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/klt_groups.hpp>
+#include <kvcache/codec/klt_scale_choice.hpp>
 #include <kvcache/codec/klt_scales.hpp>
 #include <kvcache/codec/low_bit.hpp>
 #include <kvcache/codec/low_rank_bases.hpp>
@@ -35,6 +36,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -82,8 +84,10 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
               index_t count, const_rows rows) const {
     alignas(64) component_row x;
     alignas(64) component_row c;
+    const bool best_scales = this->layout().best_scales;
     // components of five spreads stay within float
     const float widest = *std::max_element(this->basis.spreads, this->basis.spreads + this->rank());
+    const klt_scale_choice<Order> choice(this->layout(), this->basis.spreads, g.block_size);
     const double limit = 0x1p127 / (5.0 * double{widest} * klt_scale_divisor);
     for (index_t t = first; t < first + count; ++t) {
       const float* row = rows.row(t - first);
@@ -91,14 +95,14 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
       std::transform(row, row + g.head_dim, x.begin(), [&](float number) { return number * range.inverse; });
       this->project(x.data(), g.head_dim, c.data());
       const double unit = double{range.unit} * in_spreads(c.data()) / klt_scale_divisor;
-      const std::uint8_t code = klt_scale_code(scale_of(c.data(), g.block_size) * unit, limit);
+      const int usual = klt_scale_code(choice.usual(c.data()) * unit, limit);
+      const row_place to{kernels, g, section, t};
+      int code = usual;
+      if (best_scales && usual != 0)
+        code = put_best(to, c.data(), unit, usual, limit);
+      else
+        put(to, c.data(), unit, usual, x.data());
       section[t] = static_cast<std::byte>(code);
-      const double scale = to_float(klt_scales[code]);
-      const auto inverse = static_cast<float>(scale > 0 ? std::min(unit / scale, 0x1p100) : 0);
-      for (index_t i = 0; i < this->rank(); ++i) c[static_cast<std::size_t>(i)] *= inverse;
-      for_each(g, [&](auto group, const component_group& part) {
-        group.encode(kernels, part.geometry, section + part.offset, t, c.data() + part.first);
-      });
     }
   }
 
@@ -138,6 +142,61 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
   }
 
  private:
+  /// Where a row goes.
+  struct row_place {
+    const kernel::table& kernels;
+    const block_geometry& g;
+    std::byte* section;
+    index_t token;
+  };
+
+  /// The codes of components for a scale. \param scaled  what was stored, [rank]
+  void put(const row_place& to, const float* c, double unit, int scale_code, float* scaled) const {
+    const double scale = to_float(klt_scales[static_cast<std::size_t>(scale_code)]);
+    const auto inverse = static_cast<float>(scale > 0 ? std::min(unit / scale, 0x1p100) : 0);
+    lanes::transform(
+        this->rank(), scaled, [inverse](auto x) { return x * inverse; }, c);
+    for_each(to.g, [&](auto group, const component_group& part) {
+      group.encode(to.kernels, part.geometry, to.section + part.offset, to.token, scaled + part.first);
+    });
+  }
+
+  /// Squares of what the codes differ by from `scaled`, times spreads.
+  [[nodiscard]] double error_of(const row_place& of, const float* scaled) const {
+    alignas(64) component_row stored;
+    double squares = 0;
+    for_each(of.g, [&](auto group, const component_group& part) {
+      group.decode(part.geometry, of.section + part.offset, of.token, stored.data());
+      for (index_t i = 0; i < part.geometry.head_dim; ++i) {
+        const index_t component = part.first + i;
+        const float is = lanes::rounded(stored[static_cast<std::size_t>(i)] * group.unit);
+        const double error = double{this->basis.spreads[component]} * (is - scaled[component]);
+        squares += lanes::rounded(error * error);
+      }
+    });
+    return squares;
+  }
+
+  /// The same for the scale of least error of `code` and its neighbours: from scale to scale the error of a row changes by
+  /// more than what the levels lose by a scale that is not the usual one. \return its code
+  int put_best(const row_place& to, const float* c, double unit, int code, double limit) const {
+    alignas(64) component_row scaled;
+    double least = std::numeric_limits<double>::infinity();
+    int best = code;
+    for (const int tried : {code + 1, code - 1, code}) {
+      const bool exists = tried == code || (tried > 0 && tried < int{klt_scales.size()});
+      const double scale = exists ? to_float(klt_scales[static_cast<std::size_t>(tried)]) : limit;
+      if (!exists || (tried != code && scale > limit)) continue;
+      put(to, c, unit, tried, scaled.data());
+      const double error = error_of(to, scaled.data()) * scale * scale;
+      if (error > least) continue;
+      least = error;
+      best = tried;
+    }
+    if (best != code) put(to, c, unit, best, scaled.data());
+    return best;
+  }
+
   /// Divides components by their spreads and by what they are then at most, which is returned. \post finite: low_rank_bases has no
   /// numbers beyond 1e15 and no spreads below 1e-15
   double in_spreads(float* c) const noexcept {
@@ -150,67 +209,6 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
     const float inverse = largest > 0 ? 1 / largest : 0;
     for (index_t i = 0; i < this->rank(); ++i) c[i] *= inverse;
     return double{largest};
-  }
-
-  /// Of a group, in registers.
-  struct group_sums {
-    float squares = 0;
-    float spreads = 0;
-    float energy = 0;
-    float square_spreads = 0;
-    float largest = 0;
-
-    void add(float spread, float size) noexcept {
-      squares += lanes::rounded(spread * size * size);
-      spreads += spread;
-      energy += lanes::rounded(spread * size * (spread * size));
-      square_spreads += lanes::rounded(spread * spread);
-      largest = std::max(largest, size);
-    }
-  };
-
-  /// Root mean square of the components in spreads, those that spread far counting more; but so much that none is beyond the
-  /// reach of its group, unless the noise of that would be more than a quarter of the row.
-  [[nodiscard]] float scale_of(const float* c, index_t block_size) const noexcept {
-    float squares = 0;
-    float spreads = 0;
-    float least = 0;
-    float energy = 0;
-    float noise = 0;  // at a scale of one
-    for_each_klt_group<Order>(this->layout(), block_size, [&](auto group, const component_group& part) {
-      group_sums sums;
-      for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i)
-        sums.add(this->basis.spreads[i], std::fabs(c[i]));
-      squares += sums.squares;
-      spreads += sums.spreads;
-      energy += sums.energy;
-      noise += lanes::rounded(sums.square_spreads * static_cast<float>(group.error));
-      least = std::max(least, sums.largest / group.reach);
-    });
-    const float usual = spreads > 0 ? std::max(std::sqrt(squares / spreads), least) : 0.0F;
-    return noise * usual * usual <= energy / 4 ? usual : best_scale(c, block_size, noise);
-  }
-
-  /// The scale of least noise and components cut off, noise * scale^2 + sum over i beyond the reach of
-  /// spread[i]^2 (|c[i]| - reach * scale)^2: by Newton's method, which comes to it from below.
-  [[nodiscard]] float best_scale(const float* c, index_t block_size, float noise) const noexcept {
-    float scale = 0;
-    for (int step = 0; step < 16; ++step) {
-      float wanted = 0;
-      float weight = noise;
-      for_each_klt_group<Order>(this->layout(), block_size, [&](auto group, const component_group& part) {
-        for (index_t i = part.first; i < part.first + part.geometry.head_dim; ++i) {
-          if (std::fabs(c[i]) <= group.reach * scale) continue;
-          const float reached = this->basis.spreads[i] * group.reach;
-          wanted += lanes::rounded(this->basis.spreads[i] * std::fabs(c[i]) * reached);
-          weight += lanes::rounded(reached * reached);
-        }
-      });
-      const float next = wanted / weight;
-      if (!(next > scale)) break;
-      scale = next;
-    }
-    return scale;
   }
 };
 

@@ -40,13 +40,14 @@ struct low_rank_layout {
   index_t bits4 = 0;
   index_t bits3 = 0;  ///< klt alone
   index_t bits2 = 0;
+  bool best_scales = false;  ///< klt alone: see klt_options
 
   using counts_type = std::array<index_t, 8>;
   [[nodiscard]] constexpr counts_type counts() const noexcept {
     return {f32, bf16, int8, bits6, bits5, bits4, bits3, bits2};
   }
   static constexpr low_rank_layout of(const counts_type& c) noexcept {
-    return {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]};
+    return {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], false};
   }
   [[nodiscard]] constexpr index_t rank() const noexcept {
     const counts_type all = counts();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // low_rank_settings: the bases of keys, or of values, as a side of low_rank writes them and is made from them again.
 //
-//   u32 flags: 1 where the way out has a basis of its own, 4 of klt
+//   u32 flags: 1 where the way out has a basis of its own, 4 of klt, 8 of klt with best_scales
 //   for each layer: u32 components in f32, bf16, 8, (of klt: 6, 5,) 4, (of klt: 3,) 2 bits
 //   for each layer and head, in float: in [rank, head_dim] | out, where there is one, the same size | spreads [rank]
 //
@@ -34,6 +34,8 @@ inline low_rank_basis basis_at(const low_rank_bases& bases, bool is_keys, index_
 /// Whose bases: what low_rank has no components of is not written for it.
 enum class settings_of : std::uint32_t { low_rank = 0, klt = 4 };
 
+inline constexpr index_t best_scales_flag = 8;
+
 /// Whether layouts of this codec tell of counts()[i].
 constexpr bool has_count(settings_of codec, std::size_t i) noexcept {
   return codec == settings_of::klt || (i != 3 && i != 4 && i != 6);
@@ -49,7 +51,8 @@ inline void put_low_rank_settings(const low_rank_bases& bases, bool is_keys, set
     out.insert(out.end(), bytes, bytes + sizeof narrow);
   };
   const low_rank_basis any = basis_at(bases, is_keys, 0, 0);
-  put_number((any.out != any.in ? 1 : 0) + static_cast<index_t>(codec));
+  put_number((any.out != any.in ? 1 : 0) + static_cast<index_t>(codec) +
+             (codec == settings_of::klt && any.layout->best_scales ? best_scales_flag : 0));
   for (index_t layer = 0; layer < shape.num_layers; ++layer) {
     const low_rank_layout& l = is_keys ? bases.key_layout(layer) : bases.value_layout(layer);
     for (std::size_t i = 0; i < l.counts().size(); ++i) {
@@ -90,7 +93,9 @@ inline std::shared_ptr<const low_rank_bases> low_rank_bases_from(std::span<const
     settings = settings.subspan(sizeof number);
     return index_t{number};
   };
-  const index_t weighted = take_number() - static_cast<index_t>(codec);
+  const index_t flags = take_number();
+  const bool best_scales = codec == settings_of::klt && (flags & best_scales_flag) != 0;
+  const index_t weighted = flags - static_cast<index_t>(codec) - (best_scales ? best_scales_flag : 0);
   if (weighted < 0 || weighted > 1)
     throw shape_error("kvcache: the settings of low_rank, or klt, are of another codec or an older version");
   std::vector<low_rank_layout> layouts;
@@ -100,7 +105,8 @@ inline std::shared_ptr<const low_rank_bases> low_rank_bases_from(std::span<const
     for (std::size_t i = 0; i < counts.size(); ++i) {
       if (has_count(codec, i)) counts[i] = take_number();
     }
-    const low_rank_layout l = low_rank_layout::of(counts);
+    low_rank_layout l = low_rank_layout::of(counts);
+    l.best_scales = best_scales;
     if (l.rank() < 1 || l.rank() > shape.head_dim)
       throw shape_error("kvcache: low_rank: rank must be 1 to head_dim");
     layouts.push_back(l);
