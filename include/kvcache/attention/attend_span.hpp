@@ -42,7 +42,7 @@ inline constexpr index_t max_span_blocks = span_tokens / key_lanes;
 inline constexpr index_t max_blocks_ahead = 4;
 constexpr index_t blocks_ahead(index_t block_bytes, index_t num_rows) noexcept {
   const index_t least_bytes = num_rows > 1 ? index_t{12 * 1024} : index_t{8 * 1024};
-  return std::clamp(ceil_div(least_bytes, block_bytes), index_t{1}, max_blocks_ahead);
+  return std::clamp(ceil_div(least_bytes, std::max(block_bytes, index_t{1})), index_t{1}, max_blocks_ahead);
 }
 
 /// Rows that are computed at a time where a group has fewer: several queries share the unpacking of a block.
@@ -176,7 +176,10 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
   const index_t num_floats = num_rows * g.head_dim;
   float* prepared = scratch;
   float* turned = prepared + num_rows * codec.prepared_floats(g);
-  const index_t ahead = blocks_ahead(codec.block_bytes(g), num_rows);
+  const auto ahead_in = [&](const auto& of) {
+    return static_cast<std::size_t>(blocks_ahead(of.block_bytes(g), num_rows));
+  };
+  const std::size_t ahead = ahead_in(codec);
   const auto& segments = c.segments;
   const auto starts_later = [](index_t t, const position_segment& s) { return t < s.first_token; };
   auto s = static_cast<std::size_t>(
@@ -216,7 +219,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
       block_tokens in{blocks.data[b],
-                      blocks.data[b + static_cast<std::size_t>(ahead)],
+                      blocks.data[b + ahead],
                       tokens,
                       base,
                       (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes,
@@ -225,6 +228,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;
+          in.next_block = blocks.data[b + ahead_in(blocks.exact)];
           if (in_sinks) in.block = blocks.sinks.data;
           visit(blocks.exact, in_sinks ? blocks.sinks.geometry : g, queries, in);
           continue;

@@ -61,6 +61,8 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
       if (layout.num_exact() != 0)
         throw shape_error(
             "kvcache: klt stores components in 8, 6, 5, 4, 3 and 2 bits, these bases have others");
+      if (layout.best_scales != this->layout_of(0).best_scales)
+        throw shape_error("kvcache: klt: all layers have best_scales, or none");
       if (klt_dims<true>(layout) > max_head_dim || klt_dims<false>(layout) > max_head_dim)
         throw shape_error("kvcache: klt: groups of components, each rounded up to 4, must not exceed 512");
     }

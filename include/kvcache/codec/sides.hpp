@@ -111,8 +111,9 @@ struct sides {
   { return sides{codec_at(keys, layer, head), codec_at(values, layer, head)}; }
 
  private:
-  /// Memory has to be asked some time before it answers: one section ahead, or two where they are soon multiplied. Not
-  /// further than first-level caches are large; for one row, which reads as fast as memory delivers, two are too far.
+  /// Memory has to be asked some time before it answers: one section ahead, or the same one of a later block where sections
+  /// are soon multiplied. Not further than first-level caches are large; one row, which reads as fast as memory delivers,
+  /// takes less.
   [[nodiscard]] constexpr bool reads_far_ahead(const block_geometry& g, index_t num_rows) const noexcept {
     const index_t small = num_rows > 1 ? index_t{20 * 1024} : index_t{12 * 1024};
     return block_bytes(g) <= small;

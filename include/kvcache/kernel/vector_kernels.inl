@@ -33,7 +33,7 @@
 // A row's arithmetic never depends on the tile it is computed in: one chain of fused multiply-adds per number, in
 // the order of dims (scores) or tokens (sums).
 
-inline constexpr index_t sum_tokens = 64;  // after which a weighted sum starts again
+inline constexpr index_t sum_tokens = 64;  // after which a weighted sum starts again at the latest
 
 /// The first `count` of 16 floats, zeros behind them: what follows in memory is not theirs.
 KVCACHE_INLINE vec load_first(const float* p, index_t count) {
