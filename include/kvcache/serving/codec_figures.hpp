@@ -112,14 +112,14 @@ inline constexpr auto measured_quality = [] {
 
 inline constexpr std::array measured_speed = {
     speed_figures{"bf16", "bf16", {1, 1, 1, 1}, {}},  // by definition
-    speed_figures{"int8", "int8", {1.6, 1.8, 1.5, 1.5}, 0.9},
-    speed_figures{"rotated4", "rotated4", {3.0, 3.1, 1.8, 2.5}, 2.5},
-    speed_figures{"rotated2", "rotated2", {3.4, 3.1, 1.9, 2.6}, {}},
-    speed_figures{"channel4", "rotated4", {2.5, 3.1, 2.0, 2.1}, 3.1},
-    speed_figures{"channel3", "rotated3", {2.5, 3.5, 1.9, 1.9}, {}},
-    speed_figures{"balanced2", "rotated2", {2.9, 3.1, 2.1, 2.2}, 3.8},
-    speed_figures{"trellis4", "trellis4", {2.3, 3.5, 1.9, 2.1}, 28.0},
-    speed_figures{"trellis2", "trellis2", {1.5, 2.4, 1.7, 1.8}, 28.0}};
+    speed_figures{"int8", "int8", {1.7, 1.8, 1.6, 1.6}, 0.9},
+    speed_figures{"rotated4", "rotated4", {3.0, 3.1, 2.4, 2.4}, 2.5},
+    speed_figures{"rotated2", "rotated2", {3.3, 4.8, 2.5, 2.5}, {}},
+    speed_figures{"channel4", "rotated4", {2.4, 3.1, 1.8, 2.0}, 3.1},
+    speed_figures{"channel3", "rotated3", {2.3, 3.5, 1.8, 1.9}, {}},
+    speed_figures{"balanced2", "rotated2", {2.7, 4.1, 2.1, 2.1}, 3.8},
+    speed_figures{"trellis4", "trellis4", {2.2, 3.1, 2.0, 1.9}, 28.0},
+    speed_figures{"trellis2", "trellis2", {1.5, 2.4, 1.7, 1.7}, 28.0}};
 // clang-format on
 
 namespace detail {
