@@ -152,7 +152,7 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
     index_t token;
   };
 
-  /// The codes of components for a scale. \param scaled  what was stored, [rank]
+  /// Stores the codes of components for a scale. \param scaled  [rank], becomes what they are the codes of
   void put(const row_place& to, const float* c, double unit, int scale_code, float* scaled) const {
     const double scale = to_float(klt_scales[static_cast<std::size_t>(scale_code)]);
     const auto inverse = static_cast<float>(scale > 0 ? std::min(unit / scale, 0x1p100) : 0);
@@ -180,15 +180,15 @@ struct klt_rows : low_rank_side<std::is_same_v<Order, keys_in_order>> {
   }
 
   /// The same for the scale of least error of `code` and its neighbours: from scale to scale the error of a row changes by
-  /// more than what the levels lose by a scale that is not the usual one. \return its code
+  /// more than what the levels lose by a scale that is not the usual one. \return its code \pre code > 0
   int put_best(const row_place& to, const float* c, double unit, int code, double limit) const {
     alignas(64) component_row scaled;
     double least = std::numeric_limits<double>::infinity();
     int best = code;
     for (const int tried : {code + 1, code - 1, code}) {
-      const bool exists = tried == code || (tried > 0 && tried < int{klt_scales.size()});
-      const double scale = exists ? to_float(klt_scales[static_cast<std::size_t>(tried)]) : limit;
-      if (!exists || (tried != code && scale > limit)) continue;
+      if (tried < 1 || tried >= int{klt_scales.size()}) continue;
+      const double scale = to_float(klt_scales[static_cast<std::size_t>(tried)]);
+      if (tried != code && scale > limit) continue;
       put(to, c, unit, tried, scaled.data());
       const double error = error_of(to, scaled.data()) * scale * scale;
       if (error > least) continue;

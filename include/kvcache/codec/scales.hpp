@@ -27,7 +27,7 @@ inline const bfloat16* scales(const std::byte* section) noexcept {
   return reinterpret_cast<const bfloat16*>(section);
 }
 
-/// Fetches into L2 what stands behind the codes of a section that is wanted soon; kernels fetch the codes themselves.
+/// Fetches into L1 what stands behind the codes of a section that is wanted soon; kernels fetch the codes themselves.
 /// \param next  the section, or null
 inline void fetch_behind(const std::byte* next, index_t codes_bytes, index_t section_bytes) noexcept {
   for (index_t i = codes_bytes; next != nullptr && i < section_bytes; i += block_alignment)
