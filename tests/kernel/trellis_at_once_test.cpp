@@ -66,7 +66,10 @@ struct problem {
         num_rows(rows),
         table(256),
         scales(static_cast<std::size_t>(geometry.block_size)) {
-    for (std::int8_t& x : table) x = static_cast<std::int8_t>(random.between(-127, 127));
+    for (std::size_t s = 0; s < 128; ++s) {
+      table[s] = static_cast<std::int8_t>(random.between(-127, 127));
+      table[s + 128] = static_cast<std::int8_t>(-table[s]);
+    }
     for (bfloat16& scale : scales) scale = from_float<bfloat16>(random.uniform(0.01F, 2.0F));
   }
 };

@@ -115,7 +115,10 @@ const std::int8_t* table_of(int bits) {
 
 std::vector<std::int8_t> random_table(test::random& random) {
   std::vector<std::int8_t> table(256);
-  for (std::int8_t& x : table) x = static_cast<std::int8_t>(random.between(-127, 127));
+  for (std::size_t s = 0; s < 128; ++s) {
+    table[s] = static_cast<std::int8_t>(random.between(-127, 127));
+    table[s + 128] = static_cast<std::int8_t>(-table[s]);
+  }
   return table;
 }
 

@@ -16,6 +16,7 @@
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/mixed.hpp>
 #include <kvcache/codec/sealing.hpp>
+#include <kvcache/codec/trellis.hpp>
 #include <kvcache/interop/any_codec.hpp>
 #include <kvcache/interop/codec_spec.hpp>
 #include <kvcache/store/journal.hpp>
@@ -480,9 +481,12 @@ TEST_CASE("a forged journal is refused or a sequence that keeps its invariants",
 }
 
 // KVCACHE_WRITE_FIXTURES=1 writes that of a new version; files of released versions are never written again.
-TEST_CASE("a journal of format version 1 is read, and written in the same bytes", "[store]") {
-  using cache_type = chunked_cache<sealing>;
-  const std::filesystem::path path = KVCACHE_TESTS_DIR "/store/fixtures/v1_journal.kvj";
+TEMPLATE_TEST_CASE("a journal of every format version is read, and written in the same bytes", "[store]",
+                   sealing, codec::trellis<2>) {
+  using cache_type = chunked_cache<TestType>;
+  constexpr bool is_newest = !std::is_same_v<TestType, sealing>;
+  const std::filesystem::path path =
+      std::string(KVCACHE_TESTS_DIR "/store/fixtures/") + (is_newest ? "v2_trellis.kvj" : "v1_journal.kvj");
   cache_type cache({2, 1, 4, 16});
   disk_log log;
   store::journal<cache_type> journal(std::make_unique<recorded_output>(log), cache, {.model = "model"},
@@ -500,7 +504,7 @@ TEST_CASE("a journal of format version 1 is read, and written in the same bytes"
   cache.shift(3, 9, -1);
   journal.flush();
   bytes now = log.file();
-  if (std::getenv("KVCACHE_WRITE_FIXTURES") != nullptr)
+  if (is_newest && std::getenv("KVCACHE_WRITE_FIXTURES") != nullptr)
     std::ofstream(path, std::ios::binary)
         .write(reinterpret_cast<const char*>(now.data()), static_cast<std::streamsize>(now.size()));
 
@@ -511,7 +515,8 @@ TEST_CASE("a journal of format version 1 is read, and written in the same bytes"
   stored::require_same(cache, found.cache);
   CHECK(found.about.who.tokens.back() == 7 * 59);
   for (bytes* file : {&released, &now}) {
-    std::fill_n(file->begin() + 20, 4, std::byte{0});  // the version of the library that wrote it
+    std::fill_n(file->begin() + 12, 4, std::byte{0});  // the format version
+    std::fill_n(file->begin() + 20, 4, std::byte{0});  // that of the library that wrote it
     stored::repair_journal(*file);
   }
   const bool same = released == now;  // without printing them

@@ -4,6 +4,7 @@
 #include "support/random.hpp"
 
 #include "examples/temporary_folder.hpp"
+#include "store/repair.hpp"
 #include "store/sequences.hpp"
 
 #include <kvcache/attention/attend.hpp>
@@ -326,6 +327,29 @@ TEST_CASE("any_cache is saved, and made again from its file", "[store]") {
   any_cache plain = make_cache("paged/int8", shape);
   stored::append(plain, 20, random);
   require_same(plain, store::load<contiguous_cache<codec::int8>>(store::save(plain, {})).cache);
+}
+
+TEST_CASE("codes of trellises in files of format version 1 are refused", "[store]") {
+  test::random random;
+  for (const auto& [spec, is_refused] :
+       {std::pair{"paged/trellis3", true}, std::pair{"chunked/k=int8,v=trellis2,tail=16", true},
+        std::pair{"chunked/int8,first=1:trellis4", true}, std::pair{"chunked/rotated3", false},
+        std::pair{"chunked/rotated3,first=1:int8", false}}) {
+    CAPTURE(spec);
+    any_cache cache = make_cache(spec, shape);
+    stored::append(cache, 40, random);
+    bytes saved = store::save(cache, {});
+    require_same(cache, store::load_any(saved).cache);
+    saved[12] = std::byte{1};
+    stored::repair(saved);
+    try {
+      require_same(cache, store::load_any(saved).cache);
+      CHECK_FALSE(is_refused);
+    } catch (const load_error& error) {
+      CHECK(is_refused);
+      CHECK(std::string(error.what()).find("format version 1 cannot be read") != std::string::npos);
+    }
+  }
 }
 
 TEST_CASE("low_rank is saved with its bases", "[store]") {

@@ -30,6 +30,19 @@ namespace kvcache::inline v0::codec {
 
 namespace detail {
 
+/// What kernels rely on, see kernel::trellis_kernels.
+constexpr bool has_sign_bit(const std::int8_t* table) noexcept {
+  for (std::size_t s = 0; s < 128; ++s) {
+    if (table[s] == -128 || table[s + 128] != -table[s]) return false;
+  }
+  return true;
+}
+static_assert(has_sign_bit(trellis_table(2)) && has_sign_bit(trellis_table(3)) &&
+              has_sign_bit(trellis_table(4)));
+static_assert(has_sign_bit(short_trellis_table(2)) && has_sign_bit(short_trellis_table(3)) &&
+              has_sign_bit(short_trellis_table(4)) && has_sign_bit(short_trellis_table(5)) &&
+              has_sign_bit(short_trellis_table(6)));
+
 /// The numbers of a table that a row of codes stands for.
 template <int Bits>
 void trellis_levels(const std::uint8_t* codes, index_t count, const std::int8_t* table, float* row) noexcept {

@@ -70,7 +70,7 @@ KVCACHE_INLINE bits words_before(bits a, bits b) {
   return {words_before<N>(a.low, b.high), words_before<N>(a.high, a.low)};
 }
 
-/// 16 tables of 16 bytes, of which four bits of an index select one, pair by pair.
+/// 8 tables of 16 bytes, of which three bits of an index select one, pair by pair, and a sign.
 struct byte_table {
   const std::int8_t* entries;
 
@@ -82,18 +82,18 @@ struct byte_table {
   }
   [[nodiscard]] KVCACHE_INLINE __m256i at(__m256i index) const {
     const __m256i low_bits = _mm256_and_si256(index, _mm256_set1_epi8(15));
-    __m256i chosen[8];
+    __m256i chosen[4];
     const __m256i bit = _mm256_slli_epi16(index, 3);  // to the top of its byte, which blends look at
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      chosen[i] = _mm256_blendv_epi8(part(2 * i, low_bits), part(2 * i + 1, low_bits), bit);
-#pragma GCC unroll 3
-    for (int width = 4, shift = 2; width > 0; width /= 2, --shift) {
-      const __m256i next = _mm256_slli_epi16(index, shift);
 #pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      chosen[i] = _mm256_blendv_epi8(part(2 * i, low_bits), part(2 * i + 1, low_bits), bit);
+#pragma GCC unroll 2
+    for (int width = 2, shift = 2; width > 0; width /= 2, --shift) {
+      const __m256i next = _mm256_slli_epi16(index, shift);
+#pragma GCC unroll 2
       for (int i = 0; i < width; ++i) chosen[i] = _mm256_blendv_epi8(chosen[2 * i], chosen[2 * i + 1], next);
     }
-    return chosen[0];
+    return _mm256_sign_epi8(chosen[0], _mm256_or_si256(index, _mm256_set1_epi8(1)));  // not zero
   }
   [[nodiscard]] KVCACHE_INLINE bits at(bits index) const { return {at(index.low), at(index.high)}; }
 };

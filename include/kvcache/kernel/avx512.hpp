@@ -262,7 +262,12 @@ KVCACHE_INLINE bits words_before(bits a, bits b) {
   return {_mm512_maskz_alignr_epi32(all, a.x, b.x, 16 - N)};
 }
 
-/// 16 tables of 16 bytes, of which four bits of an index select one, pair by pair.
+/// Numbers whose index has its highest bit are the negatives of those without. `found` may be off by 128.
+KVCACHE_INLINE __m512i with_sign_of(__m512i index, __m512i found) {
+  return _mm512_mask_sub_epi8(found, _mm512_movepi8_mask(index), _mm512_setzero_si512(), found);
+}
+
+/// 8 tables of 16 bytes, of which three bits of an index select one, pair by pair.
 struct byte_table {
   const std::int8_t* entries;
 
@@ -274,19 +279,19 @@ struct byte_table {
   }
   [[nodiscard]] KVCACHE_INLINE bits at(bits index) const {
     const __m512i low_bits = _mm512_and_si512(index.x, _mm512_set1_epi8(15));
-    __m512i chosen[8];
+    __m512i chosen[4];
     const __mmask64 bit = _mm512_test_epi8_mask(index.x, _mm512_set1_epi8(16));
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      chosen[i] = _mm512_mask_mov_epi8(part(2 * i, low_bits), bit, part(2 * i + 1, low_bits));
-#pragma GCC unroll 3
-    for (int width = 4; width > 0; width /= 2) {
-      const __mmask64 next = _mm512_test_epi8_mask(index.x, _mm512_set1_epi8(static_cast<char>(128 / width)));
 #pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      chosen[i] = _mm512_mask_mov_epi8(part(2 * i, low_bits), bit, part(2 * i + 1, low_bits));
+#pragma GCC unroll 2
+    for (int width = 2; width > 0; width /= 2) {
+      const __mmask64 next = _mm512_test_epi8_mask(index.x, _mm512_set1_epi8(static_cast<char>(64 / width)));
+#pragma GCC unroll 2
       for (int i = 0; i < width; ++i)
         chosen[i] = _mm512_mask_mov_epi8(chosen[2 * i], next, chosen[2 * i + 1]);
     }
-    return {chosen[0]};
+    return {with_sign_of(index.x, chosen[0])};
   }
 };
 
@@ -316,15 +321,15 @@ struct funnel {
 };
 
 struct byte_table {
-  __m512i part[4];
+  __m512i part[2];
 
   KVCACHE_INLINE explicit byte_table(const std::int8_t* table) {
-    for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
+    for (int i = 0; i < 2; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
   }
   [[nodiscard]] KVCACHE_INLINE bits at(bits index) const {
-    const __m512i low = _mm512_permutex2var_epi8(part[0], index.x, part[1]);
-    const __m512i high = _mm512_permutex2var_epi8(part[2], index.x, part[3]);
-    return {_mm512_mask_mov_epi8(low, _mm512_movepi8_mask(index.x), high)};
+    __m512i found = index.x;  // g++ would copy the table's first half, to write over that
+    asm("vpermi2b %2, %1, %0" : "+v"(found) : "v"(part[0]), "v"(part[1]));
+    return {with_sign_of(index.x, found)};
   }
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The codec trellis multiplied as its codes are unpacked, with VBMI and coarse operands (avx512_bytes.inl); included by
-// avx512.hpp. Packed codes become states in registers, a state is two look-ups and a choice, and what that gives is
+// avx512.hpp. Packed codes become states in registers, a state is a look-up and a sign, and what that gives is
 // multiplied by four rows at once; more rows take it from memory.
 //
 //   keys     a word is a token, its bytes and their fields are dims: all of a unit of 2 bits is one stream of 32 bits
@@ -12,9 +12,9 @@
 inline constexpr std::int32_t low_nibbles = 0x0f0f0f0f;
 inline constexpr std::int32_t even_pairs = 0x33333333;
 
-/// Bits of a where the mask has ones, else of b.
+/// Bits of a where the mask has ones, else of b, which is what has just been shifted and is written over.
 KVCACHE_INLINE __m512i select(std::int32_t mask, __m512i a, __m512i b) {
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xca);
+  return _mm512_ternarylogic_epi32(b, a, _mm512_set1_epi32(mask), 0xd8);
 }
 template <int N>
 KVCACHE_INLINE __m512i shift_left(__m512i a) {
@@ -28,10 +28,10 @@ KVCACHE_INLINE __m512i shift_right(__m512i a) {
 /// Lines of 64 tokens.
 using trellis_lines = std::array<std::byte, static_cast<std::size_t>(sum_tokens* max_head_dim)>;
 
-/// The table; `flip` is what its bytes are xored with.
+/// The table; `flip`, 0 or 128, is what its bytes are xored with.
 KVCACHE_INLINE byte_table load_table(const std::int8_t* table, std::uint8_t flip) {
   byte_table loaded(table);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
   for (__m512i& part : loaded.part) part = _mm512_xor_si512(part, _mm512_set1_epi8(static_cast<char>(flip)));
   return loaded;
 }

@@ -340,21 +340,21 @@ KVCACHE_INLINE bits words_before(bits a, bits b) {
 
 /// 64 bytes in four registers at a time; an index beyond them leaves what was found before.
 struct byte_table {
-  uint8x16x4_t part[4];
+  uint8x16x4_t part[2];
 
   explicit byte_table(const std::int8_t* table) noexcept {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       for (int j = 0; j < 4; ++j) part[i].val[j] = vreinterpretq_u8_s8(vld1q_s8(table + 64 * i + 16 * j));
     }
   }
   [[nodiscard]] KVCACHE_INLINE bits at(bits index) const {
     return each_word([&](int i) {
       const uint8x16_t bytes = vreinterpretq_u8_u32(index.x[i]);
-      uint8x16_t found = vqtbl4q_u8(part[0], bytes);
-      found = vqtbx4q_u8(found, part[1], vsubq_u8(bytes, vdupq_n_u8(64)));
-      found = vqtbx4q_u8(found, part[2], vsubq_u8(bytes, vdupq_n_u8(128)));
-      found = vqtbx4q_u8(found, part[3], vsubq_u8(bytes, vdupq_n_u8(192)));
-      return vreinterpretq_u32_u8(found);
+      const uint8x16_t in_half = vandq_u8(bytes, vdupq_n_u8(127));
+      const uint8x16_t found =
+          vqtbx4q_u8(vqtbl4q_u8(part[0], in_half), part[1], vsubq_u8(in_half, vdupq_n_u8(64)));
+      const uint8x16_t sign = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(bytes), 7));  // -1 or 0
+      return vreinterpretq_u32_u8(vsubq_u8(veorq_u8(found, sign), sign));
     });
   }
 };

@@ -7,7 +7,8 @@
 //   shifted_left<n>   words
 //   funnel::shift<n>(a, b)   words: a << n | b >> (32 - n)
 //   words_before<n>(a, b)    the 16 words that lie n before those of a, b what lies before a
-//   byte_table(const std::int8_t*), .at(bits)       256 bytes; that of each index
+//   byte_table(const std::int8_t*), .at(bits)       256 bytes, of which the second half is the first one negated; that of
+//                                                   each index
 //
 // Every byte of a line shifts in the codes of the dims before it. No code runs over its byte, or it is masked.
 

@@ -27,8 +27,9 @@
 
 namespace kvcache::inline v0::store {
 
-/// A change to what any byte means is a new version. All versions up to this one are read.
-inline constexpr std::uint32_t format_version = 1;
+/// A change to what any byte means is a new version. All versions up to this one are read, but for codes of trellises in files of
+/// version 1, which stood for other numbers.
+inline constexpr std::uint32_t format_version = 2;
 
 enum class file_kind : std::uint32_t { snapshot = 1, journal = 2 };
 
@@ -124,6 +125,7 @@ class header_reader {
 
   [[nodiscard]] std::vector<section> take_sections() { return std::move(sections_); }
   [[nodiscard]] std::uint64_t file_bytes() const noexcept { return file_bytes_; }
+  [[nodiscard]] std::uint32_t version() const noexcept { return version_; }
 
  private:
   [[noreturn]] void refuse(std::uint64_t offset, const std::string& reason) const {
@@ -135,9 +137,9 @@ class header_reader {
       refuse(0, "this is no file of kvcache");
     byte_reader from(bytes.subspan(file_magic.size()), name_, file_magic.size());
     if (from.number<std::uint32_t>() != endianness_mark) from.refuse("the bytes are in another order", 4);
-    const auto version = from.number<std::uint32_t>();
-    if (version < 1 || version > format_version)
-      from.refuse("format version " + std::to_string(version) + "; versions up to " +
+    version_ = from.number<std::uint32_t>();
+    if (version_ < 1 || version_ > format_version)
+      from.refuse("format version " + std::to_string(version_) + "; versions up to " +
                       std::to_string(format_version) + " are known",
                   4);
     if (from.number<std::uint32_t>() != static_cast<std::uint32_t>(kind))
@@ -189,6 +191,7 @@ class header_reader {
   std::string name_;
   std::uint64_t table_end_ = 0;
   std::uint64_t file_bytes_ = 0;
+  std::uint32_t version_ = 0;
   std::vector<section> sections_;
 };
 

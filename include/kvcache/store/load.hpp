@@ -10,6 +10,7 @@
 
 #include <kvcache/cache/positions.hpp>
 #include <kvcache/codec/description.hpp>
+#include <kvcache/codec/layer_descriptions.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -107,6 +108,29 @@ inline void check_layers(const stored_sequence& s) {
     throw shape_error("kvcache: there are more sinks than a block has tokens");
 }
 
+/// Whether a side is of those whose codes had other tables in files of version 1. Throws shape_error.
+inline bool has_codes_of_trellises(const side_description& side, index_t num_layers) {
+  if (side.name == codec::layer_descriptions::side_name) {
+    const auto sides = codec::layer_descriptions::from_side(side, num_layers).sides;
+    return std::any_of(sides.begin(), sides.end(),
+                       [&](const side_description& s) { return has_codes_of_trellises(s, num_layers); });
+  }
+  const auto names = [&](const char* name) { return side.name.find(name) != std::string::npos; };
+  return names("trellis") || names("klt");  // centred ones too
+}
+
+/// Throws load_error.
+inline void check_codes(const byte_source& source, std::uint32_t version, const stored_sequence& s) {
+  if (version > 1) return;
+  const bool are_old = loading(source, header_bytes, [&] {
+    return has_codes_of_trellises(s.codec.keys, s.shape.num_layers) ||
+           has_codes_of_trellises(s.codec.values, s.shape.num_layers);
+  });
+  if (are_old)
+    throw load_error(source.name(), 12,
+                     "codes of trellis and klt in a file of format version 1 cannot be read");
+}
+
 inline contents read_contents(const byte_source& source, file_kind kind, const expectation& expected) {
   header_reader header(source, kind);
   std::vector<section> sections = header.take_sections();
@@ -128,6 +152,7 @@ inline contents read_contents(const byte_source& source, file_kind kind, const e
   loading(source, sections[0].offset, [&] { check_layers(s); });
   s.codec.keys.settings = std::move(bytes[1]);
   s.codec.values.settings = std::move(bytes[2]);
+  check_codes(source, header.version(), s);
   s.who.tokens = decode_tokens(bytes[3]);
   if (bytes[3].size() % sizeof(token_id) != 0 ||
       (!s.who.tokens.empty() && static_cast<index_t>(s.who.tokens.size()) != s.size()))
