@@ -223,8 +223,9 @@ struct low_rank_side : plain_side {
       kernels.f32.accumulate({stride, g.head_dim}, basis_out(), rank(), memory.data(), n, rows, nullptr);
     });
   }
-  [[nodiscard]] low_rank_layout layout() const noexcept {
-    return basis.layout != nullptr ? *basis.layout : low_rank_layout{};
+  [[nodiscard]] const low_rank_layout& layout() const noexcept {
+    static constexpr low_rank_layout none{};
+    return basis.layout != nullptr ? *basis.layout : none;
   }
   [[nodiscard]] const low_rank_layout& layout_of(index_t layer) const noexcept {
     return is_keys ? bases->key_layout(layer) : bases->value_layout(layer);

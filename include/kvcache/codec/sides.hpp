@@ -86,17 +86,18 @@ struct sides {
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next_block) const {
-    const std::byte* values_of_block = block + keys.section_bytes(g);
-    keys.scores(kernels, g, block, count, prepared, num_rows, scores,
-                next_block != nullptr && reads_far_ahead(g, num_rows) ? next_block : values_of_block);
+    const index_t key_bytes = keys.section_bytes(g);
+    const bool far = next_block != nullptr && reads_far_ahead(key_bytes + values.section_bytes(g), num_rows);
+    keys.scores(kernels, g, block, count, prepared, num_rows, scores, far ? next_block : block + key_bytes);
   }
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   const std::byte* next_block) const {
-    const bool far = next_block != nullptr && reads_far_ahead(g, num_rows);
-    values.accumulate(kernels, g, block + keys.section_bytes(g), count, weights, num_rows, sums,
-                      far ? next_block + keys.section_bytes(g) : next_block);
+    const index_t key_bytes = keys.section_bytes(g);
+    const bool far = next_block != nullptr && reads_far_ahead(key_bytes + values.section_bytes(g), num_rows);
+    values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums,
+                      far ? next_block + key_bytes : next_block);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     values.finish(kernels, g, num_rows, sums);
@@ -114,9 +115,9 @@ struct sides {
   /// Memory has to be asked some time before it answers: one section ahead, or the same one of a later block where sections
   /// are soon multiplied. Not further than first-level caches are large; one row, which reads as fast as memory delivers,
   /// takes less.
-  [[nodiscard]] constexpr bool reads_far_ahead(const block_geometry& g, index_t num_rows) const noexcept {
+  [[nodiscard]] static constexpr bool reads_far_ahead(index_t block_bytes, index_t num_rows) noexcept {
     const index_t small = num_rows > 1 ? index_t{20 * 1024} : index_t{12 * 1024};
-    return block_bytes(g) <= small;
+    return block_bytes <= small;
   }
 };
 

@@ -31,15 +31,15 @@ constexpr index_t checked_add(index_t a, index_t b) {
   return a + b;
 }
 
-/// ceil(a / b). \pre `a >= 0`, `b > 0`
-constexpr index_t ceil_div(index_t a, index_t b) noexcept {
-  const auto n = static_cast<std::uint64_t>(a);  // divides by powers of two with a shift
+/// ceil(a / b). Inlined wherever it stands, as round_up: units that are known divide by shifts. \pre `a >= 0`, `b > 0`
+[[gnu::always_inline]] constexpr index_t ceil_div(index_t a, index_t b) noexcept {
+  const auto n = static_cast<std::uint64_t>(a);
   const auto unit = static_cast<std::uint64_t>(b);
   return static_cast<index_t>(n / unit + (n % unit != 0 ? 1 : 0));
 }
 
 /// The smallest multiple of `unit` that is >= `n`; throws shape_error if it does not fit.
-constexpr index_t round_up(index_t n, index_t unit) {
+[[gnu::always_inline]] constexpr index_t round_up(index_t n, index_t unit) {
   const auto rest = static_cast<index_t>(static_cast<std::uint64_t>(n) % static_cast<std::uint64_t>(unit));
   return rest == 0 && n >= 0 ? n : checked_add(n, unit - rest);
 }

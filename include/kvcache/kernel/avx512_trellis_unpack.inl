@@ -2,27 +2,6 @@
 // Packed codes of trellises to their numbers in one pass, with VBMI; included by avx512.hpp after
 // vector_trellis_decode.inl. For rows that are no whole units of packed lines, which avx512_trellis.inl multiplies at once.
 
-/// Lines of codes one after the other, from any line on.
-template <int Bits>
-struct code_lines {
-  static_assert(Bits == 1 || Bits == 2 || Bits == 4, "one packed line is a unit");
-  const std::byte* at;
-  unsigned shift;
-
-  KVCACHE_INLINE code_lines(const std::byte* packed, index_t line)
-      : at(packed + line / packed_order<Bits>::lines_per_unit * packed_line_bytes),
-        shift(static_cast<unsigned>(line % packed_order<Bits>::lines_per_unit) * Bits) {}
-
-  KVCACHE_INLINE __m512i take() {
-    const __m128i count = _mm_cvtsi32_si128(static_cast<int>(shift));
-    const __m512i codes = _mm512_maskz_srl_epi32(all, load_bits(at).x, count);
-    shift += Bits;
-    at += shift / 8 * packed_line_bytes;
-    shift %= 8;
-    return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1)));
-  }
-};
-
 /// Codes of 3, 5 and 6 bits: the low ones in one section, the others in another.
 template <int Bits>
 inline constexpr int bits_in_front = Bits == 3  ? 2
@@ -31,56 +10,122 @@ inline constexpr int bits_in_front = Bits == 3  ? 2
 template <int Bits>
 inline constexpr int bits_behind = Bits - bits_in_front<Bits>;
 
+/// Lines after which both sections are at the beginning of a packed line again.
 template <int Bits>
-requires(bits_behind<Bits> > 0) struct code_lines<Bits> {
-  code_lines<bits_in_front<Bits>> low;
-  code_lines<bits_behind<Bits>> high;
+inline constexpr int lines_in_step = 8 / (bits_behind<Bits> == 0 ? Bits : bits_behind<Bits>);
 
-  KVCACHE_INLINE __m512i take() {
-    const __m512i codes = low.take();
-    return _mm512_or_si512(codes, shift_left<bits_in_front<Bits>>(high.take()));
+/// The `Bits` low bits of every byte.
+template <int Bits>
+inline constexpr auto low_bits = static_cast<std::int32_t>(0x01010101U * ((1U << Bits) - 1));
+
+/// The codes of line `Line` of packed lines that begin at `at`, in the low bits of bytes; what is above them is indeterminate.
+template <int Bits, int Line>
+KVCACHE_INLINE __m512i codes_of_line(const std::byte* at) {
+  static_assert(Bits == 1 || Bits == 2 || Bits == 4, "one packed line is a unit");
+  return shift_right<Line * Bits % 8>(load_bits(at + Line * Bits / 8 * packed_line_bytes).x);
+}
+
+/// Packed lines of a section where they are taken, and those of the section behind it.
+struct packed_places {
+  const std::byte* low;
+  const std::byte* high;
+};
+
+template <int Bits, int Line>
+KVCACHE_INLINE __m512i codes_of_line(const packed_places& at) {
+  constexpr int front = bits_in_front<Bits>;
+  const __m512i low = codes_of_line<front, Line>(at.low);
+  if constexpr (front == Bits)
+    return low;
+  else
+    return select(low_bits<front>, low, shift_left<front>(codes_of_line<Bits - front, Line>(at.high)));
+}
+
+/// As states() in vector_trellis_decode.inl, of codes with anything above them.
+template <int Bits, class Dims>
+KVCACHE_INLINE bits states_of(__m512i codes, line_before& before) {
+  __m512i s = select(low_bits<Bits>, codes, Dims::template earlier<1, Bits>({codes}, before.codes).x);
+  if constexpr (Bits == 3) {
+    s = select(low_bits<6>, s, Dims::template earlier<2, 6>({codes}, before.codes).x);
+  } else if constexpr (Bits == 2) {
+    const bits pairs{s};
+    s = select(low_bits<4>, s, Dims::template earlier<2, 4>(pairs, before.pairs).x);
+    before.pairs = pairs;
+  }
+  before.codes = {codes};
+  return {s};
+}
+
+/// Where numbers go, run by run.
+struct unpacked_runs {
+  std::int8_t* out;
+  std::int8_t* end;   // of this run
+  index_t run_bytes;  // of one run
+  index_t gap_bytes;  // from the end of one to the next
+
+  KVCACHE_INLINE void put(bits numbers) {
+    store_bits(out, numbers);
+    out += 64;
+  }
+  /// Whether the next line begins a run.
+  KVCACHE_INLINE bool begins() {
+    if (out != end) return false;
+    out += gap_bytes;
+    end = out + run_bytes;
+    return true;
   }
 };
 
-/// Packed lines [first, end) of a section, and those that are fetched meanwhile.
-template <int Bits>
-KVCACHE_INLINE void fetch_lines(const std::byte* next, index_t first, index_t end) {
-  if (next == nullptr) return;
-  constexpr index_t lines = packed_order<Bits>::lines_per_unit;
-  for (index_t i = first / lines; i < ceil_div(end, lines); ++i)
-    __builtin_prefetch(next + i * packed_line_bytes, 0, 3);
-}
-
-/// \param behind  bytes of the section of the low bits
-template <int Bits>
-KVCACHE_INLINE code_lines<Bits> lines_from(const packed_section& section, index_t behind, index_t line) {
-  if constexpr (bits_behind < Bits >> 0) {
-    return {code_lines<bits_in_front<Bits>>(section.codes, line),
-            code_lines<bits_behind<Bits>>(section.codes + behind, line)};
-  } else {
-    return code_lines<Bits>(section.codes, line);
+/// Lines [`Line`, lines_in_step) of those that begin at `at`; unless they are all wanted those in [first, end).
+template <int Bits, class Dims, bool All, int Line = 0>
+KVCACHE_INLINE void unpack_step(const packed_places& at, index_t first, index_t end, const byte_table& table,
+                                line_before& before, unpacked_runs& to) {
+  if (All || (Line >= first && Line < end)) {
+    if (to.begins()) before = {broadcast_word(0), broadcast_word(0)};
+    to.put(table.at(states_of<Bits, Dims>(codes_of_line<Bits, Line>(at), before)));
   }
-}
-template <int Bits>
-KVCACHE_INLINE void fetch_lines_of(const std::byte* next, index_t behind, index_t first, index_t end) {
-  fetch_lines<bits_in_front<Bits>>(next, first, end);
-  if constexpr (bits_behind < Bits >> 0)
-    fetch_lines<bits_behind<Bits>>(next == nullptr ? nullptr : next + behind, first, end);
+  if constexpr (Line + 1 < lines_in_step<Bits>)
+    unpack_step<Bits, Dims, All, Line + 1>(at, first, end, table, before, to);
 }
 
-/// `num_runs` runs of `num_lines` lines, of which the first is `first`.
+/// Packed lines that begin at `at` and hold lines_in_step are fetched.
+template <int Bits>
+KVCACHE_INLINE void fetch_step(const packed_places& at) {
+  constexpr int low_lines = lines_in_step<Bits> * bits_in_front<Bits> / 8;
+#pragma GCC unroll 4
+  for (int i = 0; i < low_lines; ++i) __builtin_prefetch(at.low + i * packed_line_bytes, 0, 3);
+  if constexpr (bits_in_front<Bits> != Bits) __builtin_prefetch(at.high, 0, 3);
+}
+
+/// Goes on by `lines`, a multiple of lines_in_step.
+template <int Bits>
+KVCACHE_INLINE void advance(packed_places& at, index_t lines) {
+  at.low += lines * bits_in_front<Bits> / 8 * packed_line_bytes;
+  if constexpr (bits_in_front<Bits> != Bits) at.high += lines * bits_behind<Bits> / 8 * packed_line_bytes;
+}
+
+/// `num_runs` runs of `num_lines` lines, of which the first is `first`. \param behind  bytes of the section of the low bits, 0
+/// where they are all
 template <int Bits, class Dims>
 KVCACHE_TARGET inline void unpack_runs(const packed_section& section, index_t behind, index_t first,
                                        index_t num_runs, index_t num_lines, std::int8_t* out,
                                        index_t out_stride, const std::byte* next) {
+  constexpr index_t step = lines_in_step<Bits>;
   const byte_table table(section.codebook);
-  fetch_lines_of<Bits>(next, behind, first, first + num_runs * num_lines);
-  code_lines<Bits> lines = lines_from<Bits>(section, behind, first);
-  for (index_t r = 0; r < num_runs; ++r, out += out_stride) {
-    line_before before{broadcast_word(0), broadcast_word(0)};
-#pragma GCC unroll 2
-    for (index_t i = 0; i < num_lines; ++i)
-      store_bits(out + 64 * i, table.at(states<Bits, Dims>({lines.take()}, before)));
+  const index_t end = first + num_runs * num_lines;
+  line_before before{broadcast_word(0), broadcast_word(0)};
+  unpacked_runs to{out, out + 64 * num_lines, 64 * num_lines, out_stride - 64 * num_lines};
+  index_t line = first / step * step;
+  packed_places at{section.codes, section.codes + behind};
+  packed_places ahead = next == nullptr ? at : packed_places{next, next + behind};
+  advance<Bits>(at, line);
+  advance<Bits>(ahead, line);
+  for (; line < end; line += step, advance<Bits>(at, step), advance<Bits>(ahead, step)) {
+    fetch_step<Bits>(ahead);
+    if (line >= first && line + step <= end)
+      unpack_step<Bits, Dims, true>(at, 0, step, table, before, to);
+    else
+      unpack_step<Bits, Dims, false>(at, first - line, end - line, table, before, to);
   }
 }
 
@@ -88,8 +133,9 @@ template <class Dims>
 inline bool unpack_runs_of(const packed_section& section, index_t size, index_t first, index_t num_runs,
                            index_t num_lines, std::int8_t* out, index_t out_stride, const std::byte* next) {
   if (!runs_here()) return false;
-  const index_t behind =
-      section.bits == 3 ? packed_order<2>::section_bytes(size) : packed_order<4>::section_bytes(size);
+  const index_t behind = section.bits == 3  ? packed_order<2>::section_bytes(size)
+                         : section.bits > 4 ? packed_order<4>::section_bytes(size)
+                                            : 0;
   const auto run = section.bits == 6   ? unpack_runs<6, Dims>
                    : section.bits == 5 ? unpack_runs<5, Dims>
                    : section.bits == 4 ? unpack_runs<4, Dims>
