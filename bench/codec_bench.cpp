@@ -11,6 +11,7 @@
 #include <kvcache/codec/rotated.hpp>
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/trellis.hpp>
+#include <kvcache/interop/any_codec.hpp>
 #include <kvcache/kernel/select.hpp>
 
 #include "support/check.hpp"
@@ -87,6 +88,18 @@ struct klt_of_3_bits : codec::klt {
       add_dims(made.value_layout.rank(), made.values, made.value_spreads);
     }
     return klt_of_3_bits(std::make_shared<const codec::low_rank_bases>(shape, made));
+  }
+};
+
+/// The same codec behind any_codec, as make_cache chooses it at run time.
+template <class Codec>
+struct at_run_time : any_codec {
+  static at_run_time for_shape(const cache_shape& shape) {
+    const Codec typed = codec_for<Codec>(shape);
+    at_run_time made;
+    made.keys = codec::any_keys::of(typed.keys);
+    made.values = codec::any_values::of(typed.values);
+    return made;
   }
 };
 
@@ -210,6 +223,9 @@ void register_rows() {
   add_rows<half_rank>("low_rank64");
   add_rows<trellis<4>>("trellis4");
   add_rows<trellis<2>>("trellis2");
+  add_rows<at_run_time<int8>>("any:int8");
+  add_rows<at_run_time<rotated<4>>>("any:rotated4");
+  add_rows<at_run_time<klt_of_3_bits>>("any:klt3.25");
   add_rows<exact_sinks<exact_tail<mixed<channel<4>, rotated<4>>>>>("channel4+rotated4,sinks=4,tail=128");
 }
 
