@@ -10,38 +10,61 @@ inline constexpr int bits_in_front = Bits == 3  ? 2
 template <int Bits>
 inline constexpr int bits_behind = Bits - bits_in_front<Bits>;
 
-/// Lines after which both sections are at the beginning of a packed line again.
+/// Lines that are taken with shifts known in advance: whole packed lines of the low bits. Few, since with all sizes of klt much
+/// code takes turns.
 template <int Bits>
-inline constexpr int lines_in_step = 8 / (bits_behind<Bits> == 0 ? Bits : bits_behind<Bits>);
+inline constexpr int lines_in_step = Bits == 4 ? 2 : 4;
 
 /// The `Bits` low bits of every byte.
 template <int Bits>
 inline constexpr auto low_bits = static_cast<std::int32_t>(0x01010101U * ((1U << Bits) - 1));
 
-/// The codes of line `Line` of packed lines that begin at `at`, in the low bits of bytes; what is above them is indeterminate.
-template <int Bits, int Line>
-KVCACHE_INLINE __m512i codes_of_line(const std::byte* at) {
-  static_assert(Bits == 1 || Bits == 2 || Bits == 4, "one packed line is a unit");
-  return shift_right<Line * Bits % 8>(load_bits(at + Line * Bits / 8 * packed_line_bytes).x);
+/// Bits of 32-bit words, `N` places up, or down if it is negative.
+template <int N>
+KVCACHE_INLINE __m512i shifted(__m512i a) {
+  if constexpr (N >= 0)
+    return shift_left<N>(a);
+  else
+    return shift_right<-N>(a);
 }
 
-/// Packed lines of a section where they are taken, and those of the section behind it.
+/// Bytes from the beginning of a section to the packed line that has line `line`.
+template <int Bits>
+KVCACHE_INLINE std::size_t packed_line_at(index_t line) {
+  return static_cast<std::size_t>(line) * Bits / 8 * packed_line_bytes;
+}
+
+/// Two sections of packed codes: the low bits, and the others if there are any.
+template <int Bits>
 struct packed_places {
   const std::byte* low;
   const std::byte* high;
+
+  [[nodiscard]] KVCACHE_INLINE const std::byte* low_at(index_t line) const {
+    return low + packed_line_at<bits_in_front<Bits>>(line);
+  }
+  [[nodiscard]] KVCACHE_INLINE const std::byte* high_at(index_t line) const {
+    return high + packed_line_at<bits_behind<Bits>>(line);
+  }
+  /// What is packed behind the low bits of a step: that of its first line in the low bits of bytes, of those after it above them.
+  [[nodiscard]] KVCACHE_INLINE __m512i high_bits(index_t line) const {
+    constexpr int behind = bits_behind<Bits>;
+    if constexpr (behind == 0) return _mm512_setzero_si512();
+    const __m512i packed = load_bits(high_at(line)).x;
+    if constexpr (behind * lines_in_step<Bits> % 8 == 0) return packed;
+    return _mm512_maskz_srl_epi32(
+        all, packed, _mm_cvtsi64_si128(static_cast<index_t>(static_cast<std::size_t>(line) * behind % 8)));
+  }
+  /// Fetches the packed lines of a step.
+  KVCACHE_INLINE void fetch(index_t line) const {
+    constexpr int low_lines = lines_in_step<Bits> * bits_in_front<Bits> / 8;
+#pragma GCC unroll 2
+    for (int i = 0; i < low_lines; ++i) __builtin_prefetch(low_at(line) + i * packed_line_bytes, 0, 3);
+    if constexpr (bits_behind<Bits> != 0) __builtin_prefetch(high_at(line), 0, 3);
+  }
 };
 
-template <int Bits, int Line>
-KVCACHE_INLINE __m512i codes_of_line(const packed_places& at) {
-  constexpr int front = bits_in_front<Bits>;
-  const __m512i low = codes_of_line<front, Line>(at.low);
-  if constexpr (front == Bits)
-    return low;
-  else
-    return select(low_bits<front>, low, shift_left<front>(codes_of_line<Bits - front, Line>(at.high)));
-}
-
-/// As states() in vector_trellis_decode.inl, of codes with anything above them.
+/// As states() in vector_trellis_decode.inl, of codes in the low bits of bytes, with anything above them.
 template <int Bits, class Dims>
 KVCACHE_INLINE bits states_of(__m512i codes, line_before& before) {
   __m512i s = select(low_bits<Bits>, codes, Dims::template earlier<1, Bits>({codes}, before.codes).x);
@@ -62,46 +85,33 @@ struct unpacked_runs {
   std::int8_t* end;   // of this run
   index_t run_bytes;  // of one run
   index_t gap_bytes;  // from the end of one to the next
+  line_before before{broadcast_word(0), broadcast_word(0)};
 
-  KVCACHE_INLINE void put(bits numbers) {
-    store_bits(out, numbers);
+  template <int Bits, class Dims>
+  KVCACHE_INLINE void put(__m512i codes, const byte_table& table) {
+    if (out == end) {
+      out += gap_bytes;
+      end = out + run_bytes;
+      before = {broadcast_word(0), broadcast_word(0)};
+    }
+    store_bits(out, table.at(states_of<Bits, Dims>(codes, before)));
     out += 64;
-  }
-  /// Whether the next line begins a run.
-  KVCACHE_INLINE bool begins() {
-    if (out != end) return false;
-    out += gap_bytes;
-    end = out + run_bytes;
-    return true;
   }
 };
 
-/// Lines [`Line`, lines_in_step) of those that begin at `at`; unless they are all wanted those in [first, end).
+/// Lines [`Line`, lines_in_step) of a step; unless they are all wanted those in [first, end).
 template <int Bits, class Dims, bool All, int Line = 0>
-KVCACHE_INLINE void unpack_step(const packed_places& at, index_t first, index_t end, const byte_table& table,
-                                line_before& before, unpacked_runs& to) {
+KVCACHE_INLINE void unpack_step(const std::byte* low, __m512i high, index_t first, index_t end,
+                                const byte_table& table, unpacked_runs& to) {
+  constexpr int front = bits_in_front<Bits>;
   if (All || (Line >= first && Line < end)) {
-    if (to.begins()) before = {broadcast_word(0), broadcast_word(0)};
-    to.put(table.at(states_of<Bits, Dims>(codes_of_line<Bits, Line>(at), before)));
+    __m512i codes = shift_right<Line * front % 8>(load_bits(low + Line * front / 8 * packed_line_bytes).x);
+    if constexpr (front != Bits)
+      codes = select(low_bits<front>, codes, shifted<front - Line * bits_behind<Bits>>(high));
+    to.put<Bits, Dims>(codes, table);
   }
   if constexpr (Line + 1 < lines_in_step<Bits>)
-    unpack_step<Bits, Dims, All, Line + 1>(at, first, end, table, before, to);
-}
-
-/// Packed lines that begin at `at` and hold lines_in_step are fetched.
-template <int Bits>
-KVCACHE_INLINE void fetch_step(const packed_places& at) {
-  constexpr int low_lines = lines_in_step<Bits> * bits_in_front<Bits> / 8;
-#pragma GCC unroll 4
-  for (int i = 0; i < low_lines; ++i) __builtin_prefetch(at.low + i * packed_line_bytes, 0, 3);
-  if constexpr (bits_in_front<Bits> != Bits) __builtin_prefetch(at.high, 0, 3);
-}
-
-/// Goes on by `lines`, a multiple of lines_in_step.
-template <int Bits>
-KVCACHE_INLINE void advance(packed_places& at, index_t lines) {
-  at.low += lines * bits_in_front<Bits> / 8 * packed_line_bytes;
-  if constexpr (bits_in_front<Bits> != Bits) at.high += lines * bits_behind<Bits> / 8 * packed_line_bytes;
+    unpack_step<Bits, Dims, All, Line + 1>(low, high, first, end, table, to);
 }
 
 /// `num_runs` runs of `num_lines` lines, of which the first is `first`. \param behind  bytes of the section of the low bits, 0
@@ -113,19 +123,16 @@ KVCACHE_TARGET inline void unpack_runs(const packed_section& section, index_t be
   constexpr index_t step = lines_in_step<Bits>;
   const byte_table table(section.codebook);
   const index_t end = first + num_runs * num_lines;
-  line_before before{broadcast_word(0), broadcast_word(0)};
+  const packed_places<Bits> at{section.codes, section.codes + behind};
+  const packed_places<Bits> ahead = next == nullptr ? at : packed_places<Bits>{next, next + behind};
   unpacked_runs to{out, out + 64 * num_lines, 64 * num_lines, out_stride - 64 * num_lines};
-  index_t line = first / step * step;
-  packed_places at{section.codes, section.codes + behind};
-  packed_places ahead = next == nullptr ? at : packed_places{next, next + behind};
-  advance<Bits>(at, line);
-  advance<Bits>(ahead, line);
-  for (; line < end; line += step, advance<Bits>(at, step), advance<Bits>(ahead, step)) {
-    fetch_step<Bits>(ahead);
+  for (index_t line = first / step * step; line < end; line += step) {
+    ahead.fetch(line);
     if (line >= first && line + step <= end)
-      unpack_step<Bits, Dims, true>(at, 0, step, table, before, to);
+      unpack_step<Bits, Dims, true>(at.low_at(line), at.high_bits(line), 0, step, table, to);
     else
-      unpack_step<Bits, Dims, false>(at, first - line, end - line, table, before, to);
+      unpack_step<Bits, Dims, false>(at.low_at(line), at.high_bits(line), first - line, end - line, table,
+                                     to);
   }
 }
 
