@@ -30,6 +30,8 @@ endif()
 
 # Choices.
 run(0 "recommended: paged/trellis3," ${llama8b} --sequences 8 --context 32768 --slow-encoding)
+run(0 "centred_rotated3,.*recommended: paged/centred_rotated3,.*give make_cache the model's rope_config" ${llama8b}
+  --sequences 8 --context 32768 --rope)
 run(0 "recommended: paged/f16 with block_size 32 " ${llama8b} --context 8192 --block-size 32)
 run(0 "k=channel4,v=rotated3,sinks=2,tail=64 +4.06 +32 .* - +- +- +-\n.*nothing. No codec" ${llama8b}
   --codec channel3,k=channel4,sinks=2,tail=64 --block-size 32,64 --context 9)

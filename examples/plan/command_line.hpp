@@ -124,6 +124,7 @@ struct arguments {
   std::vector<std::string> codecs;
   std::vector<index_t> block_sizes;
   bool slow_encoding = false;
+  bool knows_rope = false;
   double worst = kvcache::serving::plan_options{}.worst_kl_ratio;
 };
 
@@ -149,6 +150,8 @@ inline void declare(CLI::App& app, arguments& args) {
   app.add_option("--worst", args.worst, "most loss to recommend, in times that of int8 behind a bf16 tail")
       ->capture_default_str();
   app.add_flag("--slow-encoding", args.slow_encoding, "recommend trellis, too");
+  app.add_flag("--rope", args.knows_rope,
+               "make_cache will get the model's rope_config: weigh centred codecs, too");
 }
 
 inline void read_model(const arguments& args, command_line& out) {
@@ -211,6 +214,8 @@ inline void read_memory(const arguments& args, command_line& out) {
   out.num_sequences = args.sequences;
   const index_t limit = out.shape.max_context;
   out.context = args.context.value_or(limit > 0 ? limit : 4096);
+  out.options.knows_rope = args.knows_rope;
+  out.options.codecs = kvcache::serving::default_choices(args.knows_rope);
   if (!args.codecs.empty()) out.options.codecs.clear();
   for (const std::string& spec : args.codecs) out.options.codecs.push_back(parse_codec(spec));
   if (!args.block_sizes.empty()) out.options.block_sizes = args.block_sizes;

@@ -102,6 +102,7 @@ inline void write_answer(std::ostream& out, const cache_plan& made) {
         << " and budget_bytes " << llama::with_commas(row.budget_bytes) << '\n';
     if (row.tail_bytes > 0)
       out << "beside that budget: exact tails of " << bytes_text(row.tail_bytes) << " a sequence\n";
+    if (row.codec.keys.starts_with("centred_")) out << "give make_cache the model's rope_config, too\n";
     return;
   }
   const plan_row* longest = nullptr;

@@ -426,6 +426,7 @@ TEST_CASE("the figures of quality are those of docs/codecs.md", "[serving]") {
   const auto model = markdown_table(page, "codec | tail | bits", "## The bundled model");
   const auto heads = markdown_table(page, "codec | keys: bits | KL", "## Synthetic heads");
   const auto trellis_heads = markdown_table(page, "codec | keys: bits | KL", "## With trellis codecs");
+  const auto centred_heads = markdown_table(page, "codec | keys: bits | KL", "## Keys without their mean");
   const auto number = [](const std::string& cell) { return std::stod(cell); };
   for (const quality_figures& f : measured_quality) {
     const std::string name = name_of(f.keys, f.values);
@@ -435,7 +436,9 @@ TEST_CASE("the figures of quality are those of docs/codecs.md", "[serving]") {
       CHECK(page.find("f32\ngives 318 of 320") != std::string::npos);
       continue;
     }
-    const bool is_trellis = name.find("trellis") != std::string::npos;
+    const auto& heads_of_kind = name.starts_with("centred_")                ? centred_heads
+                                : name.find("trellis") != std::string::npos ? trellis_heads
+                                                                            : heads;
     const std::string tail =
         std::to_string(f.tail_tokens) + (f.exact_as == codec::exact_element::f16 ? " f16" : "");
     const auto* row = find_row(model, name, tail);
@@ -446,7 +449,7 @@ TEST_CASE("the figures of quality are those of docs/codecs.md", "[serving]") {
     // Bits there include scales, at 64 dims and blocks of 128 tokens.
     const cache_sizes sizes({1, 1, 64, 128}, {std::string(f.keys), std::string(f.values)});
     CHECK(std::abs(sizes.bits_per_number() - number(row->at(2))) < 0.0006);
-    const auto* head = find_row(is_trellis ? trellis_heads : heads, name);
+    const auto* head = find_row(heads_of_kind, name);
     CHECK((head != nullptr) == f.key_output_error.has_value());
     if (head == nullptr) continue;
     CHECK(same(*f.key_output_error, number(head->at(3))));
@@ -455,32 +458,48 @@ TEST_CASE("the figures of quality are those of docs/codecs.md", "[serving]") {
 }
 
 TEST_CASE("the figures of speed are those of the README", "[serving]") {
-  const std::string page = file_text("README.md");
-  const auto table = markdown_table(page, "query heads per KV head | int8", "Codecs against bf16");
-  REQUIRE(table.size() == 3);
-  std::size_t num_found = 0;
+  const auto table = markdown_table(file_text("README.md"), "codec | 4 query heads", "Codecs against bf16");
+  REQUIRE(table.size() > measured_speed.size());
   for (const speed_figures& f : measured_speed) {
     const std::string name(f.keys == f.values ? f.keys : std::string(f.keys) + " + " + std::string(f.values));
     CAPTURE(name);
     if (name == "bf16") continue;
-    for (std::size_t column = 1; column < table[0].size(); ++column) {
-      if (table[0][column] != name) continue;
-      ++num_found;
-      for (std::size_t row = 1; row < 3; ++row) {
-        const std::string& cell = table[row][column];
-        CHECK(same(f.decode[2 * row - 2], std::stod(cell)));
-        CHECK(same(f.decode[2 * row - 1], std::stod(cell.substr(cell.find('/') + 1))));
-      }
+    const auto row = std::find_if(table.begin(), table.end(), [&](const auto& r) { return r.at(0) == name; });
+    REQUIRE(row != table.end());
+    for (std::size_t group = 0; group < 2; ++group) {
+      const std::string& cell = row->at(1 + group);
+      CHECK(same(f.decode[2 * group], std::stod(cell)));
+      CHECK(same(f.decode[2 * group + 1], std::stod(cell.substr(cell.find('/') + 1))));
     }
-    std::string encoded = page.substr(page.find("Encoding one token of 8 x 128"), 200);
-    for (std::size_t at = 0; (at = encoded.find('\n', at)) != std::string::npos;) encoded[at] = ' ';
-    std::size_t at = encoded.find(", " + name + " ");
-    if (at == std::string::npos) at = encoded.find(": " + name + " ");
-    CHECK((at != std::string::npos) == f.encode_us.has_value());
-    if (f.encode_us) CHECK(same(*f.encode_us, std::stod(encoded.substr(at + name.size() + 3))));
+    CHECK((row->at(3) != "-") == f.encode_us.has_value());
+    if (f.encode_us) CHECK(same(*f.encode_us, std::stod(row->at(3))));
   }
-  CHECK(num_found == table[0].size() - 1);
-  CHECK(num_found + 1 == measured_speed.size());
+}
+
+TEST_CASE("centred codecs are recommended where the cache is told how keys are rotated", "[serving]") {
+  const model_shape model{2, 8, 4, 64};
+  const auto planned = [&](bool knows_rope, bool slow_encoding = false) {
+    const index_t room =
+        cache_sizes({2, 4, 64, 128}, {"centred_rotated4", "centred_rotated4", 4, 128}).sequence_bytes(4096);
+    return plan(model, room, 1, 4096,
+                {.codecs = default_choices(true), .slow_encoding = slow_encoding, .knows_rope = knows_rope});
+  };
+  const auto recommended = [](const cache_plan& made) { return made.rows.at(made.recommended.value()).spec; };
+  CHECK(recommended(planned(true)) == "paged/centred_rotated4,sinks=4,tail=128,exact=f16");
+  CHECK(recommended(planned(true, true)) == "paged/centred_trellis4,sinks=4,tail=128,exact=f16");
+  CHECK(recommended(planned(false)).find("centred") == std::string::npos);
+  for (const plan_row& row : planned(true).rows) {
+    CAPTURE(row.spec);
+    CHECK(row.quality != nullptr);
+    CHECK(row.is_good_enough ==
+          (row.quality->kl_ratio() <= 10 && row.spec.find("trellis") == std::string::npos));
+  }
+  // by the name of the keys' codec, whatever the values are called
+  CHECK(find_quality({"centred_rotated4", "rotated4", 4, 128}) ==
+        find_quality({"centred_rotated4", "centred_rotated4", 4, 128}));
+  CHECK(find_quality({"centred_rotated4", "rotated3", 4, 128}) == nullptr);
+  CHECK(find_speed({"centred_trellis3", "trellis3"})->decode_at(4) == 1.3);
+  CHECK(default_choices().size() == 10);
 }
 
 TEST_CASE("the lines of docs/planning.md make a pool", "[serving]") {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // What the codecs cost in quality and gain in speed, as measured: the tables that plan() reads.
 //
-// Copied from docs/codecs.md ("The bundled model", "Synthetic heads", "With trellis codecs") and from the README
-// ("Benchmarks"); a test compares every figure with those pages. Only synthetic heads and a model of 2.4 million
+// Copied from docs/codecs.md ("The bundled model", "Synthetic heads", "With trellis codecs", "Keys without their mean") and from
+// the README ("Benchmarks"); a test compares every figure with those pages. Only synthetic heads and a model of 2.4 million
 // parameters were measured, bigger models were not: take the order of the codecs from here, not a promise.
 #pragma once
 
@@ -74,36 +74,50 @@ inline constexpr auto measured_quality = [] {
     quality_figures{"rotated2", "rotated2", 0, 0, bf16, 3.47e-2, 260, 0.6790, 0.2927},
     // with a tail in bf16
     quality_figures{"int8", "int8", 4, 128, bf16, 1.07e-6, 318, 0.0278, 0.0059},
+    quality_figures{"centred_int8", "centred_int8", 4, 128, bf16, 1.07e-6, 318, 0.0113, 0.0059},
     quality_figures{"int8", "rotated4", 4, 128, bf16, 1.52e-6, 318, 0.0278, 0.0806},
+    quality_figures{"centred_trellis4", "centred_trellis4", 4, 128, bf16, 1.84e-6, 318, 0.1041, 0.0628},
+    quality_figures{"centred_rotated4", "centred_rotated4", 4, 128, bf16, 2.31e-6, 319, 0.1283, 0.0806},
     quality_figures{"channel4", "trellis4", 4, 128, bf16, 2.67e-6, 318, {}, {}},
     quality_figures{"trellis4", "trellis4", 4, 128, bf16, 2.68e-6, 319, 0.1752, 0.0636},
     quality_figures{"channel4", "rotated4", 4, 128, bf16, 2.71e-6, 319, 0.1356, 0.0806},
     quality_figures{"balanced4", "balanced4", 4, 128, bf16, 3.34e-6, 318, 0.1849, 0.0745},
     quality_figures{"rotated4", "rotated4", 4, 128, bf16, 3.42e-6, 318, 0.2205, 0.0806},
+    quality_figures{"centred_trellis3", "centred_trellis3", 4, 128, bf16, 3.51e-6, 317, 0.1840, 0.1206},
+    quality_figures{"centred_rotated3", "centred_rotated3", 4, 128, bf16, 4.35e-6, 317, 0.2277, 0.1548},
     quality_figures{"trellis3", "trellis3", 4, 128, bf16, 6.23e-6, 316, 0.3365, 0.1208},
     quality_figures{"channel3", "trellis3", 4, 128, bf16, 7.32e-6, 317, {}, {}},
     quality_figures{"channel3", "rotated3", 4, 128, bf16, 7.91e-6, 317, 0.2847, 0.1548},
     quality_figures{"balanced3", "balanced3", 4, 128, bf16, 8.59e-6, 312, 0.3320, 0.1421},
+    quality_figures{"centred_trellis2", "centred_trellis2", 4, 128, bf16, 8.84e-6, 310, 0.3440, 0.2351},
     quality_figures{"rotated3", "rotated3", 4, 128, bf16, 9.05e-6, 316, 0.4066, 0.1548},
     quality_figures{"channel3", "trellis2", 4, 128, bf16, 9.20e-6, 317, {}, {}},
+    quality_figures{"centred_rotated2", "centred_rotated2", 4, 128, bf16, 1.32e-5, 304, 0.4015, 0.2927},
     quality_figures{"trellis2", "trellis2", 4, 128, bf16, 2.09e-5, 309, 0.5989, 0.2351},
     quality_figures{"balanced2", "balanced2", 4, 128, bf16, 3.00e-5, 261, 0.6177, 0.2652},
     quality_figures{"balanced2", "rotated2", 4, 128, bf16, 3.17e-5, 275, 0.6177, 0.2927},
     quality_figures{"rotated2", "rotated2", 4, 128, bf16, 4.00e-5, 311, 0.6790, 0.2927},
     // with a tail in f16
+    quality_figures{"centred_int8", "centred_int8", 4, 128, f16, 2.65e-8, 318, 0.0113, 0.0059},
     quality_figures{"int8", "int8", 4, 128, f16, 3.05e-8, 318, 0.0278, 0.0059},
     quality_figures{"int8", "rotated4", 4, 128, f16, 2.30e-7, 318, 0.0278, 0.0806},
+    quality_figures{"centred_trellis4", "centred_trellis4", 4, 128, f16, 4.62e-7, 318, 0.1041, 0.0628},
+    quality_figures{"centred_rotated4", "centred_rotated4", 4, 128, f16, 7.04e-7, 318, 0.1283, 0.0806},
     quality_figures{"trellis4", "trellis4", 4, 128, f16, 1.13e-6, 319, 0.1752, 0.0636},
     quality_figures{"channel4", "trellis4", 4, 128, f16, 1.14e-6, 318, {}, {}},
     quality_figures{"channel4", "rotated4", 4, 128, f16, 1.20e-6, 319, 0.1356, 0.0806},
+    quality_figures{"centred_trellis3", "centred_trellis3", 4, 128, f16, 1.70e-6, 317, 0.1840, 0.1206},
     quality_figures{"balanced4", "balanced4", 4, 128, f16, 1.77e-6, 318, 0.1849, 0.0745},
     quality_figures{"rotated4", "rotated4", 4, 128, f16, 1.87e-6, 318, 0.2205, 0.0806},
+    quality_figures{"centred_rotated3", "centred_rotated3", 4, 128, f16, 2.46e-6, 316, 0.2277, 0.1548},
     quality_figures{"trellis3", "trellis3", 4, 128, f16, 4.36e-6, 316, 0.3365, 0.1208},
     quality_figures{"channel3", "trellis3", 4, 128, f16, 5.66e-6, 318, {}, {}},
     quality_figures{"channel3", "rotated3", 4, 128, f16, 6.04e-6, 317, 0.2847, 0.1548},
     quality_figures{"balanced3", "balanced3", 4, 128, f16, 6.86e-6, 312, 0.3320, 0.1421},
+    quality_figures{"centred_trellis2", "centred_trellis2", 4, 128, f16, 6.90e-6, 311, 0.3440, 0.2351},
     quality_figures{"channel3", "trellis2", 4, 128, f16, 7.12e-6, 316, {}, {}},
     quality_figures{"rotated3", "rotated3", 4, 128, f16, 7.29e-6, 316, 0.4066, 0.1548},
+    quality_figures{"centred_rotated2", "centred_rotated2", 4, 128, f16, 1.13e-5, 303, 0.4015, 0.2927},
     quality_figures{"trellis2", "trellis2", 4, 128, f16, 1.92e-5, 309, 0.5989, 0.2351},
     quality_figures{"balanced2", "balanced2", 4, 128, f16, 2.82e-5, 259, 0.6177, 0.2652},
     quality_figures{"balanced2", "rotated2", 4, 128, f16, 2.93e-5, 272, 0.6177, 0.2927},
@@ -119,15 +133,19 @@ inline constexpr std::array measured_speed = {
     speed_figures{"channel3", "rotated3", {2.4, 3.8, 1.9, 1.9}, {}},
     speed_figures{"balanced2", "rotated2", {2.9, 4.4, 2.2, 2.2}, 3.8},
     speed_figures{"trellis4", "trellis4", {2.5, 3.6, 2.1, 2.1}, 28.0},
-    speed_figures{"trellis2", "trellis2", {1.6, 3.4, 1.9, 1.9}, 28.0}};
+    speed_figures{"trellis2", "trellis2", {1.6, 3.4, 1.9, 1.9}, 28.0},
+    speed_figures{"centred_rotated4", "centred_rotated4", {1.9, 2.8, 1.5, 1.6}, 3.9},
+    speed_figures{"centred_trellis3", "centred_trellis3", {1.3, 2.1, 1.1, 1.2}, 35.0},
+    speed_figures{"centred_trellis2", "centred_trellis2", {1.5, 2.4, 1.25, 1.3}, {}}};
 // clang-format on
 
 namespace detail {
 
-/// channel's own values are those of rotated.
+/// channel's own values are those of rotated, those of centred_rotated4 too; figures have these under the name of the keys.
 inline std::string_view values_name(const codec_choice& codec) noexcept {
   if (codec.values == "channel4") return "rotated4";
   if (codec.values == "channel3") return "rotated3";
+  if (codec.keys == "centred_" + codec.values) return codec.keys;
   return codec.values;
 }
 
@@ -158,18 +176,25 @@ inline const speed_figures* find_speed(const codec_choice& codec) noexcept {
 
 /// The choices that plan() weighs unless told otherwise: those that lose least for what they take, least lossy first;
 /// and two without a tail, which costs memory for each sequence. Those with one have it in f16.
-inline std::vector<codec_choice> default_choices() {
+/// \param knows_rope  centred codecs, too; see plan_options
+inline std::vector<codec_choice> default_choices(bool knows_rope = false) {
   constexpr auto f16 = codec::exact_element::f16;
-  return {{"bf16", "bf16"},
-          {"f16", "f16"},
-          {"int8", "int8", 4, 128, f16},
-          {"int8", "rotated4", 4, 128, f16},
-          {"channel4", "rotated4", 4, 128, f16},
-          {"channel3", "rotated3", 4, 128, f16},
-          {"trellis3", "trellis3", 4, 128, f16},
-          {"trellis2", "trellis2", 4, 128, f16},
-          {"int8", "int8"},
-          {"rotated4", "rotated4"}};
+  std::vector<codec_choice> choices = {{"bf16", "bf16"},
+                                       {"f16", "f16"},
+                                       {"int8", "int8", 4, 128, f16},
+                                       {"int8", "rotated4", 4, 128, f16},
+                                       {"channel4", "rotated4", 4, 128, f16},
+                                       {"channel3", "rotated3", 4, 128, f16},
+                                       {"trellis3", "trellis3", 4, 128, f16},
+                                       {"trellis2", "trellis2", 4, 128, f16},
+                                       {"int8", "int8"},
+                                       {"rotated4", "rotated4"}};
+  if (knows_rope) {
+    for (const char* name : {"centred_rotated4", "centred_trellis4", "centred_rotated3", "centred_trellis3",
+                             "centred_rotated2", "centred_trellis2"})
+      choices.push_back({name, name, 4, 128, f16});
+  }
+  return choices;
 }
 
 }  // namespace kvcache::inline v0::serving

@@ -68,6 +68,9 @@ struct plan_options {
   double worst_kl_ratio = 10;
   /// Whether trellis is recommended, which loses less and takes some ten times as long to encode (docs/codecs.md).
   bool slow_encoding = false;
+  /// Whether the cache will be told how the model rotates keys, as a rope_config beside the spec or by rope= in it: without,
+  /// codecs named centred_ lose more than what was measured, and are not recommended. Goes with default_choices(true).
+  bool knows_rope = false;
 };
 
 /// One codec, with the block size that suits it best.
@@ -87,7 +90,7 @@ struct plan_row {
       0;  ///< most tokens of every sequence at once, within the memory and the model's own limit
   index_t memory_context = 0;   ///< the same whatever the model's limit
   bool fits = false;            ///< the sequences that were asked for, at the context that was asked for
-  bool is_good_enough = false;  ///< worst_kl_ratio and slow_encoding admit it
+  bool is_good_enough = false;  ///< worst_kl_ratio, slow_encoding and knows_rope admit it
   const quality_figures* quality = nullptr;  ///< null where it was not measured
   const speed_figures* speed = nullptr;      ///< null where it was not measured
 };
@@ -95,7 +98,7 @@ struct plan_row {
 struct cache_plan {
   index_t cache_bytes = 0;     ///< of the memory, what is left for pages and tails
   std::vector<plan_row> rows;  ///< one for each codec, in the order of plan_options::codecs
-  /// The row that fits and loses least, of those that worst_kl_ratio and slow_encoding admit; of equals the smaller.
+  /// The row that fits and loses least, of those that are good enough; of equals the smaller.
   /// Nothing where there is none.
   std::optional<std::size_t> recommended;
 };
@@ -146,7 +149,11 @@ inline plan_row make_row(const model_shape& model, const codec_choice& codec, in
 
 /// Whether a row would be recommended if it fits and no other does.
 inline bool is_good_enough(const plan_row& row, const plan_options& options) noexcept {
-  const bool is_slow = row.codec.keys.starts_with("trellis") || row.codec.values.starts_with("trellis");
+  const auto is_any = [&row](std::string_view name) {
+    return row.codec.keys.find(name) != std::string::npos || row.codec.values.find(name) != std::string::npos;
+  };
+  if (!options.knows_rope && is_any("centred_")) return false;
+  const bool is_slow = is_any("trellis");
   return row.quality != nullptr && row.quality->kl_ratio() <= options.worst_kl_ratio &&
          (options.slow_encoding || !is_slow);
 }
