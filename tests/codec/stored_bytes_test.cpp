@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The same rows are the same bytes, whatever the processor, the compiler and its options: against checksums. An encoding
-// that changes gets a new name (codec/description.hpp), and with it a new line here.
+// that changes gets a new name, and with it a new line here, or all files a new version (codec/description.hpp).
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/codec/centred.hpp>

@@ -4,8 +4,9 @@
 //
 //   mixed<int8, rotated<4>> with key means, 128 tokens of tail   { "int8", means }, { "rotated4", {} }, 128, 0
 //
-// A side is described by a name, `side_name()`, that stands for its encoding: one that changes gets a new name. What
-// else its bytes depend on are its settings, which it writes and is made from again; a side without any is empty.
+// A side is described by a name, `side_name()`, that stands for its encoding: one that changes gets a new name, or the
+// format of files a new version (store/format.hpp). What else its bytes depend on are its settings, which it writes and is
+// made from again; a side without any is empty.
 #pragma once
 
 #include <kvcache/codec/concepts.hpp>

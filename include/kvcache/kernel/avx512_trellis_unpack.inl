@@ -99,23 +99,22 @@ struct unpacked_runs {
   }
 };
 
-/// Lines [`Line`, lines_in_step) of a step; unless they are all wanted those in [first, end).
+/// Lines [`Line`, lines_in_step) of a step; unless they are all wanted those below `end`.
 template <int Bits, class Dims, bool All, int Line = 0>
-KVCACHE_INLINE void unpack_step(const std::byte* low, __m512i high, index_t first, index_t end,
-                                const byte_table& table, unpacked_runs& to) {
+KVCACHE_INLINE void unpack_step(const std::byte* low, __m512i high, index_t end, const byte_table& table,
+                                unpacked_runs& to) {
   constexpr int front = bits_in_front<Bits>;
-  if (All || (Line >= first && Line < end)) {
-    __m512i codes = shift_right<Line * front % 8>(load_bits(low + Line * front / 8 * packed_line_bytes).x);
-    if constexpr (front != Bits)
-      codes = select(low_bits<front>, codes, shifted<front - Line * bits_behind<Bits>>(high));
-    to.put<Bits, Dims>(codes, table);
-  }
+  if (!All && Line >= end) return;
+  __m512i codes = shift_right<Line * front % 8>(load_bits(low + Line * front / 8 * packed_line_bytes).x);
+  if constexpr (front != Bits)
+    codes = select(low_bits<front>, codes, shifted<front - Line * bits_behind<Bits>>(high));
+  to.put<Bits, Dims>(codes, table);
   if constexpr (Line + 1 < lines_in_step<Bits>)
-    unpack_step<Bits, Dims, All, Line + 1>(low, high, first, end, table, to);
+    unpack_step<Bits, Dims, All, Line + 1>(low, high, end, table, to);
 }
 
-/// `num_runs` runs of `num_lines` lines, of which the first is `first`. \param behind  bytes of the section of the low bits, 0
-/// where they are all
+/// `num_runs` runs of `num_lines` lines, of which the first is `first`, a multiple of 4. \param behind  bytes of the section of
+/// the low bits, 0 where they are all
 template <int Bits, class Dims>
 KVCACHE_TARGET inline void unpack_runs(const packed_section& section, index_t behind, index_t first,
                                        index_t num_runs, index_t num_lines, std::int8_t* out,
@@ -126,13 +125,12 @@ KVCACHE_TARGET inline void unpack_runs(const packed_section& section, index_t be
   const packed_places<Bits> at{section.codes, section.codes + behind};
   const packed_places<Bits> ahead = next == nullptr ? at : packed_places<Bits>{next, next + behind};
   unpacked_runs to{out, out + 64 * num_lines, 64 * num_lines, out_stride - 64 * num_lines};
-  for (index_t line = first / step * step; line < end; line += step) {
+  for (index_t line = first; line < end; line += step) {
     ahead.fetch(line);
-    if (line >= first && line + step <= end)
-      unpack_step<Bits, Dims, true>(at.low_at(line), at.high_bits(line), 0, step, table, to);
+    if (line + step <= end)
+      unpack_step<Bits, Dims, true>(at.low_at(line), at.high_bits(line), step, table, to);
     else
-      unpack_step<Bits, Dims, false>(at.low_at(line), at.high_bits(line), first - line, end - line, table,
-                                     to);
+      unpack_step<Bits, Dims, false>(at.low_at(line), at.high_bits(line), end - line, table, to);
   }
 }
 

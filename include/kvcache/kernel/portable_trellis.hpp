@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The codec trellis<b>, b = 2, 3, 4, 5 or 6 bits per number: a row of codes is read as one stream of bits, and the last eight
 // bits of it, the state, select one of 256 numbers of a table. The oldest bit is a sign, table[s + 128] = -table[s], so that
-// kernels look up one of 128; trained so, tables lose no more than without.
+// kernels look up one of 128; trained so, tables lose as little, within 1 %.
 //
 //   state[d] = (state[d-1] << b | code[d]) mod 256, state[-1] = 0           row[d] ~ scale * table[state[d]]
 //

@@ -175,7 +175,7 @@ inline constexpr int trellis_unit = 36;
 inline constexpr index_t trellis_states = 256;
 
 /// Arithmetic of the codec trellis<b>, see portable_trellis.hpp. Bits are 2 to 6, tables have 256 entries from -127 to
-/// 127, with table[s + 128] = -table[s]. The same on every instruction set, bit by bit.
+/// 127, for all but `encode` with table[s + 128] = -table[s]. The same on every instruction set, bit by bit.
 struct trellis_kernels {
   /// The codes, [count], nearest to a row in its own units, and the scale of least squares: row[i] ~ scale *
   /// table[state[i]]. A row of zeros gets zeros. The scale of a row of a few numbers may be negative.

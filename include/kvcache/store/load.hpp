@@ -28,6 +28,7 @@
 #include <istream>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -115,8 +116,10 @@ inline bool has_codes_of_trellises(const side_description& side, index_t num_lay
     return std::any_of(sides.begin(), sides.end(),
                        [&](const side_description& s) { return has_codes_of_trellises(s, num_layers); });
   }
-  const auto names = [&](const char* name) { return side.name.find(name) != std::string::npos; };
-  return names("trellis") || names("klt");  // centred ones too
+  std::string_view name = side.name;
+  if (constexpr std::string_view centred = "centred_"; name.starts_with(centred))
+    name.remove_prefix(centred.size());
+  return name.starts_with("trellis") || name == "klt";
 }
 
 /// Throws load_error.
