@@ -3,6 +3,7 @@
 // those that the portable kernels decode.
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/trellis_table.hpp"
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/packed.hpp>
@@ -64,12 +65,8 @@ struct problem {
         g(geometry),
         count(tokens),
         num_rows(rows),
-        table(256),
+        table(test::random_trellis_table(random)),
         scales(static_cast<std::size_t>(geometry.block_size)) {
-    for (std::size_t s = 0; s < 128; ++s) {
-      table[s] = static_cast<std::int8_t>(random.between(-127, 127));
-      table[s + 128] = static_cast<std::int8_t>(-table[s]);
-    }
     for (bfloat16& scale : scales) scale = from_float<bfloat16>(random.uniform(0.01F, 2.0F));
   }
 };

@@ -2,6 +2,7 @@
 // The codec trellis: every instruction set equals the portable kernels bit by bit, and those equal what the definition says.
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/trellis_table.hpp"
 
 #include <kvcache/block/order.hpp>
 #include <kvcache/codec/trellis_tables.hpp>
@@ -113,15 +114,6 @@ const std::int8_t* table_of(int bits) {
   return bits <= 4 ? codec::trellis_table(bits) : codec::short_trellis_table(bits);
 }
 
-std::vector<std::int8_t> random_table(test::random& random) {
-  std::vector<std::int8_t> table(256);
-  for (std::size_t s = 0; s < 128; ++s) {
-    table[s] = static_cast<std::int8_t>(random.between(-127, 127));
-    table[s + 128] = static_cast<std::int8_t>(-table[s]);
-  }
-  return table;
-}
-
 std::vector<float> special_row(std::size_t count, int kind, test::random& random) {
   std::vector<float> row(count, 0.0F);
   for (std::size_t i = 0; i < count; ++i) {
@@ -172,7 +164,7 @@ const std::uint8_t* as_codes(const std::vector<std::int8_t>& bytes) {
 TEST_CASE("every instruction set encodes to the same codes and scales", "[kernel]") {
   test::random random;
   const int bits = GENERATE(2, 3, 4, 5, 6);
-  const std::vector<std::int8_t> other_table = random_table(random);
+  const std::vector<std::int8_t> other_table = test::random_trellis_table(random);
   std::vector<std::int8_t> extreme(256, 127);
   extreme[0] = -127;
   const std::int8_t* const tables[] = {table_of(bits), other_table.data(), extreme.data()};
@@ -230,7 +222,7 @@ TEST_CASE("a power of two changes the scale and nothing else", "[kernel]") {
 TEST_CASE("no other codes come nearer than those of the encoder", "[kernel]") {
   test::random random(3);
   const int bits = GENERATE(2, 3, 4, 5, 6);
-  const std::vector<std::int8_t> other_table = random_table(random);
+  const std::vector<std::int8_t> other_table = test::random_trellis_table(random);
   for (int i = 0; i < 60; ++i) {
     const std::int8_t* table = i % 2 == 0 ? table_of(bits) : other_table.data();
     const std::vector<float> row = random.floats(random.between(1, i < 30 ? 12 / bits : 200));
@@ -314,7 +306,7 @@ TEST_CASE("tables for few numbers lose less of them than those for rows", "[kern
 TEST_CASE("rows in units of their own are encoded to the same codes on every instruction set", "[kernel]") {
   test::random random(8);
   const int bits = GENERATE(2, 3, 4, 5, 6);
-  const std::vector<std::int8_t> other_table = random_table(random);
+  const std::vector<std::int8_t> other_table = test::random_trellis_table(random);
   std::vector<std::int8_t> extreme(256, 127);
   extreme[0] = -127;
   const std::int8_t* const tables[] = {table_of(bits), other_table.data(), extreme.data()};
@@ -347,7 +339,7 @@ TEST_CASE("rows in units of their own are encoded to the same codes on every ins
 TEST_CASE("no other codes come nearer to a row in units of its own", "[kernel]") {
   test::random random(9);
   const int bits = GENERATE(2, 3, 4, 5, 6);
-  const std::vector<std::int8_t> other_table = random_table(random);
+  const std::vector<std::int8_t> other_table = test::random_trellis_table(random);
   constexpr float unit = 0.7F;
   constexpr float limit = 127.0F / kernel::trellis_unit * unit;
   for (int i = 0; i < 40; ++i) {
@@ -396,7 +388,7 @@ TEST_CASE("codes of a block become the numbers of the table, and nothing around 
   test::random random(6);
   const index_t gap = GENERATE(0, 64, 68);
   const int bits = GENERATE(2, 3, 4, 5, 6);
-  const auto table = random_table(random);
+  const auto table = test::random_trellis_table(random);
   constexpr index_t margin = 64;
   for (const index_t dim : awkward_dims) {
     for (const index_t num_tokens : {4, 16, 20, 64}) {
@@ -473,7 +465,7 @@ TEST_CASE("AVX-512 without VBMI decodes to the same numbers", "[kernel]") {
   if (!kernel::avx512::runs_here()) return;
   test::random random(7);
   const int bits = GENERATE(2, 3, 4, 5, 6);
-  const auto table = random_table(random);
+  const auto table = test::random_trellis_table(random);
   for (const index_t dim : awkward_dims) {
     const block_geometry g{64, dim};
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(order::key_size(g) + 64));

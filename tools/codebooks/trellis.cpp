@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Trains the tables of the codec trellis<b> and prints the header that holds them; trellis.sh compiles and runs this.
 //
-// Rows of 128 normally distributed numbers, each divided by its root mean square, or pieces of them are encoded by Viterbi from state 0; each
-// entry of the table becomes the mean of the numbers that its state stood for; and again. The two halves of a table differ in
-// sign alone, so that a kernel looks up 128 numbers instead of 256. A run starts from the quantiles of the normal distribution in
-// random order, and where it ends depends on that order: hence many runs. At last entries are rounded to whole 1/trellis_unit. The distortion on other rows is measured by tests/kernel/trellis_test.cpp.
+// Rows of 128 normally distributed numbers, each divided by its root mean square, or pieces of them are encoded by Viterbi
+// from state 0; each entry of the table becomes the mean of the numbers that its state stood for; and again. The two halves
+// of a table differ in sign alone, so that a kernel looks up 128 numbers instead of 256. A run starts from the quantiles of
+// the normal distribution in random order, and where it ends depends on that order: hence many runs. At last entries are
+// rounded to whole 1/trellis_unit. The distortion on other rows is measured by tests/kernel/trellis_test.cpp.
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>

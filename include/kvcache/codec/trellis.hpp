@@ -32,8 +32,9 @@ namespace detail {
 
 /// What kernels rely on, see kernel::trellis_kernels.
 constexpr bool has_sign_bit(const std::int8_t* table) noexcept {
-  for (std::size_t s = 0; s < 128; ++s) {
-    if (table[s] == -128 || table[s + 128] != -table[s]) return false;
+  constexpr index_t half = kernel::trellis_states / 2;
+  for (index_t s = 0; s < half; ++s) {
+    if (table[s] == -128 || table[s + half] != -table[s]) return false;
   }
   return true;
 }
