@@ -7,13 +7,20 @@
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/paged.hpp>
 #include <kvcache/codec/rotated.hpp>
+#include <kvcache/core/address_space.hpp>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <memory_resource>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -47,6 +54,29 @@ std::vector<float> keys(const Cache& cache, index_t layer) {
   return k;
 }
 
+/// Whether this system makes huge pages when asked to.
+bool joins_pages() {
+  const address_space space = address_space::reserve(address_space::huge_page);
+  if (!space || !space.grant(0, address_space::huge_page)) return false;
+  std::memset(space.data(), 1, static_cast<std::size_t>(address_space::huge_page));
+  return space.join(0, address_space::huge_page);
+}
+
+/// Bytes of huge pages in the mapping around an address, as Linux tells; 0 where it does not.
+index_t huge_bytes_at(const std::byte* address) {
+  std::ifstream maps("/proc/self/smaps");
+  bool here = false;
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long long first = 0, last = 0;
+    unsigned long long kib = 0;
+    const auto at = reinterpret_cast<std::uintptr_t>(address);
+    if (std::sscanf(line.c_str(), "%llx-%llx ", &first, &last) == 2) here = first <= at && at < last;
+    if (here && std::sscanf(line.c_str(), "AnonHugePages: %llu kB", &kib) == 1)
+      return static_cast<index_t>(kib) * 1024;
+  }
+  return 0;
+}
+
 }  // namespace
 
 TEST_CASE("a contiguous cache grows in place", "[cache]") {
@@ -73,6 +103,51 @@ TEST_CASE("a contiguous cache outgrows what it reserved and keeps its tokens", "
     after.resize(before.size());
     CHECK(after == before);
   }
+}
+
+TEST_CASE("a contiguous cache that grows token by token comes to lie in huge pages", "[cache]") {
+  test::random random;
+  constexpr cache_shape large{.num_layers = 2, .num_kv_heads = 2, .head_dim = 128};
+  contiguous_cache<codec::f32> cache(large);
+  chunked_cache<codec::f32> expected(large);
+  const auto grow_to = [&](index_t size) {
+    while (cache.size() < size) {
+      const index_t count = std::min(index_t{50}, size - cache.size());
+      const std::vector<float> k = random.floats(count * 2 * 128);
+      const std::vector<float> v = random.floats(count * 2 * 128);
+      for (index_t layer = 0; layer < large.num_layers; ++layer) {
+        cache[layer].append(k, v);
+        expected[layer].append(k, v);
+      }
+      cache.check();
+    }
+  };
+  const auto same = [&](const auto& other) {
+    for (index_t layer = 0; layer < large.num_layers; ++layer) {
+      for (index_t head = 0; head < large.num_kv_heads; ++head) {
+        for (index_t b = 0; b < cache.size() / 64; ++b) {
+          const auto bytes = static_cast<std::size_t>(codec::f32{}.block_bytes({64, 128}));
+          if (std::memcmp(other[layer].block(head, b), expected[layer].block(head, b), bytes) != 0)
+            return false;
+        }
+      }
+    }
+    return true;
+  };
+  grow_to(9000);  // regions of 8.8 MiB
+  CHECK(same(cache));
+  if (joins_pages() && cache.storage().grows_in_place())
+    CHECK(huge_bytes_at(cache[0].block(0, 0)) >= 4 << 20);
+  cache.truncate(3000);
+  cache.shrink_to_fit();
+  expected.truncate(3000);
+  grow_to(7000);
+  CHECK(same(cache));
+  const contiguous_cache<codec::f32> moved = std::move(cache);
+  cache = moved.clone();
+  CHECK(same(moved));
+  grow_to(12000);
+  CHECK(same(cache));
 }
 
 TEST_CASE("a contiguous cache with a memory resource doubles and copies", "[cache]") {

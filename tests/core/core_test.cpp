@@ -104,6 +104,25 @@ TEST_CASE("reserved addresses cost nothing until memory is granted, and read as 
   CHECK(!address_space::reserve(largest));
 }
 
+TEST_CASE("joined pages hold what they held", "[core]") {
+  constexpr index_t size = 3 * address_space::huge_page;
+  const address_space space = address_space::reserve(size);
+  if (!space) return;
+  const index_t page = address_space::granularity();
+  for (index_t i = 0; i < size; i += page) {
+    REQUIRE(space.grant(i, i + page));
+    space.data()[i] = static_cast<std::byte>(i / page % 251);
+  }
+  CHECK(space.join(size, size));
+  (void)space.join(0, 2 * address_space::huge_page);  // whether or not the system does it
+  (void)space.join(0, size);
+  space.revoke(size - page, size);
+  bool same = true;
+  for (index_t i = 0; i < size - page; i += page)
+    same = same && space.data()[i] == static_cast<std::byte>(i / page % 251);
+  CHECK(same);
+}
+
 TEST_CASE("every status has a name, and capacity_error carries its own", "[core]") {
   CHECK(std::string(to_string(status::ok)) == "ok");
   CHECK(std::string(to_string(status::not_finite)) == "not finite");
