@@ -8,8 +8,8 @@
 // Every region is as many blocks long, and as many bytes as those take in its layer.
 //
 // Addresses for `max_tokens` are reserved at the start and memory is granted as tokens come, so growing copies
-// nothing. Such memory comes in small pages, which take a tenth to a quarter longer to read; those that are full become
-// huge ones, a few with each append. Beyond max_tokens, or where the system cannot reserve or grant, or a memory resource is given, or there
+// nothing. Such memory comes in small pages, which take a tenth to a quarter longer to read. Each time regions have grown by a huge
+// page, those that are full are joined to huge ones, in one region with each append. Beyond max_tokens, or where the system cannot reserve or grant, or a memory resource is given, or there
 // are more than 4096 regions, growth doubles and copies (amortised O(1) per token).
 #pragma once
 
@@ -137,6 +137,8 @@ class contiguous_storage {
   }
 
  private:
+  static constexpr index_t huge_page = address_space::huge_page;
+
   [[nodiscard]] const cache_shape& shape() const noexcept { return layout_.shape(); }
   /// Bytes that `blocks` blocks of one region take.
   [[nodiscard]] index_t granted_bytes(index_t layer, index_t blocks) const noexcept {
@@ -157,13 +159,11 @@ class contiguous_storage {
     return done;
   }
 
-  /// Regions of so many blocks, or a multiple, end where pages of the system do, in every layer.
-  [[nodiscard]] index_t granular_blocks() const noexcept {
+  /// Regions of so many blocks, or a multiple, end where pages of `page_bytes` bytes do, in every layer.
+  [[nodiscard]] index_t granular_blocks(index_t page_bytes) const noexcept {
     index_t blocks = 1;  // page sizes are powers of two: the largest that a layer needs is a multiple of all
-    for (index_t layer = 0; layer < shape().num_layers; ++layer) {
-      const index_t granularity = address_space::granularity();
-      blocks = std::max(blocks, granularity / std::gcd(granularity, layout_.block_bytes(layer)));
-    }
+    for (index_t layer = 0; layer < shape().num_layers; ++layer)
+      blocks = std::max(blocks, page_bytes / std::gcd(page_bytes, layout_.block_bytes(layer)));
     return blocks;
   }
 
@@ -200,37 +200,40 @@ class contiguous_storage {
     return status::ok;
   }
 
-  /// Makes huge pages of the small ones that `full_blocks` blocks of the regions fill: of one region in each call, so that no
-  /// append takes long.
+  /// Joins the small pages that `full_blocks` blocks of the regions fill: in each call one or two huge pages of one region, so
+  /// that no append takes long.
   void join_pages(index_t full_blocks) noexcept {
     if (!space_) return;
     if (joining_blocks_ == joined_blocks_) {
-      const index_t least_bytes =
-          layout_.num_regions() * address_space::huge_page;  // one page each, on average
-      if ((full_blocks - joined_blocks_) * layout_.page_bytes() < least_bytes) return;
-      joining_blocks_ = full_blocks;
+      const index_t blocks_of_page =
+          ceil_div(layout_.num_regions() * huge_page, layout_.page_bytes());  // on average
+      if (full_blocks - joined_blocks_ < blocks_of_page) return;
+      joining_blocks_ = joined_blocks_ + blocks_of_page;
       joining_region_ = 0;
     }
     const index_t num_heads = shape().num_kv_heads;
     const index_t layer = joining_region_ / num_heads;
     const index_t start = layout_.offset(region_blocks_, layer, joining_region_ % num_heads, 0);
     const auto page_of = [&](index_t blocks) {
-      const index_t bytes = start + blocks * layout_.block_bytes(layer);
-      return bytes / address_space::huge_page * address_space::huge_page;
+      return (start + blocks * layout_.block_bytes(layer)) / huge_page * huge_page;
     };
-    const index_t first = std::max(page_of(joined_blocks_), round_up(start, address_space::huge_page));
-    const bool joined = space_.join(first, page_of(joining_blocks_));
-    if (!joined || ++joining_region_ == layout_.num_regions()) joined_blocks_ = joining_blocks_;
+    (void)space_.join(std::max(page_of(joined_blocks_), round_up(start, huge_page)),
+                      page_of(joining_blocks_));
+    if (++joining_region_ == layout_.num_regions()) joined_blocks_ = joining_blocks_;
   }
 
-  /// Reserves addresses for `blocks` blocks in `next_`. \return false where the system refuses.
+  /// Reserves addresses for `blocks` blocks in `next_`: to where huge pages end, so that the next region begins with one, if
+  /// that is at most twice as many and the system has them. \return false where it refuses
   bool reserve(index_t blocks) {
-    const index_t region_blocks = round_up(blocks, granular_blocks());
-    next_ = address_space::reserve(checked_mul(region_blocks, layout_.page_bytes()));
-    if (!next_) return false;
-    next_region_blocks_ = region_blocks;
+    const auto reserve_multiple_of = [&](index_t granular) {
+      next_region_blocks_ = round_up(blocks, granular);
+      next_ = address_space::reserve(checked_mul(next_region_blocks_, layout_.page_bytes()));
+      return static_cast<bool>(next_);
+    };
     next_blocks_ = blocks;
-    return true;
+    const index_t of_huge_pages = granular_blocks(huge_page);
+    return (of_huge_pages <= blocks && reserve_multiple_of(of_huge_pages)) ||
+           reserve_multiple_of(granular_blocks(address_space::granularity()));
   }
 
   /// Moves into the addresses just reserved; on failure stays where it is.

@@ -70,9 +70,9 @@ class address_space {
   /// Bytes of a huge page, and what joined ranges are multiples of.
   static constexpr index_t huge_page = index_t{2} << 20;
 
-  /// Asks the system to move granted bytes [first, last), multiples of huge_page, into huge pages: some 0.2 to 0.6 ms each,
-  /// a microsecond where they are that already. Nobody may write there meanwhile. \return false if the system cannot; then
-  /// they are where they were
+  /// Asks the system to move granted bytes [first, last), multiples of huge_page, into huge pages: 0.5 ms each, several where the
+  /// memory is a virtual machine's and new to it, a microsecond where they are that already. \return false if it did not do so
+  /// for all of them; they hold what they held either way
   [[nodiscard]] bool join(index_t first, index_t last) const noexcept {
 #if defined(__linux__)
     constexpr int collapse = 25;  // MADV_COLLAPSE, of Linux 6.1, which older headers do not have
