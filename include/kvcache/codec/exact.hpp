@@ -52,7 +52,7 @@ struct exact_keys : plain_side {
   }
   static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                      index_t count, const float* queries, index_t num_rows, float* scores,
-                     const std::byte* next) {
+                     kernel::upcoming next) {
     kernel::for_element<Element>(kernels).scores(g, section, count, queries, num_rows, scores, next);
   }
 };
@@ -80,7 +80,7 @@ struct exact_values : plain_side {
   }
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                          index_t count, const float* weights, index_t num_rows, float* sums,
-                         const std::byte* next) {
+                         kernel::upcoming next) {
     kernel::for_element<Element>(kernels).accumulate(g, section, count, weights, num_rows, sums, next);
   }
 };

@@ -7,6 +7,7 @@
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/memory.hpp>
+#include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -27,11 +28,11 @@ inline const bfloat16* scales(const std::byte* section) noexcept {
   return reinterpret_cast<const bfloat16*>(section);
 }
 
-/// Fetches into L1 what stands behind the codes of a section that is wanted soon; kernels fetch the codes themselves.
+/// Fetches what stands behind the codes of a section that is wanted soon; kernels fetch the codes themselves.
 /// \param next  the section, or null
 inline void fetch_behind(const std::byte* next, index_t codes_bytes, index_t section_bytes) noexcept {
   for (index_t i = codes_bytes; next != nullptr && i < section_bytes; i += block_alignment)
-    __builtin_prefetch(next + i, 0, 3);
+    prefetch::line(next + i);
 }
 
 inline void set_scale(std::byte* section, index_t slot, bfloat16 scale) noexcept {

@@ -7,6 +7,7 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
@@ -87,8 +88,12 @@ struct sides {
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
               const float* prepared, index_t num_rows, float* scores, const std::byte* next_block) const {
     const index_t key_bytes = keys.section_bytes(g);
-    const bool far = next_block != nullptr && reads_far_ahead(key_bytes + values.section_bytes(g), num_rows);
-    keys.scores(kernels, g, block, count, prepared, num_rows, scores, far ? next_block : block + key_bytes);
+    const index_t value_bytes = values.section_bytes(g);
+    const bool far = next_block != nullptr && reads_far_ahead(key_bytes + value_bytes, num_rows);
+    const std::byte* soon =
+        value_bytes < key_bytes ? nullptr : block + key_bytes;  // nothing beyond the block
+    const kernel::upcoming then(far ? next_block : block + key_bytes, soon);
+    keys.scores(kernels, g, block, count, prepared, num_rows, scores, then);
   }
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
@@ -96,8 +101,8 @@ struct sides {
                   const std::byte* next_block) const {
     const index_t key_bytes = keys.section_bytes(g);
     const bool far = next_block != nullptr && reads_far_ahead(key_bytes + values.section_bytes(g), num_rows);
-    values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums,
-                      far ? next_block + key_bytes : next_block);
+    const kernel::upcoming then(far ? next_block + key_bytes : next_block, next_block);
+    values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums, then);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     values.finish(kernels, g, num_rows, sums);
@@ -114,8 +119,9 @@ struct sides {
  private:
   /// Memory has to be asked some time before it answers: one section ahead, or the same one of a later block where sections
   /// are soon multiplied. Not further than first-level caches are large; one row, which reads as fast as memory delivers,
-  /// takes less.
-  [[nodiscard]] static constexpr bool reads_far_ahead(index_t block_bytes, index_t num_rows) noexcept {
+  /// takes less. Second-level caches have room for the usual block of any codec.
+  [[nodiscard]] static bool reads_far_ahead(index_t block_bytes, index_t num_rows) noexcept {
+    if (prefetch::by_levels) return true;
     const index_t small = num_rows > 1 ? index_t{20 * 1024} : index_t{12 * 1024};
     return block_bytes <= small;
   }

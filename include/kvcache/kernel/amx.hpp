@@ -126,13 +126,14 @@ struct product {
 
 template <class Tiles>
 KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
-                                  const float* queries, index_t num_rows, float* out, const std::byte* next) {
+                                  const float* queries, index_t num_rows, float* out, upcoming next) {
   using order = block_order<bfloat16>;
   const auto* groups = reinterpret_cast<const bfloat16*>(keys);
   const index_t group_size = order::key_group_size(g);
   const index_t num_groups = ceil_div(count, key_lanes);
   avx512::read_ahead ahead =
       avx512::ahead_of(next, keys, std::max(ceil_div(num_rows, rows_at_once), index_t{1}));
+  ahead.go_on(next, 0, nullptr);
   product c;
   alignas(64) padded_tile padded;
   Tiles::configure();
@@ -248,10 +249,10 @@ KVCACHE_TARGET inline bool add_row(const product& c, index_t row, index_t num_di
 
 template <class Tiles>
 KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* values, index_t count,
-                                      const float* weights, index_t num_rows, float* sums,
-                                      const std::byte* next) {
+                                      const float* weights, index_t num_rows, float* sums, upcoming next) {
   avx512::read_ahead ahead =
       avx512::ahead_of(next, values, std::max(ceil_div(num_rows, rows_at_once), index_t{1}));
+  ahead.go_on(next, 0, nullptr);
   product c;
   Tiles::configure();
   for (index_t t = 0; t < count; t += avx512::sum_tokens) {

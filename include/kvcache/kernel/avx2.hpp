@@ -3,6 +3,7 @@
 #pragma once
 
 #include <kvcache/core/half.hpp>
+#include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/table.hpp>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <kvcache/core/half.hpp>
+#include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -41,8 +42,8 @@ struct widened {
 
 inline constexpr int max_score_rows = 8;
 constexpr int score_groups(int rows) { return rows == 8 ? 2 : 4; }
-inline constexpr int max_sum_rows = 4;
-constexpr int sum_chunks(int rows) { return rows == 4 ? 4 : 8; }
+inline constexpr int max_sum_rows = 8;
+constexpr int sum_chunks(int rows) { return rows == 8 ? 2 : rows == 4 ? 4 : 8; }
 
 KVCACHE_INLINE vec zero() { return {_mm512_setzero_ps()}; }
 KVCACHE_INLINE vec broadcast(float a) { return {_mm512_set1_ps(a)}; }

@@ -27,8 +27,7 @@ KVCACHE_INLINE void load_unit(const std::byte* p, packed_unit<Bits>& unit) {
 template <int Bits>
 KVCACHE_INLINE void fetch_unit(const std::byte* p) {
 #pragma GCC unroll 3
-  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i)
-    __builtin_prefetch(p + i * packed_line_bytes, 0, 3);
+  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i) prefetch::line(p + i * packed_line_bytes);
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ struct packed_places {
   KVCACHE_INLINE void fetch(index_t line) const {
     constexpr int low_lines = lines_in_step<Bits> * bits_in_front<Bits> / 8;
 #pragma GCC unroll 2
-    for (int i = 0; i < low_lines; ++i) __builtin_prefetch(low_at(line) + i * packed_line_bytes, 0, 3);
-    if constexpr (bits_behind<Bits> != 0) __builtin_prefetch(high_at(line), 0, 3);
+    for (int i = 0; i < low_lines; ++i) prefetch::line(low_at(line) + i * packed_line_bytes);
+    if constexpr (bits_behind<Bits> != 0) prefetch::line(high_at(line));
   }
 };
 

@@ -228,7 +228,7 @@ struct element {
 
   /// Unpacks 16 tokens at a time into L1, then serves every row from there.
   static void scores(const block_geometry& g, const std::byte* keys, index_t count, const float* queries,
-                     index_t num_rows, float* out, const std::byte* /*next*/) {
+                     index_t num_rows, float* out, upcoming /*next*/) {
     score_rows(g, keys, count, {queries, g.head_dim}, num_rows, out);
   }
 
@@ -253,7 +253,7 @@ struct element {
 
   /// The same for values, 32 tokens at a time.
   static void accumulate(const block_geometry& g, const std::byte* values, index_t count,
-                         const float* weights, index_t num_rows, float* sums, const std::byte* /*next*/) {
+                         const float* weights, index_t num_rows, float* sums, upcoming /*next*/) {
     alignas(64) std::array<float, max_head_dim * value_chunk> unpacked;  // [dim/16, 32 tokens, 16 dims]
     for (index_t t = 0; t < count; t += value_chunk) {
       const index_t num_tokens = std::min(value_chunk, count - t);

@@ -35,6 +35,18 @@ inline constexpr float softmax_slack = 8.0F;
 /// How many rows softmax takes at a time.
 inline constexpr index_t max_softmax_rows = 16;
 
+/// What will be read after the section at hand, fetched meanwhile, as much as it has; either may be null.
+struct upcoming {
+  const std::byte* next;  ///< the one that comes next, or a later one where memory takes longer to answer
+  const std::byte* soon =
+      nullptr;  ///< by levels (core/prefetch.hpp): the one that comes next, where `next` is a later one
+
+  upcoming(const std::byte* then, const std::byte* before_that = nullptr) noexcept
+      : next(then), soon(before_that) {}
+  /// For codecs and kernels that look no nearer.
+  operator const std::byte*() const noexcept { return next; }
+};
+
 /// Arithmetic on blocks of one stored element type.
 struct element_kernels {
   /// Narrows rows into slots [first, first + count) of a keys section; other slots are untouched.
@@ -51,17 +63,15 @@ struct element_kernels {
   /// scores[r, t] = sum_d queries[r, d] * keys[t, d] for slots t in [0, round_up(count, 16)).
   /// \param queries  [num_rows, head_dim]
   /// \param scores   [num_rows, block_size]; slots from `count` on get indeterminate values
-  /// \param next     what will be read after these keys, fetched meanwhile; may be null
   void (*scores)(const block_geometry&, const std::byte* keys, index_t count, const float* queries,
-                 index_t num_rows, float* scores, const std::byte* next);
+                 index_t num_rows, float* scores, upcoming next);
 
   /// sums[r, d] += sum_t weights[r, t] * values[t, d] over slots t in [0, count), in a fixed order.
   /// A weight of exactly zero leaves its value row out, whatever it holds.
   /// \param weights  [num_rows, block_size]; zero from slot `count` to the next multiple of 16
   /// \param sums     [num_rows, head_dim]
-  /// \param next     as for scores
   void (*accumulate)(const block_geometry&, const std::byte* values, index_t count, const float* weights,
-                     index_t num_rows, float* sums, const std::byte* next);
+                     index_t num_rows, float* sums, upcoming next);
 };
 
 /// Floats of one prepared query row.

@@ -47,16 +47,26 @@ KVCACHE_INLINE vec load_first(const float* p, index_t count) {
 
 // ---- reading ahead --------------------------------------------------------------------------------------------------
 
-/// Fetches into L1, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy
-/// during the softmax and across blocks. `stride` is less than a line where the kernel passes over its own lines more
-/// often than once.
+/// Fetches, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy during the softmax
+/// and across blocks. `stride` is less than a line where the kernel passes over its own lines more often than once.
+/// By levels (core/prefetch.hpp), those at `at` come into L2, and those at `near`, which are wanted before them, into L1.
 struct read_ahead {
   const std::byte* at;
   const std::byte* first;
+  const std::byte* near;
   index_t stride;
+  bool by_levels;
 
-  void go_on_at(const std::byte* next) {
-    if (stride != 0 && next != at) at = first = next;
+  /// A piece of the section at hand begins, `offset` bytes in it. \param piece  the one behind it, or null
+  void go_on(const upcoming& then, index_t offset, const std::byte* piece) {
+    if (stride == 0) return;
+    const std::byte* soon = piece != nullptr ? piece : by_levels ? then.soon : then.next;
+    if (by_levels) {
+      at = then.next + offset;
+      if (soon != nullptr) near = soon;
+    } else if (soon != at) {
+      at = first = soon;
+    }
   }
 };
 
@@ -74,6 +84,14 @@ inline index_t piece_tokens(const block_geometry& g) {
 /// Few at a time, between multiplications: of many at once always the same ones would be dropped.
 template <int Lines, bool Twice = true>
 [[gnu::always_inline]] inline void fetch(read_ahead& next) {
+  if (next.by_levels) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Lines; ++i, next.at += next.stride, next.near += next.stride) {
+      __builtin_prefetch(next.at, 0, 2);
+      __builtin_prefetch(next.near, 0, 3);
+    }
+    return;
+  }
   constexpr index_t second_chance =
       34 * 64;  // bytes; what was dropped at one place of a turn comes up at another
   const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
@@ -84,9 +102,11 @@ template <int Lines, bool Twice = true>
   }
 }
 
-/// `next` may be null; then a line that is at hand anyway is asked for.
+/// `next` may be null; then a line that is at hand anyway is asked for. Unless told otherwise, those at hand are near.
 inline read_ahead ahead_of(const std::byte* next, const std::byte* at_hand, index_t passes) {
-  return next == nullptr ? read_ahead{at_hand, at_hand, 0} : read_ahead{next, next, 64 / passes};
+  const index_t stride = next == nullptr ? 0 : 64 / passes;
+  if (next == nullptr) next = at_hand;
+  return {next, next, at_hand, stride, prefetch::by_levels};
 }
 
 /// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
@@ -168,8 +188,7 @@ KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* ke
 
 template <class Element>
 KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte* keys, index_t count,
-                                        const_rows queries, index_t num_rows, float* out,
-                                        const std::byte* next) {
+                                        const_rows queries, index_t num_rows, float* out, upcoming next) {
   const auto* group = reinterpret_cast<const Element*>(keys);
   const index_t group_size = block_order<Element>::key_group_size(g);
   read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, max_score_rows));
@@ -177,7 +196,8 @@ KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte
   const index_t num_groups = ceil_div(count, key_lanes);
   for (index_t i = 0; i < num_groups; i += piece_groups) {
     const Element* behind = group + piece_groups * group_size;
-    ahead.go_on_at(i + piece_groups < num_groups ? reinterpret_cast<const std::byte*>(behind) : next);
+    ahead.go_on(next, reinterpret_cast<const std::byte*>(group) - keys,
+                i + piece_groups < num_groups ? reinterpret_cast<const std::byte*>(behind) : nullptr);
     const index_t groups = std::min(piece_groups, num_groups - i);
     if (groups == 4) {
       score_rows<Element, max_score_rows, 4>(g, group, queries, num_rows, out, ahead);
@@ -195,7 +215,7 @@ KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte
 
 template <class Element>
 KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
-                                  const float* queries, index_t num_rows, float* out, const std::byte* next) {
+                                  const float* queries, index_t num_rows, float* out, upcoming next) {
   score_blocks<Element>(g, keys, count, {queries, g.head_dim}, num_rows, out, next);
 }
 
@@ -318,15 +338,14 @@ KVCACHE_TARGET inline void sum_last_dims(weighted_values<Element> in, index_t nu
 
 template <class Element>
 KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* values, index_t count,
-                                      const float* weights, index_t num_rows, float* sums,
-                                      const std::byte* next) {
+                                      const float* weights, index_t num_rows, float* sums, upcoming next) {
   constexpr index_t pack = block_order<Element>::pack;
   constexpr index_t wide = 8 * key_lanes;
   read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, max_sum_rows));
   const index_t piece = piece_tokens<Element>(g);
+  const index_t row_bytes = g.head_dim * index_t{sizeof(Element)};
   for (index_t t = 0; t < count; t += piece) {
-    const std::byte* behind = values + (t + piece) * g.head_dim * index_t{sizeof(Element)};
-    ahead.go_on_at(t + piece < count ? behind : next);
+    ahead.go_on(next, t * row_bytes, t + piece < count ? values + (t + piece) * row_bytes : nullptr);
     weighted_values<Element> in{reinterpret_cast<const Element*>(values) + t * g.head_dim, g.head_dim * pack,
                                 ceil_div(std::min(piece, count - t), pack), weights + t, g.block_size};
     index_t d = 0;

@@ -39,7 +39,7 @@ KVCACHE_TARGET inline void unpack_lines(const std::byte* packed, index_t num_lin
 #pragma GCC unroll 4
     for (index_t i = 0; i < packed_lines; ++i) {
       in[i] = load_bits(packed + i * packed_line_bytes);
-      __builtin_prefetch(next + i * packed_line_bytes, 0, 3);
+      prefetch::line(next + i * packed_line_bytes);
     }
     packed += order::unit_bytes;
     next += order::unit_bytes;

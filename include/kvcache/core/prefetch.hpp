@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: MIT
+// Asking for memory before it is read, in the way that suits the processor.
+//
+// A core of Intel's waits for few lines in its first-level cache and for three times as many in its second (16 and 48 in recent
+// servers): lines from memory have to be asked into L2, and from there into L1 soon before they are read. AMD's bring them
+// into L1 at once as fast. What either loses by the other's way is in bench/NOTES.md.
+#pragma once
+
+namespace kvcache::inline v0::prefetch {
+
+/// Into L2 first.
+#if defined(__x86_64__)
+inline const bool by_levels = [] {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+}();
+#else
+inline constexpr bool by_levels = false;
+#endif
+
+/// Asks for a line that is read after a hundred others or more.
+[[gnu::always_inline]] inline void line(const void* at) noexcept {
+  if (by_levels)
+    __builtin_prefetch(at, 0, 2);
+  else
+    __builtin_prefetch(at, 0, 3);
+}
+
+}  // namespace kvcache::inline v0::prefetch
