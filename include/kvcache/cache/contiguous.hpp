@@ -8,9 +8,10 @@
 // Every region is as many blocks long, and as many bytes as those take in its layer.
 //
 // Addresses for `max_tokens` are reserved at the start and memory is granted as tokens come, so growing copies
-// nothing. Such memory comes in small pages, which take a tenth to a quarter longer to read. Each time regions have grown by a huge
-// page, those that are full are joined to huge ones, in one region with each append. Beyond max_tokens, or where the system cannot reserve or grant, or a memory resource is given, or there
-// are more than 4096 regions, growth doubles and copies (amortised O(1) per token).
+// nothing. Such memory comes in small pages, which take a tenth to a quarter longer to read: each time regions have
+// grown by a huge page, those that are full are joined to huge ones, in one region with each append. Beyond
+// max_tokens, or where the system cannot reserve or grant, or a memory resource is given, or there are more than
+// 4096 regions, growth doubles and copies (amortised O(1) per token).
 #pragma once
 
 #include <kvcache/cache/block_layout.hpp>
@@ -99,7 +100,7 @@ class contiguous_storage {
       });
       num_blocks_ = num_blocks;
       joined_blocks_ = std::min(joined_blocks_, num_blocks);
-      joining_blocks_ = joined_blocks_;
+      joining_region_ = 0;
     } else {
       try {
         num_blocks_ = num_blocks;
@@ -204,22 +205,20 @@ class contiguous_storage {
   /// that no append takes long.
   void join_pages(index_t full_blocks) noexcept {
     if (!space_) return;
-    if (joining_blocks_ == joined_blocks_) {
-      const index_t blocks_of_page =
-          ceil_div(layout_.num_regions() * huge_page, layout_.page_bytes());  // on average
-      if (full_blocks - joined_blocks_ < blocks_of_page) return;
-      joining_blocks_ = joined_blocks_ + blocks_of_page;
-      joining_region_ = 0;
-    }
+    const index_t blocks_of_page =
+        ceil_div(layout_.num_regions() * huge_page, layout_.page_bytes());  // on average
+    const index_t joining_blocks = joined_blocks_ + blocks_of_page;
+    if (joining_region_ == 0 && full_blocks < joining_blocks) return;
     const index_t num_heads = shape().num_kv_heads;
     const index_t layer = joining_region_ / num_heads;
     const index_t start = layout_.offset(region_blocks_, layer, joining_region_ % num_heads, 0);
     const auto page_of = [&](index_t blocks) {
       return (start + blocks * layout_.block_bytes(layer)) / huge_page * huge_page;
     };
-    (void)space_.join(std::max(page_of(joined_blocks_), round_up(start, huge_page)),
-                      page_of(joining_blocks_));
-    if (++joining_region_ == layout_.num_regions()) joined_blocks_ = joining_blocks_;
+    (void)space_.join(std::max(page_of(joined_blocks_), round_up(start, huge_page)), page_of(joining_blocks));
+    if (++joining_region_ < layout_.num_regions()) return;
+    joined_blocks_ = joining_blocks;
+    joining_region_ = 0;
   }
 
   /// Reserves addresses for `blocks` blocks in `next_`: to where huge pages end, so that the next region begins with one, if
@@ -279,11 +278,9 @@ class contiguous_storage {
   std::byte* base_ = nullptr;
   address_space space_;  // one of the two holds the memory
   memory_block memory_;
-  // Blocks of every region whose pages were joined; up to joining_blocks_ they are being, in the regions from joining_region_ on.
-  index_t joined_blocks_ = 0;
-  index_t joining_blocks_ = 0;
-  index_t joining_region_ = 0;
-  address_space next_;  // between reserve and grant_or_forget only
+  index_t joined_blocks_ = 0;   // of every region, whose pages were joined
+  index_t joining_region_ = 0;  // the first whose next pages were not, while others' were
+  address_space next_;          // between reserve and grant_or_forget only
   index_t next_region_blocks_ = 0;
   index_t next_blocks_ = 0;
 };
