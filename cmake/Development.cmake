@@ -14,14 +14,14 @@ target_compile_options(kvcache_dev INTERFACE
 
 set(CMAKE_CXX_EXTENSIONS OFF)
 
-# The kernels are compiled once, not in every program (kernel/select.hpp).
-add_library(kvcache_dev_kernels STATIC "${CMAKE_CURRENT_LIST_DIR}/kernels.cpp")
-target_link_libraries(kvcache_dev_kernels PRIVATE kvcache::kvcache)
+# Kernels and named codecs are compiled once, not in every program (kernel/select.hpp, interop/named_codecs.hpp).
+add_library(kvcache_dev_parts STATIC "${CMAKE_CURRENT_LIST_DIR}/kernels.cpp" "${CMAKE_CURRENT_LIST_DIR}/codecs.cpp")
+target_link_libraries(kvcache_dev_parts PRIVATE kvcache::kvcache)
+target_compile_definitions(kvcache_dev_parts PUBLIC KVCACHE_SEPARATE_KERNELS KVCACHE_SEPARATE_CODECS)
 if(KVCACHE_NATIVE)
-  target_compile_options(kvcache_dev_kernels PRIVATE -march=native)
+  target_compile_options(kvcache_dev_parts PRIVATE -march=native)
 endif()
-target_link_libraries(kvcache_dev INTERFACE kvcache_dev_kernels)
-target_compile_definitions(kvcache_dev INTERFACE KVCACHE_SEPARATE_KERNELS)
+target_link_libraries(kvcache_dev INTERFACE kvcache_dev_parts)
 
 if(PROJECT_IS_TOP_LEVEL)
   get_property(kvcache_multi_config GLOBAL PROPERTY GENERATOR_IS_MULTI_CONFIG)

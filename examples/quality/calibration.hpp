@@ -5,6 +5,7 @@
 #include "llama/decoder.hpp"
 #include "quality/metrics.hpp"
 
+#include <kvcache/cache/paged.hpp>
 #include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/klt.hpp>

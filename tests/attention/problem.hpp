@@ -18,7 +18,7 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #if defined(KVCACHE_TEST_EMULATED_TILES)
-#include "support/emulated_tiles.hpp"
+#include "support/kernels_on_tiles.hpp"
 #endif
 
 #include <bit>
@@ -117,7 +117,7 @@ Cache filled(const problem& p, index_t block_size) {
 /// The kernels that problems run on: the best ones, or those that the program was built to test.
 inline const kvcache::kernel::table& kernels_under_test() {
 #if defined(KVCACHE_TEST_EMULATED_TILES)
-  return kvcache::kernel::amx::kernels_on<test::emulated_tiles>;
+  return test::kernels_on_emulated_tiles();
 #else
   return kvcache::kernel::best();
 #endif

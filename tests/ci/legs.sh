@@ -91,18 +91,20 @@ leg_neon() {
     exit 77
   fi
   mkdir -p build/neon
-  local flags=(-std=c++20 -O1 -Wall -Wextra -Wshadow -Wconversion -Werror -static -Iinclude -Itests -DKVCACHE_SEPARATE_KERNELS
+  local flags=(-std=c++20 -O1 -Wall -Wextra -Wshadow -Wconversion -Werror -static -Iinclude -Itests -DKVCACHE_SEPARATE_KERNELS -DKVCACHE_SEPARATE_CODECS
     -idirafter /usr/include -idirafter /usr/include/eigen3
     "-DKVCACHE_TESTS_DIR=\"$root/tests\"" "-DKVCACHE_SOURCE_DIR=\"$root\"")
-  aarch64-linux-gnu-g++ "${flags[@]}" -c tests/support/main.cpp -o build/neon/main.o
-  aarch64-linux-gnu-g++ "${flags[@]}" -c cmake/kernels.cpp -o build/neon/kernels.o
+  local part
+  for part in tests/support/main cmake/kernels cmake/codecs; do
+    aarch64-linux-gnu-g++ "${flags[@]}" -c "$part.cpp" -o "build/neon/$(basename "$part").o"
+  done
   # shellcheck disable=SC2016 # expanded by the inner shell
   printf '%s\n' tests/core/half_test.cpp tests/store/crc32c_test.cpp tests/codec/*_test.cpp tests/kernel/*_test.cpp \
     tests/attention/{adversarial,attend,attend_sizes,determinism,golden,shift}_test.cpp \
     tests/conformance/{verbs,sequences}_test.cpp |
     xargs -P "$(kvcache_jobs)" -I '{}' bash -euc '
       source=$1 name=build/neon/$(basename "$1" .cpp); shift
-      aarch64-linux-gnu-g++ "$@" "$source" build/neon/main.o build/neon/kernels.o -o "$name"
+      aarch64-linux-gnu-g++ "$@" "$source" build/neon/{main,kernels,codecs}.o -o "$name"
       for level in neon portable; do
         echo "$name on $level"
         KVCACHE_ISA=$level qemu-aarch64-static -cpu max "$name"

@@ -4,6 +4,9 @@
 #include <kvcache/attention/attend.hpp>
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/cache/block_layout.hpp>
+#include <kvcache/cache/chunked.hpp>
+#include <kvcache/cache/contiguous.hpp>
+#include <kvcache/cache/paged.hpp>
 #include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/centred.hpp>
 #include <kvcache/codec/int8.hpp>

@@ -2,7 +2,13 @@
 // A cache chosen by a string does what the typed one does, verb by verb and bit by bit.
 
 #include <kvcache/attention/multi_head_attention.hpp>
+#include <kvcache/codec/balanced.hpp>
+#include <kvcache/codec/centred.hpp>
+#include <kvcache/codec/channel.hpp>
+#include <kvcache/codec/int8.hpp>
 #include <kvcache/codec/mixed.hpp>
+#include <kvcache/codec/rotated.hpp>
+#include <kvcache/codec/trellis.hpp>
 #include <kvcache/interop/any_cache.hpp>
 
 #include "conformance/caches.hpp"

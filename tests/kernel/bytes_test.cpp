@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The kernels on blocks of bytes, both accuracies, against double-precision loops over the same stored numbers.
 #include "support/catch.hpp"
-#include "support/emulated_tiles.hpp"
 #include "support/integer_levels.hpp"
+#include "support/kernels_on_tiles.hpp"
 #include "support/random.hpp"
 
 #include <kvcache/block/order.hpp>
@@ -41,7 +41,8 @@ std::vector<const kernel::table*> tables() {
   std::vector<const kernel::table*> all;
   for (const kernel::isa level : kernel::available()) all.push_back(&kernel::select(level));
 #if defined(__x86_64__) && defined(__linux__)
-  if (kernel::avx512::runs_here()) all.push_back(&kernel::amx::kernels_on<test::emulated_tiles>);
+  if (std::ranges::count(kernel::available(), kernel::isa::avx512) > 0)
+    all.push_back(&test::kernels_on_emulated_tiles());
 #endif
   return all;
 }

@@ -2,7 +2,7 @@
 // Every kernel of every instruction set that runs here, against plain double-precision loops over the same
 // stored numbers, at awkward sizes.
 #include "support/catch.hpp"
-#include "support/emulated_tiles.hpp"
+#include "support/kernels_on_tiles.hpp"
 #include "support/random.hpp"
 
 #include <kvcache/block/order.hpp>
@@ -32,7 +32,8 @@ std::vector<const kernel::table*> tables() {
   std::vector<const kernel::table*> all;
   for (const kernel::isa level : kernel::available()) all.push_back(&kernel::select(level));
 #if defined(__x86_64__) && defined(__linux__)
-  if (kernel::avx512::runs_here()) all.push_back(&kernel::amx::kernels_on<test::emulated_tiles>);
+  if (std::ranges::count(kernel::available(), kernel::isa::avx512) > 0)
+    all.push_back(&test::kernels_on_emulated_tiles());
 #endif
   return all;
 }
@@ -271,7 +272,7 @@ void check_same_bytes(const kernel::table& kernels, const sizes& n, test::random
     kernel.encode_keys(g, to[0].data(), first, n.count, {rows.data(), n.head_dim});
     kernel.encode_values(g, to[1].data(), first, n.count, {rows.data(), n.head_dim});
   };
-  encode(kernel::portable::kernels, expected);
+  encode(kernel::select(kernel::isa::portable), expected);
   encode(kernels, stored);
   CHECK(stored[0] == expected[0]);
   CHECK(stored[1] == expected[1]);
@@ -428,8 +429,10 @@ TEST_CASE("softmax of nothing but masked scores is nothing, and NaN stays NaN", 
 
 TEST_CASE("kernels are selected by level or by name, and a wrong name lists the right ones", "[kernel]") {
   CHECK(kernel::available().front() == kernel::isa::portable);
-  CHECK(&kernel::select(kernel::isa::portable) == &kernel::portable::kernels);
-  CHECK(&kernel::select("portable") == &kernel::portable::kernels);
+  for (const kernel::isa level : kernel::available()) {
+    CHECK(kernel::select(level).level == level);
+    CHECK(&kernel::select(kernel::to_string(level)) == &kernel::select(level));
+  }
   CHECK_THROWS_AS(kernel::select("sse9"), std::invalid_argument);
   CHECK_NOTHROW(kernel::best());
 }

@@ -77,7 +77,7 @@ endif()
 
 file(WRITE "${WORK_DIR}/snippets.cpp" "${includes}" "${code}")
 execute_process(
-  COMMAND "${COMPILER}" -std=c++20 -fsyntax-only -w -DKVCACHE_SEPARATE_KERNELS "-I${ROOT}/include" ${EIGEN_INCLUDES}
+  COMMAND "${COMPILER}" -std=c++20 -fsyntax-only -w -DKVCACHE_SEPARATE_KERNELS -DKVCACHE_SEPARATE_CODECS "-I${ROOT}/include" ${EIGEN_INCLUDES}
           "${WORK_DIR}/snippets.cpp"
   RESULT_VARIABLE result ERROR_VARIABLE errors)
 if(NOT result EQUAL 0)

@@ -10,11 +10,8 @@
 
 #include <kvcache/attention/attend.hpp>
 #include <kvcache/attention/weights.hpp>
-#include <kvcache/cache/chunked.hpp>
 #include <kvcache/cache/concepts.hpp>
-#include <kvcache/cache/contiguous.hpp>
 #include <kvcache/cache/keep_tokens.hpp>
-#include <kvcache/cache/paged.hpp>
 #include <kvcache/cache/step.hpp>
 #include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/exact_tokens.hpp>
@@ -25,6 +22,7 @@
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
 #include <kvcache/interop/codec_spec.hpp>
+#include <kvcache/interop/named_codecs.hpp>
 #include <kvcache/interop/spec_text.hpp>
 
 #include <algorithm>
@@ -288,13 +286,9 @@ inline spec_parts parts_of(std::string_view spec) {
                               known);
 }
 
-inline any_cache make_container(const std::string& spec, std::string_view container,
-                                const codec::by_layer<any_codec>& codec, const cache_shape& shape) {
-  using codecs = codec::by_layer<any_codec>;
-  if (container == "contiguous") return {spec, contiguous_cache<codecs>(shape, codec)};
-  if (container == "chunked") return {spec, chunked_cache<codecs>(shape, codec)};
-  return {spec, page_pool<codecs>(shape, {}, codec).sequence()};  // a pool of its own, without a limit
-}
+KVCACHE_CODECS_INLINE any_cache make_container(const std::string& spec, std::string_view container,
+                                               const codec::by_layer<any_codec>& codec,
+                                               const cache_shape& shape);
 
 }  // namespace detail
 
@@ -324,3 +318,7 @@ inline any_cache make_cache(const std::string& spec, const cache_shape& shape,
 }
 
 }  // namespace kvcache::inline v0
+
+#ifndef KVCACHE_SEPARATE_CODECS
+#include <kvcache/interop/known_containers.hpp>
+#endif

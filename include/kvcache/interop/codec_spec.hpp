@@ -26,7 +26,7 @@
 #include <kvcache/core/status.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/interop/any_codec.hpp>
-#include <kvcache/interop/known_codecs.hpp>
+#include <kvcache/interop/named_codecs.hpp>
 #include <kvcache/interop/spec_text.hpp>
 
 #include <algorithm>
@@ -52,17 +52,16 @@ struct known_codec_source {
   static constexpr std::string_view more_options = {};
 
   [[nodiscard]] static std::optional<codec::any_keys> keys(std::string_view name) {
-    const auto found = find_codec(known_codecs{}, name);
+    const auto found = codec_named(name);
     return found ? std::optional(found->keys) : std::nullopt;
   }
   [[nodiscard]] static std::optional<codec::any_values> values(std::string_view name) {
-    const auto found = find_codec(known_codecs{}, name);
+    const auto found = codec_named(name);
     return found ? std::optional(found->values) : std::nullopt;
   }
   [[nodiscard]] static std::string list() {
     std::string all;
-    for (const std::string_view name : names_of(known_codecs{}))
-      all.append(all.empty() ? "" : ", ").append(name);
+    for (const std::string& name : codec_names()) all.append(all.empty() ? "" : ", ").append(name);
     return all;
   }
   [[nodiscard]] static std::string names() {
@@ -274,7 +273,8 @@ class codec_spec_reader {
     return *found;
   }
   [[noreturn]] void refuse_name(std::string_view name) const {
-    refuse("there is no codec '" + shown(name) + "'" + did_you_mean(name, names_of(known_codecs{})) +
+    const std::vector<std::string> known = codec_names();
+    refuse("there is no codec '" + shown(name) + "'" + did_you_mean(name, {known.begin(), known.end()}) +
            "; there is " + source_.names());
   }
 

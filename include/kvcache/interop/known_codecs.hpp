@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The list of codecs that have a name, and any_keys and any_values made from one: by name, or as they were described.
+//
+// Included by interop/named_codecs.hpp, or, where KVCACHE_SEPARATE_CODECS is defined, by one source file of the program.
 #pragma once
 
 #include <kvcache/codec/balanced.hpp>
@@ -15,6 +17,7 @@
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
 #include <kvcache/interop/any_codec.hpp>
+#include <kvcache/interop/named_codecs.hpp>
 #include <kvcache/interop/spec_text.hpp>
 
 #include <optional>
@@ -39,13 +42,12 @@ using known_codecs = codec_list<
     codec::centred<codec::trellis<4>>, codec::centred<codec::trellis<3>>, codec::centred<codec::trellis<2>>>;
 
 template <class... Codecs>
-std::vector<std::string_view> names_of(codec_list<Codecs...>) {
-  return {Codecs::name...};
+std::vector<std::string> names_in(codec_list<Codecs...>) {
+  return {std::string(Codecs::name)...};
 }
 
-/// A codec by name, keys and values; nothing if there is none.
 template <class... Codecs>
-std::optional<any_codec> find_codec(codec_list<Codecs...>, std::string_view name) {
+std::optional<any_codec> codec_in(codec_list<Codecs...>, std::string_view name) {
   std::optional<any_codec> found;
   const auto take_if = [&]<class Codec>() {
     if (name != Codec::name) return;
@@ -83,21 +85,23 @@ AnySide any_side_from(codec_list<Codecs...>, const side_description& described, 
   return *found;
 }
 
+KVCACHE_CODECS_INLINE std::optional<any_codec> codec_named(std::string_view name) {
+  return codec_in(known_codecs{}, name);
+}
+
 }  // namespace detail
 
-inline codec::any_keys codec::any_keys::from_description(const side_description& described,
-                                                         const cache_shape& shape) {
-  return kvcache::detail::any_side_from<any_keys>(kvcache::detail::known_codecs{}, described, shape);
-}
-inline codec::any_values codec::any_values::from_description(const side_description& described,
-                                                             const cache_shape& shape) {
-  return kvcache::detail::any_side_from<any_values>(kvcache::detail::known_codecs{}, described, shape);
+KVCACHE_CODECS_INLINE std::vector<std::string> codec_names() {
+  return detail::names_in(detail::known_codecs{});
 }
 
-/// The names of all codecs.
-inline std::vector<std::string> codec_names() {
-  const auto names = detail::names_of(detail::known_codecs{});
-  return {names.begin(), names.end()};
+KVCACHE_CODECS_INLINE codec::any_keys codec::any_keys::from_description(const side_description& described,
+                                                                        const cache_shape& shape) {
+  return kvcache::detail::any_side_from<any_keys>(kvcache::detail::known_codecs{}, described, shape);
+}
+KVCACHE_CODECS_INLINE codec::any_values codec::any_values::from_description(const side_description& described,
+                                                                            const cache_shape& shape) {
+  return kvcache::detail::any_side_from<any_values>(kvcache::detail::known_codecs{}, described, shape);
 }
 
 }  // namespace kvcache::inline v0
