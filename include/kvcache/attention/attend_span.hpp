@@ -46,7 +46,7 @@ constexpr index_t blocks_ahead(index_t block_bytes, index_t num_rows) noexcept {
 }
 
 /// Rows that are computed at a time where a group has fewer: several queries share the unpacking of a block.
-inline constexpr index_t tile_rows = 16;
+inline constexpr index_t tile_rows = 32;
 
 /// Query rows that read one KV head; row = query * group_size + head within the group.
 struct query_tile {

@@ -38,6 +38,10 @@ struct widened {
   vec part[Pack];
 };
 
+template <class Element>
+struct single_line;
+using half_line = single_line<half>;
+
 inline constexpr int max_score_rows = 4;
 constexpr int score_groups(int rows) { return rows == 1 ? 2 : 1; }
 inline constexpr int max_sum_rows = 4;

@@ -111,6 +111,8 @@ KVCACHE_INLINE widened<2> widen(const half* p) {
            vec{_mm512_maskz_cvtph_ps(all, __builtin_shufflevector(halves, halves, 4, 5, 6, 7))}}};
 }
 
+#include <kvcache/kernel/avx512_half.inl>
+
 KVCACHE_INLINE vec top_byte(__m512i words) {
   return {_mm512_maskz_cvtepi32_ps(all, _mm512_maskz_srai_epi32(all, words, 24))};
 }

@@ -11,6 +11,7 @@
 //   reaches(a, b)              not 0 if a >= b anywhere
 //   sum_of, largest_of, all_finite
 //   widened<n>, widen(const Element*)      one 64-byte line in block order -> `pack` vectors, .part[j]
+//   half_line                  how halves are multiplied, as single_line in vector_lines.inl does it
 //   narrow<Element>(vec)       rounded to 16 bits, in the low half of each word
 //   load_bits, store_bits, store_low_halves, low_high(a, b): a | b << 16, with_half(word, slot, half)
 //   load_low_halves, widen_low(words)      16 bf16 side by side, and as floats
@@ -31,7 +32,7 @@
 // What returns a `vec` has to be inlined: g++ 12 clears the upper lanes (vzeroupper) before it returns a struct of one.
 //
 // A row's arithmetic never depends on the tile it is computed in: one chain of fused multiply-adds per number, in
-// the order of dims (scores) or tokens (sums).
+// the order of dims (scores) or tokens (sums); two where a line has two sums, of even and of odd ones, added at the end.
 
 inline constexpr index_t sum_tokens = 64;  // after which a weighted sum starts again at the latest
 
@@ -45,130 +46,63 @@ KVCACHE_INLINE vec load_first(const float* p, index_t count) {
 
 #include <kvcache/kernel/vector_softmax.inl>
 
-// ---- reading ahead --------------------------------------------------------------------------------------------------
-
-/// Fetches, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy during the softmax
-/// and across blocks. `stride` is less than a line where the kernel passes over its own lines more often than once.
-/// By levels (core/prefetch.hpp), those at `at` come into L2, and those at `near`, which are wanted before them, into L1.
-struct read_ahead {
-  const std::byte* at;
-  const std::byte* first;
-  const std::byte* near;
-  index_t stride;
-  bool by_levels;
-
-  /// A piece of the section at hand begins, `offset` bytes in it. \param piece  the one behind it, or null
-  void go_on(const upcoming& then, index_t offset, const std::byte* piece) {
-    if (stride == 0) return;
-    const std::byte* soon = piece != nullptr ? piece : by_levels ? then.soon : then.next;
-    if (by_levels) {
-      at = then.next + offset;
-      if (soon != nullptr) near = soon;
-    } else if (soon != at) {
-      at = first = soon;
-    }
-  }
-};
-
-/// Tokens of a section that are read while as many are fetched. Lines that wait in L1 are the least recently used ones:
-/// twice as many bytes must find room there.
-template <class Element>
-inline index_t piece_tokens(const block_geometry& g) {
-  constexpr index_t most_bytes = 16 * 1024;
-  index_t tokens = 4 * key_lanes;
-  while (tokens > key_lanes && tokens * g.head_dim * index_t{sizeof(Element)} > most_bytes) tokens /= 2;
-  return tokens;
-}
-
-/// `Lines` lines, and, if `Twice`, once more those some way back: when the miss buffers are full, processors drop prefetches.
-/// Few at a time, between multiplications: of many at once always the same ones would be dropped.
-template <int Lines, bool Twice = true>
-[[gnu::always_inline]] inline void fetch(read_ahead& next) {
-  if (next.by_levels) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Lines; ++i, next.at += next.stride, next.near += next.stride) {
-      __builtin_prefetch(next.at, 0, 2);
-      __builtin_prefetch(next.near, 0, 3);
-    }
-    return;
-  }
-  constexpr index_t second_chance =
-      34 * 64;  // bytes; what was dropped at one place of a turn comes up at another
-  const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
-#pragma GCC unroll 16
-  for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
-    __builtin_prefetch(next.at, 0, 3);
-    if constexpr (Twice) __builtin_prefetch(again, 0, 3);
-  }
-}
-
-/// `next` may be null; then a line that is at hand anyway is asked for. Unless told otherwise, those at hand are near.
-inline read_ahead ahead_of(const std::byte* next, const std::byte* at_hand, index_t passes) {
-  const index_t stride = next == nullptr ? 0 : 64 / passes;
-  if (next == nullptr) next = at_hand;
-  return {next, next, at_hand, stride, prefetch::by_levels};
-}
-
-/// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
-inline index_t num_row_tiles(index_t num_rows, index_t max_rows) {
-  index_t tiles = num_rows / max_rows;
-  for (index_t rest = num_rows % max_rows; rest != 0; rest &= rest - 1) ++tiles;
-  return std::max(tiles, index_t{1});
-}
+#include <kvcache/kernel/vector_lines.inl>
+#include <kvcache/kernel/vector_read_ahead.inl>
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 /// out[r, g * 16 + lane] for `Rows` rows and `Groups` groups of 16 keys. All sums stay in registers.
-template <class Element, int Rows, int Groups>
+/// \tparam Levels  ahead.by_levels: known, it costs no registers
+template <class Element, int Rows, int Groups, bool Levels>
 KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* keys, const_rows queries,
                                       float* out, read_ahead& ahead) {
-  constexpr index_t pack = block_order<Element>::pack;
+  using line = line_of<Element>;
+  constexpr int pack = line::pack;
   const index_t group_size = block_order<Element>::key_group_size(g);
-  // `Groups` lines are fetched in `pack * Rows` turns
-  constexpr int turns = static_cast<int>(pack) * Rows;
-  constexpr int lines_each = std::max(Groups / turns, 1);
-  constexpr int turns_each = std::max(turns / Groups, 1);
-  static_assert(lines_each * (turns / turns_each) == Groups);
-  read_ahead next = ahead;  // in a register
-  vec sum[Rows][Groups];
+  const index_t head_dim = g.head_dim;
+  const index_t out_stride = g.block_size;
+  read_ahead next = ahead;  // in registers
+  next.by_levels = Levels;
+  vec sum[Rows][Groups][line::num_sums];
 #pragma GCC unroll 16
   for (auto& row : sum) {
 #pragma GCC unroll 16
-    for (vec& s : row) s = zero();
+    for (auto& of_group : row) {
+#pragma GCC unroll 2
+      for (vec& s : of_group) s = zero();
+    }
   }
+  row_column<Rows> column(queries.data, queries.stride);
   index_t d = 0;
-  for (; d + pack <= g.head_dim; d += pack, keys += key_lanes * pack) {
+  for (; d + pack <= head_dim; d += pack, keys += key_lanes * pack, column.go_on(pack)) {
     widened<pack> k[Groups];
 #pragma GCC unroll 16
-    for (int i = 0; i < Groups; ++i) {
-      k[i] = widen(keys + i * group_size);
-    }
+    for (int i = 0; i < Groups; ++i) k[i] = line::load(keys + i * group_size);
 #pragma GCC unroll 16
-    for (int j = 0; j < pack; ++j) {
+    for (int j = 0; j < line::num_factors; ++j) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
-        if ((j * Rows + r) % turns_each == 0) fetch<lines_each, (Rows > 1)>(next);
-        const vec q = broadcast(queries.row(r)[d + j]);
+        fetch_at<Groups, line::num_factors * Rows, (Rows > 1)>(j * Rows + r, next);
+        const vec q = line::factor(column.row(r), j);
 #pragma GCC unroll 16
-        for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, k[i].part[j], sum[r][i]);
+        for (int i = 0; i < Groups; ++i) line::add_products(sum[r][i], q, k[i], j);
       }
     }
   }
+  next.by_levels = ahead.by_levels;
   ahead = next;
-#pragma GCC unroll 4
-  for (int j = 0; j < pack - 1; ++j) {  // the rest of the last pack is padding
-    if (d + j >= g.head_dim) break;
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const vec q = broadcast(queries.row(r)[d + j]);
-#pragma GCC unroll 16
-      for (int i = 0; i < Groups; ++i) sum[r][i] = fma(q, widen(keys + i * group_size).part[j], sum[r][i]);
-    }
-  }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Groups; ++i) store(out + r * g.block_size + i * key_lanes, sum[r][i]);
+    for (int i = 0; i < Groups; ++i) {
+      vec total = line::total(sum[r][i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < pack - 1; ++j) {  // the rest of the last pack is padding
+        if (d + j < head_dim)
+          total = fma(broadcast(queries.row(r)[d + j]), widen(keys + i * group_size).part[j], total);
+      }
+      store(out + r * out_stride + i * key_lanes, total);
+    }
   }
 }
 
@@ -176,11 +110,15 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
 template <class Element, int Rows, int Groups>
 KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* keys, const_rows queries,
                                       index_t num_rows, float* out, read_ahead& next) {
-  constexpr int tile_groups = std::min(Groups, score_groups(Rows));
+  constexpr int tile_groups = std::min(Groups, score_groups(Rows) / line_of<Element>::num_sums);
   for (; num_rows >= Rows; num_rows -= Rows, queries.data = queries.row(Rows), out += Rows * g.block_size) {
     for (int i = 0; i < Groups; i += tile_groups) {
-      score_tile<Element, Rows, tile_groups>(g, keys + i * block_order<Element>::key_group_size(g), queries,
-                                             out + i * key_lanes, next);
+      (next.by_levels
+           ? score_tile<Element, Rows, tile_groups, true>
+           : score_tile<Element, Rows, tile_groups, false>)(g,
+                                                            keys +
+                                                                i * block_order<Element>::key_group_size(g),
+                                                            queries, out + i * key_lanes, next);
     }
   }
   if constexpr (Rows > 1) score_rows<Element, Rows / 2, Groups>(g, keys, queries, num_rows, out, next);
@@ -236,67 +174,84 @@ template <class Element>
 [[gnu::cold, gnu::noinline]] KVCACHE_TARGET inline void sum_visible(const weighted_values<Element>& in,
                                                                     vec& result) {
   constexpr index_t pack = block_order<Element>::pack;
-  vec sum = zero();
+  constexpr int num_sums = line_of<Element>::num_sums;  // of a token each, or one of all
+  vec sum[num_sums] = {};
   for (index_t i = 0; i < in.num_packs; ++i) {
     const auto v = widen(in.values + i * in.stride);
     for (index_t j = 0; j < pack; ++j) {
       const float w = in.weights[i * pack + j];
-      if (w != 0.0F) sum = fma(broadcast(w), v.part[j], sum);
+      vec& of = sum[j % num_sums];
+      if (w != 0.0F) of = fma(broadcast(w), v.part[j], of);
     }
   }
-  result = sum;
+  result = sum[0];
+  if constexpr (num_sums == 2) result = add(sum[0], sum[1]);
 }
 
 /// sums[r, d] += sum_t weights[r, t] * values[t, d] for `Rows` rows and 16 * `Chunks` dims. The inner sum starts
 /// from zero: adding thousands of terms to one number would let its rounding drift.
-template <class Element, int Rows, int Chunks>
+template <class Element, int Rows, int Chunks, bool Levels>
 KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* sums, index_t sum_stride,
                                     read_ahead& ahead) {
-  constexpr index_t pack = block_order<Element>::pack;
+  using line = line_of<Element>;
+  constexpr int pack = line::pack;
   constexpr index_t width = key_lanes * pack;
   read_ahead next = ahead;
-  vec sum[Rows][Chunks];
+  next.by_levels = Levels;
+  vec sum[Rows][Chunks][line::num_sums];
 #pragma GCC unroll 16
   for (auto& row : sum) {
 #pragma GCC unroll 16
-    for (vec& s : row) s = zero();
+    for (auto& of_chunk : row) {
+#pragma GCC unroll 2
+      for (vec& s : of_chunk) s = zero();
+    }
   }
   const Element* values = in.values;
-  const float* weights = in.weights;
-  for (index_t i = 0; i < in.num_packs; ++i, values += in.stride, weights += pack) {
+  row_column<Rows> weights(in.weights, in.weight_stride);
+  const index_t stride = in.stride;
+  const index_t num_packs = in.num_packs;
+  for (index_t i = 0; i < num_packs; ++i, values += stride, weights.go_on(pack)) {
+    widened<pack> v[Chunks];
 #pragma GCC unroll 16
-    for (int c = 0; c < Chunks; ++c) {
-      fetch<1, (Rows > 1)>(next);
-      const auto v = widen(values + c * width);
+    for (int c = 0; c < Chunks; ++c) v[c] = line::load(values + c * width);
 #pragma GCC unroll 16
-      for (int j = 0; j < pack; ++j) {
+    for (int j = 0; j < line::num_factors; ++j) {
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r)
-          sum[r][c] = fma(broadcast(weights[r * in.weight_stride + j]), v.part[j], sum[r][c]);
+      for (int r = 0; r < Rows; ++r) {
+        fetch_at<Chunks, line::num_factors * Rows, (Rows > 1)>(j * Rows + r, next);
+        const vec w = line::factor(weights.row(r), j);
+#pragma GCC unroll 16
+        for (int c = 0; c < Chunks; ++c) line::add_products(sum[r][c], w, v[c], j);
       }
     }
   }
+  next.by_levels = ahead.by_levels;
   ahead = next;
-  vec probe = zero();
+  vec total[Rows * Chunks];
+  vec probe[Rows * Chunks];  // added in pairs, which takes few steps
 #pragma GCC unroll 16
-  for (const auto& row : sum) {
+  for (int i = 0; i < Rows * Chunks; ++i) probe[i] = total[i] = line::total(sum[i / Chunks][i % Chunks]);
+#pragma GCC unroll 4
+  for (int width_left = Rows * Chunks / 2; width_left > 0; width_left /= 2) {
 #pragma GCC unroll 16
-    for (const vec& s : row) probe = add(probe, s);
+    for (int i = 0; i < width_left; ++i) probe[i] = add(probe[i], probe[width_left + i]);
   }
-  const bool finite = all_finite(probe);
+  const bool finite = all_finite(probe[0]);
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) {
-      float* to = sums + r * sum_stride + c * key_lanes;
+      vec result = total[r * Chunks + c];
       if (!finite) [[unlikely]] {
-        vec again;  // its address is taken, which would keep `sum` out of the registers
+        vec again;  // its address is taken, which would keep `result` out of the registers
         sum_visible<Element>({in.values + c * width, in.stride, in.num_packs,
                               in.weights + r * in.weight_stride, in.weight_stride},
                              again);
-        sum[r][c] = again;
+        result = again;
       }
-      store(to, add(load(to), sum[r][c]));
+      float* to = sums + r * sum_stride + c * key_lanes;
+      store(to, add(load(to), result));
     }
   }
 }
@@ -305,12 +260,14 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
 template <class Element, int Rows, int Chunks>
 KVCACHE_TARGET inline void sum_rows(weighted_values<Element> in, index_t num_rows, float* sums,
                                     index_t sum_stride, read_ahead& next) {
-  constexpr int tile_chunks = std::min(Chunks, sum_chunks(Rows));
+  constexpr int tile_chunks = std::min(Chunks, sum_chunks(Rows) / line_of<Element>::num_sums);
   for (; num_rows >= Rows; num_rows -= Rows, in.weights += Rows * in.weight_stride) {
     for (int c = 0; c < Chunks; c += tile_chunks) {
       weighted_values<Element> tile = in;
       tile.values += c * key_lanes * block_order<Element>::pack;
-      sum_tile<Element, Rows, tile_chunks>(tile, sums + c * key_lanes, sum_stride, next);
+      (next.by_levels
+           ? sum_tile<Element, Rows, tile_chunks, true>
+           : sum_tile<Element, Rows, tile_chunks, false>)(tile, sums + c * key_lanes, sum_stride, next);
     }
     sums += Rows * sum_stride;
   }
@@ -331,7 +288,7 @@ KVCACHE_TARGET inline void sum_last_dims(weighted_values<Element> in, index_t nu
   for (index_t r = 0; r < num_rows; ++r, in.weights += in.weight_stride, sums += sum_stride) {
     alignas(64) std::array<float, key_lanes> sum{};
     read_ahead nothing = ahead_of(nullptr, reinterpret_cast<const std::byte*>(padded.data()), 1);
-    sum_tile<Element, 1, 1>(in, sum.data(), key_lanes, nothing);
+    sum_tile<Element, 1, 1, false>(in, sum.data(), key_lanes, nothing);
     for (index_t d = 0; d < num_dims; ++d) sums[d] += sum[static_cast<std::size_t>(d)];
   }
 }

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT
+// Reading ahead; included by vector_kernels.inl.
+
+/// Fetches, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy during the softmax
+/// and across blocks. `stride` is less than a line where the kernel passes over its own lines more often than once.
+/// By levels (core/prefetch.hpp), those at `at` come into L2, and those at `near`, which are wanted before them, into L1.
+struct read_ahead {
+  const std::byte* at;
+  const std::byte* first;
+  const std::byte* near;
+  index_t stride;
+  bool by_levels;
+
+  /// A piece of the section at hand begins, `offset` bytes in it. \param piece  the one behind it, or null
+  void go_on(const upcoming& then, index_t offset, const std::byte* piece) {
+    if (stride == 0) return;
+    const std::byte* soon = piece != nullptr ? piece : by_levels ? then.soon : then.next;
+    if (by_levels) {
+      at = then.next + offset;
+      if (soon != nullptr) near = soon;
+    } else if (soon != at) {
+      at = first = soon;
+    }
+  }
+};
+
+/// Tokens of a section that are read while as many are fetched. Lines that wait in L1 are the least recently used ones:
+/// twice as many bytes must find room there.
+template <class Element>
+inline index_t piece_tokens(const block_geometry& g) {
+  constexpr index_t most_bytes = 16 * 1024;
+  index_t tokens = 4 * key_lanes;
+  while (tokens > key_lanes && tokens * g.head_dim * index_t{sizeof(Element)} > most_bytes) tokens /= 2;
+  return tokens;
+}
+
+/// `Lines` lines, and, if `Twice`, once more those some way back: when the miss buffers are full, processors drop prefetches.
+/// Few at a time, between multiplications: of many at once always the same ones would be dropped.
+template <int Lines, bool Twice = true>
+[[gnu::always_inline]] inline void fetch(read_ahead& next) {
+  if (next.by_levels) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Lines; ++i, next.at += next.stride, next.near += next.stride) {
+      __builtin_prefetch(next.at, 0, 2);
+      __builtin_prefetch(next.near, 0, 3);
+    }
+    return;
+  }
+  constexpr index_t second_chance =
+      34 * 64;  // bytes; what was dropped at one place of a turn comes up at another
+  const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
+#pragma GCC unroll 16
+  for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
+    __builtin_prefetch(next.at, 0, 3);
+    if constexpr (Twice) __builtin_prefetch(again, 0, 3);
+  }
+}
+
+/// The share of turn `turn` where `Lines` lines are fetched in `Turns` turns.
+template <int Lines, int Turns, bool Twice>
+[[gnu::always_inline]] inline void fetch_at(int turn, read_ahead& next) {
+  static_assert(Lines % Turns == 0 || Turns % Lines == 0);
+  if (turn % std::max(Turns / Lines, 1) == 0) fetch<std::max(Lines / Turns, 1), Twice>(next);
+}
+
+/// `next` may be null; then a line that is at hand anyway is asked for. Unless told otherwise, those at hand are near.
+inline read_ahead ahead_of(const std::byte* next, const std::byte* at_hand, index_t passes) {
+  const index_t stride = next == nullptr ? 0 : 64 / passes;
+  if (next == nullptr) next = at_hand;
+  return {next, next, at_hand, stride, prefetch::by_levels};
+}
+
+/// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
+inline index_t num_row_tiles(index_t num_rows, index_t max_rows) {
+  index_t tiles = num_rows / max_rows;
+  for (index_t rest = num_rows % max_rows; rest != 0; rest &= rest - 1) ++tiles;
+  return std::max(tiles, index_t{1});
+}
