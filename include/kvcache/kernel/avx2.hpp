@@ -234,6 +234,10 @@ KVCACHE_INLINE bits fill(std::uint32_t word) {
 KVCACHE_INLINE bits and_bits(bits a, bits b) {
   return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
 }
+KVCACHE_INLINE bits larger_words(bits a, bits b) {
+  return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)};
+}
+KVCACHE_INLINE vec as_floats(bits a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
 KVCACHE_INLINE bits or_bits(bits a, bits b) {
   return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
 }

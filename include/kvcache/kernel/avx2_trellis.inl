@@ -6,15 +6,9 @@ KVCACHE_INLINE bits smaller_words(bits a, bits b) {
   return {_mm256_min_epi32(a.low, b.low), _mm256_min_epi32(a.high, b.high)};
 }
 KVCACHE_INLINE bits broadcast_word(std::int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
-KVCACHE_INLINE bits either_bit(bits a, bits b) {
-  return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
-}
-KVCACHE_INLINE bits both_bits(bits a, bits b) {
-  return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
-}
-KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return either_bit(both_bits(a, mask), b); }
+KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return or_bits(and_bits(a, mask), b); }
 KVCACHE_INLINE void store_low_bytes(void* p, bits a) {
-  const bits bytes = both_bits(a, broadcast_word(255));
+  const bits bytes = and_bits(a, broadcast_word(255));
   const __m256i halves = _mm256_packus_epi32(bytes.low, bytes.high);
   const __m256i in_order = _mm256_permute4x64_epi64(halves, 0b11'01'10'00);
   _mm_storeu_si128(static_cast<__m128i*>(p),
@@ -57,8 +51,7 @@ KVCACHE_INLINE bits shifted_left(bits a) {
 struct funnel {
   template <int N>
   KVCACHE_INLINE static bits shift(bits a, bits b) {
-    return either_bit(shifted_left<N>(a),
-                      {_mm256_srli_epi32(b.low, 32 - N), _mm256_srli_epi32(b.high, 32 - N)});
+    return or_bits(shifted_left<N>(a), {_mm256_srli_epi32(b.low, 32 - N), _mm256_srli_epi32(b.high, 32 - N)});
   }
 };
 template <int N>

@@ -172,6 +172,8 @@ KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
 
 KVCACHE_INLINE bits fill(std::uint32_t word) { return {_mm512_set1_epi32(static_cast<int>(word))}; }
 KVCACHE_INLINE bits and_bits(bits a, bits b) { return {_mm512_and_si512(a.x, b.x)}; }
+KVCACHE_INLINE bits larger_words(bits a, bits b) { return {_mm512_maskz_max_epi32(all, a.x, b.x)}; }
+KVCACHE_INLINE vec as_floats(bits a) { return {_mm512_castsi512_ps(a.x)}; }
 KVCACHE_INLINE bits or_bits(bits a, bits b) { return {_mm512_or_si512(a.x, b.x)}; }
 template <int N>
 KVCACHE_INLINE bits shifted(bits a) {
@@ -223,9 +225,7 @@ KVCACHE_INLINE vec interleave_high(vec a, vec b) {
 
 KVCACHE_INLINE bits smaller_words(bits a, bits b) { return {_mm512_maskz_min_epi32(all, a.x, b.x)}; }
 KVCACHE_INLINE bits broadcast_word(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
-KVCACHE_INLINE bits either_bit(bits a, bits b) { return {_mm512_or_si512(a.x, b.x)}; }
-KVCACHE_INLINE bits both_bits(bits a, bits b) { return {_mm512_and_si512(a.x, b.x)}; }
-KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return either_bit(both_bits(a, mask), b); }
+KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return or_bits(and_bits(a, mask), b); }
 KVCACHE_INLINE void store_low_bytes(void* p, bits a) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(all, a.x));
 }
@@ -257,7 +257,7 @@ KVCACHE_INLINE bits shifted_left(bits a) {
 struct funnel {
   template <int N>
   KVCACHE_INLINE static bits shift(bits a, bits b) {
-    return either_bit(shifted_left<N>(a), {_mm512_maskz_srli_epi32(all, b.x, 32 - N)});
+    return or_bits(shifted_left<N>(a), {_mm512_maskz_srli_epi32(all, b.x, 32 - N)});
   }
 };
 template <int N>

@@ -227,6 +227,12 @@ KVCACHE_INLINE bits fill(std::uint32_t word) {
 KVCACHE_INLINE bits and_bits(bits a, bits b) {
   return each_word([&](int i) { return vandq_u32(a.x[i], b.x[i]); });
 }
+KVCACHE_INLINE bits larger_words(bits a, bits b) {
+  return each_word([&](int i) { return vmaxq_u32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE vec as_floats(bits a) {
+  return each([&](int i) { return vreinterpretq_f32_u32(a.x[i]); });
+}
 KVCACHE_INLINE bits or_bits(bits a, bits b) {
   return each_word([&](int i) { return vorrq_u32(a.x[i], b.x[i]); });
 }
@@ -297,13 +303,7 @@ KVCACHE_INLINE bits smaller_words(bits a, bits b) {
 KVCACHE_INLINE bits broadcast_word(std::int32_t a) {
   return each_word([a](int) { return as_unsigned(vdupq_n_s32(a)); });
 }
-KVCACHE_INLINE bits either_bit(bits a, bits b) {
-  return each_word([&](int i) { return vorrq_u32(a.x[i], b.x[i]); });
-}
-KVCACHE_INLINE bits both_bits(bits a, bits b) {
-  return each_word([&](int i) { return vandq_u32(a.x[i], b.x[i]); });
-}
-KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return either_bit(both_bits(a, mask), b); }
+KVCACHE_INLINE bits masked_or(bits a, bits mask, bits b) { return or_bits(and_bits(a, mask), b); }
 KVCACHE_INLINE void store_low_bytes(void* p, bits a) {
   const auto halves = [&](int i) { return vcombine_u16(vmovn_u32(a.x[i]), vmovn_u32(a.x[i + 1])); };
   vst1q_u8(static_cast<std::uint8_t*>(p), vcombine_u8(vmovn_u16(halves(0)), vmovn_u16(halves(2))));

@@ -3,35 +3,43 @@
 // it: bytes are widened to floats. What multiplies bytes as they are (avx512_int8.inl) takes encoding from here only.
 
 KVCACHE_TARGET inline float largest(const float* row, index_t count) {
-  vec max[2] = {zero(), zero()};
-  vec nothing[2] = {zero(), zero()};  // x * 0 is zero for finite x, else NaN
+  const bits no_sign = fill(0x7fffffff);  // magnitudes are in the order of their words, NaN last
+  bits most[2] = {fill(0), fill(0)};
   index_t i = 0;
   for (; i + 2 * key_lanes <= count; i += 2 * key_lanes) {
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const vec x = load(row + i + j * key_lanes);
-      max[j] = larger(max[j], magnitude(x));
-      nothing[j] = fma(x, zero(), nothing[j]);
-    }
+    for (int j = 0; j < 2; ++j)
+      most[j] = larger_words(most[j], and_bits(load_bits(row + i + j * key_lanes), no_sign));
   }
   if (i + key_lanes <= count) {
-    const vec x = load(row + i);
-    max[0] = larger(max[0], magnitude(x));
-    nothing[0] = fma(x, zero(), nothing[0]);
+    most[0] = larger_words(most[0], and_bits(load_bits(row + i), no_sign));
     i += key_lanes;
   }
-  const float most = largest_of(larger(max[0], max[1]));
-  const bool finite = all_finite(add(nothing[0], nothing[1]));
+  const vec size = as_floats(larger_words(most[0], most[1]));
   const float rest = i < count ? portable::largest(row + i, count - i) : 0.0F;
-  return finite ? std::max(most, rest) + (rest - rest) : std::numeric_limits<float>::quiet_NaN();
+  return all_finite(size) ? std::max(largest_of(size), rest) + (rest - rest)
+                          : std::numeric_limits<float>::quiet_NaN();
+}
+
+/// x / divisor, correctly rounded, where the divisor and its reciprocal are normal numbers and the quotient is at least 2^-24: two
+/// corrections of x * inverse, of which the first brings it within a unit in the last place (Markstein, IBM J. Res. Dev. 34,
+/// 1990). Vectors are divided far more slowly than they are multiplied.
+KVCACHE_INLINE vec quotient(vec x, vec minus_divisor, vec inverse) {
+  vec q = mul(x, inverse);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) q = fma(fma(q, minus_divisor, x), inverse, q);
+  return q;
 }
 
 KVCACHE_TARGET inline void quantize(const float* row, index_t count, float scale, std::int8_t* out) {
   const vec round_to_integer = broadcast(0x1.8p23F);
+  const bool near_one = 0x1p-60F < scale && scale < 0x1p60F;
+  const vec inverse = broadcast(near_one ? 1.0F / scale : 0.0F);
   index_t i = 0;
   for (; scale != 0.0F && i + key_lanes <= count; i += key_lanes) {
-    const vec shifted = add(div(load(row + i), broadcast(scale)), round_to_integer);
-    store_bytes(out + i, sub(shifted, round_to_integer));
+    const vec x = load(row + i);
+    const vec q = near_one ? quotient(x, broadcast(-scale), inverse) : div(x, broadcast(scale));
+    store_bytes(out + i, sub(add(q, round_to_integer), round_to_integer));
   }
   portable::quantize(row + i, count - i, scale, out + i);
 }

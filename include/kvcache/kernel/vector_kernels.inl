@@ -16,7 +16,7 @@
 //   load_bits, store_bits, store_low_halves, low_high(a, b): a | b << 16, with_half(word, slot, half)
 //   load_low_halves, widen_low(words)      16 bf16 side by side, and as floats
 //   store_bytes(p, x)          whole numbers as int8; zero_where_zero(w, x): w == 0 ? 0 : x
-//   fill(word), and_bits, or_bits, shifted<n>      words >> n, or << -n
+//   fill(word), and_bits, or_bits, larger_words (none negative), as_floats, shifted<n>      words >> n, or << -n
 //   load_codebook(const int8_t*)           16 bytes, in every 128 bits
 //   look_up(codebook, codes)   byte by byte, codes below 16; look_up(eight, x): entry in the low mantissa bits of x
 //   pick_above(x, limit, a, b)             x > limit ? a : b

@@ -3,7 +3,7 @@
 // where there are
 //
 //   bits              64 bytes; load_bits, store_bits, store_words(p, a, n): the first n words, broadcast_word,
-//                     either_bit(a, b): a | b, both_bits(a, b): a & b
+//                     or_bits(a, b): a | b, and_bits(a, b): a & b
 //   shifted_left<n>   words
 //   funnel::shift<n>(a, b)   words: a << n | b >> (32 - n)
 //   words_before<n>(a, b)    the 16 words that lie n before those of a, b what lies before a
@@ -37,13 +37,13 @@ template <int Bits, class Dims>
 KVCACHE_INLINE bits states(bits codes, line_before& before) {
   const bits highest = broadcast_word(static_cast<std::int32_t>(Bits == 5 ? 0xe0e0e0e0U : 0xc0c0c0c0U));
   bits earlier = Dims::template earlier<1, Bits>(codes, before.codes);
-  if constexpr (Bits > 4) earlier = both_bits(earlier, highest);
-  bits s = either_bit(codes, earlier);
+  if constexpr (Bits > 4) earlier = and_bits(earlier, highest);
+  bits s = or_bits(codes, earlier);
   if constexpr (Bits == 3) {
-    s = either_bit(s, both_bits(Dims::template earlier<2, 6>(codes, before.codes), highest));
+    s = or_bits(s, and_bits(Dims::template earlier<2, 6>(codes, before.codes), highest));
   } else if constexpr (Bits == 2) {
     const bits pairs = s;
-    s = either_bit(pairs, Dims::template earlier<2, 4>(pairs, before.pairs));
+    s = or_bits(pairs, Dims::template earlier<2, 4>(pairs, before.pairs));
     before.pairs = pairs;
   }
   before.codes = codes;
