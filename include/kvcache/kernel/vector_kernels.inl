@@ -113,12 +113,11 @@ KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* ke
   constexpr int tile_groups = std::min(Groups, score_groups(Rows) / line_of<Element>::num_sums);
   for (; num_rows >= Rows; num_rows -= Rows, queries.data = queries.row(Rows), out += Rows * g.block_size) {
     for (int i = 0; i < Groups; i += tile_groups) {
-      (next.by_levels
-           ? score_tile<Element, Rows, tile_groups, true>
-           : score_tile<Element, Rows, tile_groups, false>)(g,
-                                                            keys +
-                                                                i * block_order<Element>::key_group_size(g),
-                                                            queries, out + i * key_lanes, next);
+      const Element* at = keys + i * block_order<Element>::key_group_size(g);
+      if (next.by_levels)
+        score_tile<Element, Rows, tile_groups, true>(g, at, queries, out + i * key_lanes, next);
+      else
+        score_tile<Element, Rows, tile_groups, false>(g, at, queries, out + i * key_lanes, next);
     }
   }
   if constexpr (Rows > 1) score_rows<Element, Rows / 2, Groups>(g, keys, queries, num_rows, out, next);
@@ -209,9 +208,7 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
   }
   const Element* values = in.values;
   row_column<Rows> weights(in.weights, in.weight_stride);
-  const index_t stride = in.stride;
-  const index_t num_packs = in.num_packs;
-  for (index_t i = 0; i < num_packs; ++i, values += stride, weights.go_on(pack)) {
+  for (index_t i = 0; i < in.num_packs; ++i, values += in.stride, weights.go_on(pack)) {
     widened<pack> v[Chunks];
 #pragma GCC unroll 16
     for (int c = 0; c < Chunks; ++c) v[c] = line::load(values + c * width);
@@ -265,9 +262,10 @@ KVCACHE_TARGET inline void sum_rows(weighted_values<Element> in, index_t num_row
     for (int c = 0; c < Chunks; c += tile_chunks) {
       weighted_values<Element> tile = in;
       tile.values += c * key_lanes * block_order<Element>::pack;
-      (next.by_levels
-           ? sum_tile<Element, Rows, tile_chunks, true>
-           : sum_tile<Element, Rows, tile_chunks, false>)(tile, sums + c * key_lanes, sum_stride, next);
+      if (next.by_levels)
+        sum_tile<Element, Rows, tile_chunks, true>(tile, sums + c * key_lanes, sum_stride, next);
+      else
+        sum_tile<Element, Rows, tile_chunks, false>(tile, sums + c * key_lanes, sum_stride, next);
     }
     sums += Rows * sum_stride;
   }
