@@ -45,7 +45,8 @@ constexpr index_t blocks_ahead(index_t block_bytes, index_t num_rows) noexcept {
   return std::clamp(ceil_div(least_bytes, std::max(block_bytes, index_t{1})), index_t{1}, max_blocks_ahead);
 }
 
-/// Rows that are computed at a time where a group has fewer: several queries share the unpacking of a block.
+/// Rows that are computed at a time where a group has fewer: several queries share a block's way into the first-level cache, and
+/// its unpacking. More rows would make short prompts compute more keys that none of them sees.
 inline constexpr index_t tile_rows = 32;
 
 /// Query rows that read one KV head; row = query * group_size + head within the group.
