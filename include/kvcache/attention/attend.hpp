@@ -163,7 +163,7 @@ class batch_plan {
 /// with bf16 blocks, eight times that: queries and weights enter as two bf16 each. For float operands there, set
 /// options.kernel to &kernel::select(kernel::isa::avx512).
 /// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
-/// Allocates only where a group's rows exceed 48 KiB of working memory, workers share one tile's spans (then
+/// Allocates only where a tile's rows (32, or one query's) exceed 48 KiB of working memory, workers share one tile's spans (then
 /// head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32 items, and then from
 /// options.workspace if given. An executor may allocate tasks of its own, as Eigen's pool does. Threads: reads the
 /// caches only. Throws: what allocation and the executor throw.
