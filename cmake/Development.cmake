@@ -2,8 +2,8 @@
 # What the project's own tests, examples and benchmarks are built with. Never seen by users of the library.
 
 # Warnings. Dependencies are imported targets, so their headers count as system headers and stay silent.
-add_library(kvcache_dev INTERFACE)
-target_compile_options(kvcache_dev INTERFACE
+add_library(kvcache_warnings INTERFACE)
+target_compile_options(kvcache_warnings INTERFACE
   -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wnon-virtual-dtor -Woverloaded-virtual -Wundef
   -Wno-missing-field-initializers  # designated initialisers leave the rest at its default by design
   $<$<CXX_COMPILER_ID:Clang,AppleClang>:-Wno-sign-conversion>  # g++ keeps it out of -Wconversion; index_t is signed
@@ -16,12 +16,13 @@ set(CMAKE_CXX_EXTENSIONS OFF)
 
 # Kernels and named codecs are compiled once, not in every program (kernel/select.hpp, interop/named_codecs.hpp).
 add_library(kvcache_dev_parts STATIC "${CMAKE_CURRENT_LIST_DIR}/kernels.cpp" "${CMAKE_CURRENT_LIST_DIR}/codecs.cpp")
-target_link_libraries(kvcache_dev_parts PRIVATE kvcache::kvcache)
+target_link_libraries(kvcache_dev_parts PRIVATE kvcache::kvcache kvcache_warnings)
 target_compile_definitions(kvcache_dev_parts PUBLIC KVCACHE_SEPARATE_KERNELS KVCACHE_SEPARATE_CODECS)
 if(KVCACHE_NATIVE)
   target_compile_options(kvcache_dev_parts PRIVATE -march=native)
 endif()
-target_link_libraries(kvcache_dev INTERFACE kvcache_dev_parts)
+add_library(kvcache_dev INTERFACE)
+target_link_libraries(kvcache_dev INTERFACE kvcache_warnings kvcache_dev_parts)
 
 if(PROJECT_IS_TOP_LEVEL)
   get_property(kvcache_multi_config GLOBAL PROPERTY GENERATOR_IS_MULTI_CONFIG)

@@ -77,7 +77,7 @@ leg_tidy() {
   need clang-tidy
   need clang++
   cmake -S . -B build/tidy -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
-  sources 'examples/*.cpp' 'tests/conformance/*_test.cpp' 'tests/interop/*_test.cpp' |
+  sources cmake/codecs.cpp 'examples/*.cpp' 'tests/conformance/*_test.cpp' 'tests/interop/*_test.cpp' |
     xargs -P "$(kvcache_jobs)" -n 1 clang-tidy -p build/tidy --quiet
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The list of codecs that have a name, and any_keys and any_values made from one: by name, or as they were described.
 //
-// Included by interop/named_codecs.hpp, or, where KVCACHE_SEPARATE_CODECS is defined, by one source file of the program.
+// Included by interop/named_codecs.hpp, or, where KVCACHE_SEPARATE_CODECS is defined, by known_containers.hpp and nothing else.
 #pragma once
 
 #include <kvcache/codec/balanced.hpp>

@@ -3,7 +3,8 @@
 //
 // All of them together take a compiler some ten seconds in every source file that makes a cache by name. A program of many
 // files may define KVCACHE_SEPARATE_CODECS for all of them and include interop/known_containers.hpp in one: only that one
-// compiles them. Nothing else depends on the macro.
+// compiles them, and the others get codec_names, codec_named, from_description and make_container from there. They also
+// have to include the containers and codecs that they name as types, which otherwise come along.
 #pragma once
 
 #include <kvcache/interop/any_codec.hpp>
