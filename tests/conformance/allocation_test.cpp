@@ -145,6 +145,22 @@ TEMPLATE_TEST_CASE("append, views, steps and attend do not allocate in reserved 
   }
 }
 
+TEMPLATE_TEST_CASE("several queries of 128 dims do not allocate either", "[conformance]", codec::f32,
+                   codec::bf16, codec::int8) {
+  test::random random;
+  constexpr cache_shape wide{.num_kv_heads = 2, .head_dim = 128};
+  kvcache::contiguous_cache<TestType> cache(wide);
+  const std::vector<float> rows = random_rows(random, wide, 100);
+  cache[0].append(rows, rows);
+  for (const index_t group_size : {1, 4, 32}) {
+    const index_t q_len = 64 / group_size;
+    const std::vector<float> q = random.floats(q_len * group_size * wide.num_kv_heads * wide.head_dim);
+    std::vector<float> out(q.size());
+    CAPTURE(group_size);
+    REQUIRE(allocations_in([&] { kvcache::attend(q, cache[0], out, {.q_len = q_len}); }) == 0);
+  }
+}
+
 TEMPLATE_TEST_CASE("decode on and on in a cache that was this long before does not allocate", "[conformance]",
                    contiguous<codec::bf16>, contiguous_in_memory<codec::f32>, paged<codec::bf16>) {
   test::random random;

@@ -25,9 +25,9 @@ namespace kvcache::inline v0 {
 
 namespace detail {
 
-/// 48 KiB on the stack of the thread that runs a task (kernels and codecs take up to 160 KiB more); larger shapes take
-/// their memory from the workspace.
-inline constexpr index_t stack_floats = 12 * 1024;
+/// 96 KiB on the stack of the thread that runs a task (kernels and codecs take up to 160 KiB more), enough for a tile of exact
+/// codecs of 128 dims; larger shapes take their memory from the workspace.
+inline constexpr index_t stack_floats = 768 * tile_rows;
 
 /// The tasks of one call: all tiles of all items, or all their spans.
 template <cache_layer Layer>
@@ -163,8 +163,8 @@ class batch_plan {
 /// with bf16 blocks, eight times that: queries and weights enter as two bf16 each. For float operands there, set
 /// options.kernel to &kernel::select(kernel::isa::avx512).
 /// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
-/// Allocates only where a tile's rows (32, or one query's) exceed 48 KiB of working memory, workers share one tile's spans (then
-/// head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32 items, and then from
+/// Allocates only where a tile's rows (32, or one query's) exceed 96 KiB of working memory, workers share one tile's spans
+/// (then head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32 items, and then from
 /// options.workspace if given. An executor may allocate tasks of its own, as Eigen's pool does. Threads: reads the
 /// caches only. Throws: what allocation and the executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>
