@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c")]]
 #define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline

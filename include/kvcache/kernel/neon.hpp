@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #define KVCACHE_TARGET
 #define KVCACHE_INLINE [[gnu::always_inline]] inline
@@ -44,11 +45,11 @@ struct widened {
   vec part[Pack];
 };
 
-// 32 registers: four rows of one group take 16, a line and its halves 8 to 12.
 template <class Element>
 struct single_line;
 using half_line = single_line<half>;
 
+// 32 registers: four rows of one group take 16, a line and its halves 8 to 12.
 inline constexpr int max_score_rows = 4;
 constexpr int score_groups(int rows) { return rows == 1 ? 2 : 1; }
 inline constexpr int max_sum_rows = 4;

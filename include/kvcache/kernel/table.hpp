@@ -83,7 +83,7 @@ struct int8_kernels {
   /// The largest magnitude of a row, [count]; NaN if it holds NaN or infinity.
   float (*largest)(const float* row, index_t count);
 
-  /// out[i] = row[i] / scale, rounded to nearest even; zeros for scale 0. \pre |row[i] / scale| <= 127.5
+  /// out[i] = row[i] / scale, rounded to nearest even; zeros for scale 0. \pre |row[i] / scale| < 127.5
   void (*quantize)(const float* row, index_t count, float scale, std::int8_t* out);
 
   /// Turns queries into what `scores` takes, once for many blocks.

@@ -21,9 +21,9 @@ KVCACHE_TARGET inline float largest(const float* row, index_t count) {
                           : std::numeric_limits<float>::quiet_NaN();
 }
 
-/// x / divisor, correctly rounded, where the divisor and its reciprocal are normal numbers and the quotient is at least 2^-24: two
-/// corrections of x * inverse, of which the first brings it within a unit in the last place (Markstein, IBM J. Res. Dev. 34,
-/// 1990). Vectors are divided far more slowly than they are multiplied.
+/// x / divisor, correctly rounded, where the divisor is between 2^-60 and 2^60 and the quotient between 2^-24 and 2^24, so that
+/// remainders are normal numbers: two corrections of x * inverse, of which the first brings it within a unit in the last place
+/// (Markstein, IBM J. Res. Dev. 34, 1990). Vectors are divided far more slowly than they are multiplied.
 KVCACHE_INLINE vec quotient(vec x, vec minus_divisor, vec inverse) {
   vec q = mul(x, inverse);
 #pragma GCC unroll 2

@@ -89,20 +89,28 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
       }
     }
   }
-  next.by_levels = ahead.by_levels;
   ahead = next;
+  vec total[Rows][Groups];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Groups; ++i) {
-      vec total = line::total(sum[r][i]);
+    for (int i = 0; i < Groups; ++i) total[r][i] = line::total(sum[r][i]);
+  }
 #pragma GCC unroll 4
-      for (int j = 0; j < pack - 1; ++j) {  // the rest of the last pack is padding
-        if (d + j < head_dim)
-          total = fma(broadcast(queries.row(r)[d + j]), widen(keys + i * group_size).part[j], total);
-      }
-      store(out + r * out_stride + i * key_lanes, total);
+  for (int j = 0; j < pack - 1; ++j) {  // the rest of the last pack is padding
+    if (d + j >= head_dim) break;
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const vec q = broadcast(queries.row(r)[d + j]);
+#pragma GCC unroll 16
+      for (int i = 0; i < Groups; ++i)
+        total[r][i] = fma(q, widen(keys + i * group_size).part[j], total[r][i]);
     }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Groups; ++i) store(out + r * out_stride + i * key_lanes, total[r][i]);
   }
 }
 
@@ -223,7 +231,6 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
       }
     }
   }
-  next.by_levels = ahead.by_levels;
   ahead = next;
   vec total[Rows * Chunks];
   vec probe[Rows * Chunks];  // added in pairs, which takes few steps
