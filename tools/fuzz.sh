@@ -64,7 +64,7 @@ run_target() {
 # Targets write each input to a file: in memory that is several times as fast.
 memory=${TMPDIR:-/tmp}
 [ -n "${TMPDIR:-}" ] || [ ! -w /dev/shm ] || memory=/dev/shm
-scratch=$(mktemp -d "$memory/kvcache-fuzz.XXXXXX")
+scratch=$(TMPDIR=$memory mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 trap 'exit 1' HUP INT TERM
 

@@ -36,20 +36,9 @@ struct accuracy {
   double weight;
 };
 
-/// Every table that runs here, and that for AMX on emulated tiles.
-std::vector<const kernel::table*> tables() {
-  std::vector<const kernel::table*> all;
-  for (const kernel::isa level : kernel::available()) all.push_back(&kernel::select(level));
-#if defined(__x86_64__) && defined(__linux__)
-  if (std::ranges::count(kernel::available(), kernel::isa::avx512) > 0)
-    all.push_back(&test::kernels_on_emulated_tiles());
-#endif
-  return all;
-}
-
 std::vector<accuracy> accuracies() {
   std::vector<accuracy> all;
-  for (const kernel::table* t : tables()) {
+  for (const kernel::table* t : test::every_table()) {
     const bool whole = test::multiplies_integers(t->level);
     all.push_back({t, &t->int8, whole ? 0.5 / 16256 : 0, whole ? 0.5 / 65280 : 0});
     all.push_back({t, &t->coarse, whole ? 1.0 / 254 : 0, whole ? 1.0 / 510 : 0});
@@ -369,7 +358,7 @@ void require_packed_like_bytes(const kernel::table& t, const block_geometry& g, 
 
 TEST_CASE("packed codes are multiplied as the bytes that they stand for", "[kernel]") {
   test::random random;
-  for (const kernel::table* table : tables()) {
+  for (const kernel::table* table : test::every_table()) {
     const kernel::table& t = *table;
     if (t.low_bit.scores == nullptr) continue;
     for (const index_t head_dim : {8, 16, 32, 64, 80, 96, 128, 256}) {

@@ -27,17 +27,6 @@ namespace {
 constexpr float infinity = std::numeric_limits<float>::infinity();
 const float not_a_number = std::numeric_limits<float>::quiet_NaN();
 
-/// Every table that runs here, and that for AMX on emulated tiles.
-std::vector<const kernel::table*> tables() {
-  std::vector<const kernel::table*> all;
-  for (const kernel::isa level : kernel::available()) all.push_back(&kernel::select(level));
-#if defined(__x86_64__) && defined(__linux__)
-  if (std::ranges::count(kernel::available(), kernel::isa::avx512) > 0)
-    all.push_back(&test::kernels_on_emulated_tiles());
-#endif
-  return all;
-}
-
 /// Relative error of a sum of products in units of the sum of their sizes: that of float addition of up to 512 terms;
 /// AMX splits operands into two bf16.
 template <class Element>
@@ -192,7 +181,7 @@ void check_accumulate(const kernel::table& kernels, const sizes& n, test::random
 TEMPLATE_TEST_CASE("rows are stored where the block order says and come back", "[kernel]", float, half,
                    bfloat16) {
   test::random random;
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(kernel::to_string(level->level), n.block_size, n.head_dim, n.count);
       check_encode_and_decode<TestType>(*level, n, random);
@@ -203,7 +192,7 @@ TEMPLATE_TEST_CASE("rows are stored where the block order says and come back", "
 TEMPLATE_TEST_CASE("scores are dot products, whatever lies in unused slots", "[kernel]", float, half,
                    bfloat16) {
   test::random random;
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(kernel::to_string(level->level), n.block_size, n.head_dim, n.count, n.num_rows);
       check_scores<TestType>(*level, n, random);
@@ -214,7 +203,7 @@ TEMPLATE_TEST_CASE("scores are dot products, whatever lies in unused slots", "[k
 TEMPLATE_TEST_CASE("accumulate adds weighted values and leaves out weights of zero", "[kernel]", float, half,
                    bfloat16) {
   test::random random;
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(kernel::to_string(level->level), n.block_size, n.head_dim, n.count, n.num_rows);
       check_accumulate<TestType>(*level, n, random);
@@ -223,7 +212,7 @@ TEMPLATE_TEST_CASE("accumulate adds weighted values and leaves out weights of ze
 }
 
 TEST_CASE("a value that is NaN or infinite does not leak through a weight of zero", "[kernel]") {
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     const kernel::table& kernels = *level;
     const block_geometry g{16, 20};
     std::vector<float> v(16 * 20, 1.0F);
@@ -280,7 +269,7 @@ void check_same_bytes(const kernel::table& kernels, const sizes& n, test::random
 
 TEST_CASE("every level stores the same bytes", "[kernel]") {
   test::random random;
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     CAPTURE(kernel::to_string(level->level));
     for (const sizes& n : awkward_sizes()) {
       CAPTURE(n.block_size, n.head_dim, n.count);
@@ -301,7 +290,7 @@ static float softmax(const kernel::table& kernels, std::vector<float>& scores, k
 
 TEST_CASE("exp is accurate over its whole range", "[kernel]") {
   // Through the softmax of each level: the first score is the maximum 0, so weight t is exp(score t).
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     CAPTURE(kernel::to_string(level->level));
     double worst = 0;
     for (int i = 0; i < 200'000; ++i) {
@@ -317,7 +306,7 @@ TEST_CASE("exp is accurate over its whole range", "[kernel]") {
 }
 
 TEST_CASE("soft caps are accurate over their whole range", "[kernel]") {
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     CAPTURE(kernel::to_string(level->level));
     double worst = 0;
     for (int i = -40'000; i <= 40'000; ++i) {
@@ -343,7 +332,7 @@ TEST_CASE("soft caps are accurate over their whole range", "[kernel]") {
 }
 
 TEST_CASE("softmax steps keep a maximum within the slack, and the sum", "[kernel]") {
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     const kernel::table& kernels = *level;
     test::random random;
     kernel::softmax_row row{-infinity, 0.0F};
@@ -372,7 +361,7 @@ TEST_CASE("softmax steps keep a maximum within the slack, and the sum", "[kernel
 
 TEST_CASE("softmax of a row does not depend on the rows beside it", "[kernel]") {
   constexpr index_t stride = 48;
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     CAPTURE(kernel::to_string(level->level));
     for (index_t num_rows = 0; num_rows <= kernel::max_softmax_rows; ++num_rows) {
       CAPTURE(num_rows);
@@ -401,7 +390,7 @@ TEST_CASE("softmax of a row does not depend on the rows beside it", "[kernel]") 
 }
 
 TEST_CASE("softmax of nothing but masked scores is nothing, and NaN stays NaN", "[kernel]") {
-  for (const kernel::table* level : tables()) {
+  for (const kernel::table* level : test::every_table()) {
     const kernel::table& kernels = *level;
     std::vector<float> scores(32, -infinity);
     kernel::softmax_row row{-infinity, 0.0F};

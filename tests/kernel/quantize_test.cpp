@@ -24,12 +24,14 @@ namespace kernel = kvcache::kernel;
 
 constexpr std::size_t max_row = 67;
 
-/// Numbers that are some units in the last place from where `scale` rounds up or down, and small ones.
+/// Numbers that are some units in the last place from where `scale` rounds up or down, and small ones; at the ends within what
+/// a byte holds.
 std::array<float, max_row> near_halves(test::random& random, float scale) {
   std::array<float, max_row> row{};
   for (float& x : row) {
-    const auto half = static_cast<float>(random.between(-127, 126)) + 0.5F;
-    const auto units = static_cast<std::uint32_t>(random.between(-3, 3));
+    const auto half = static_cast<float>(random.between(-128, 127)) + 0.5F;
+    const bool at_end = std::abs(half) > 127;
+    const auto units = static_cast<std::uint32_t>(random.between(at_end ? -8 : -3, at_end ? -2 : 3));
     x = std::bit_cast<float>(std::bit_cast<std::uint32_t>(half * scale) + units);
     if (random.chance(0.1)) x = std::ldexp(scale, -static_cast<int>(random.between(0, 40)));
     if (!std::isfinite(x)) x = scale;
