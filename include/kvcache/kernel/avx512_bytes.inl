@@ -269,10 +269,11 @@ KVCACHE_INLINE void store_weights(const __m512i (&whole)[4], std::int8_t (&to)[P
   }
 }
 
-/// Up to 64 weights of each row times the scales of their tokens, both of which may be anything beyond `count`.
-template <int Parts, int Rows>
-KVCACHE_TARGET inline void split_weights(const float* weights, index_t stride, const bfloat16* scales,
-                                         index_t count, weight_bytes<Parts, Rows>& out) {
+/// Up to 64 weights of rows First .. First + Rows - 1 times the scales of their tokens.
+template <int First, int Rows, int Parts, int All>
+KVCACHE_INLINE void split_rows(const float* weights, index_t stride, const bfloat16* scales, index_t count,
+                               weight_bytes<Parts, All>& out) {
+  weights += First * stride;
   __m512 w[Rows][4];
   __m512i most[4] = {};
 #pragma GCC unroll 4
@@ -295,7 +296,15 @@ KVCACHE_TARGET inline void split_weights(const float* weights, index_t stride, c
     const __m512 inverse = _mm512_set1_ps(s.inverse[r]);
     const __m512i whole[4] = {to_whole(w[r][0], inverse), to_whole(w[r][1], inverse),
                               to_whole(w[r][2], inverse), to_whole(w[r][3], inverse)};
-    out.scales[r] = s.scale[r];
-    store_weights<Parts>(whole, out.bytes[r]);
+    out.scales[First + r] = s.scale[r];
+    store_weights<Parts>(whole, out.bytes[First + r]);
   }
+}
+
+/// Weights and scales may be anything beyond `count`.
+template <int Parts, int Rows>
+KVCACHE_TARGET inline void split_weights(const float* weights, index_t stride, const bfloat16* scales,
+                                         index_t count, weight_bytes<Parts, Rows>& out) {
+  split_rows<0, std::min(Rows, 4)>(weights, stride, scales, count, out);
+  if constexpr (Rows > 4) split_rows<4, Rows - 4>(weights, stride, scales, count, out);
 }

@@ -2,9 +2,6 @@
 // Packed codes multiplied without unpacking them to memory first: shift, mask and table look-up run beside the integer dot
 // products, in other units of the processor. Coarse operands (avx512_bytes.inl); included by avx512.hpp.
 
-/// How many rows are worth it: each tile of four rows unpacks again.
-inline constexpr index_t most_packed_rows = 8;
-
 /// The codebook of keys, plus 128: unsigned, as the dot product wants them.
 KVCACHE_INLINE bits load_unsigned_codebook(const std::int8_t* p) {
   return {_mm512_xor_si512(load_codebook(p).x, _mm512_set1_epi8(-128))};
@@ -44,35 +41,24 @@ struct packed_keys {
 /// Four dims of `Groups` groups after the other, line by line of a unit.
 template <int Bits, int Line, int Rows, int Groups>
 KVCACHE_INLINE void add_key_lines(const packed_unit<Bits> (&units)[Groups], bits codebook,
-                                  const std::int8_t* query, index_t row_bytes, words (&sum)[Rows][Groups]) {
+                                  const row_column<Rows>& queries, score_sums<Rows, Groups>& sums) {
   __m512i k[Groups];
 #pragma GCC unroll 4
   for (int i = 0; i < Groups; ++i) k[i] = look_up(codebook, codes_of<Bits, Line>(units[i].line)).x;
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    const __m512i q = four_bytes(query + r * row_bytes + 4 * Line);
-#pragma GCC unroll 4
-    for (int i = 0; i < Groups; ++i) add_products(sum[r][i], k[i], q);
-  }
+  sums.add(k, queries, Line);
   if constexpr (Line + 1 < packed_order<Bits>::lines_per_unit)
-    add_key_lines<Bits, Line + 1>(units, codebook, query, row_bytes, sum);
+    add_key_lines<Bits, Line + 1>(units, codebook, queries, sums);
 }
 
 template <int Bits, int Rows, int Groups>
 KVCACHE_TARGET inline void score_packed_tile(const packed_keys& keys, const block_geometry& g,
                                              const bfloat16* scales, const float* prepared, float* out) {
   const index_t row_floats = prepared_query_floats(g.head_dim);
-  prepared_head head[Rows];
-  words sum[Rows][Groups];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    std::memcpy(&head[r], prepared + r * row_floats, sizeof(prepared_head));
-#pragma GCC unroll 4
-    for (int i = 0; i < Groups; ++i) sum[r][i] = same_words(head[r].starts[0]);
-  }
-  const auto* query = reinterpret_cast<const std::int8_t*>(prepared + prepared_head_floats);
+  row_column<Rows> queries(prepared + prepared_head_floats, row_floats);
   const std::byte* at = keys.at;
   const std::byte* next = keys.next;
+  score_sums<Rows, Groups> sums;
+  sums.start(prepared, row_floats);
   for (index_t u = 0; u < keys.num_units; ++u) {
     packed_unit<Bits> units[Groups];
 #pragma GCC unroll 4
@@ -80,28 +66,20 @@ KVCACHE_TARGET inline void score_packed_tile(const packed_keys& keys, const bloc
       load_unit(at + i * keys.group_bytes, units[i]);
       fetch_unit<Bits>(next + i * keys.group_bytes);
     }
-    add_key_lines<Bits, 0>(units, keys.codebook, query, row_floats * index_t{sizeof(float)}, sum);
+    add_key_lines<Bits, 0>(units, keys.codebook, queries, sums);
     at += packed_order<Bits>::unit_bytes;
     next += packed_order<Bits>::unit_bytes;
-    query += 4 * packed_order<Bits>::lines_per_unit;
+    queries.go_on(packed_order<Bits>::lines_per_unit);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < Groups; ++i) {
-    const vec key_scale = widen_low(load_low_halves(scales + i * key_lanes));
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r)
-      store(out + r * g.block_size + i * key_lanes,
-            fma(to_floats(reinterpret_cast<__m512i>(sum[r][i])), mul(key_scale, broadcast(head[r].scale)),
-                broadcast(head[r].constant)));
-  }
+  sums.finish(scales, prepared, row_floats, out, g.block_size);
 }
 
-/// As many times `Rows` rows as there are, then fewer; of each, four groups of keys at a time where the registers allow.
+/// As many times `Rows` rows as there are, then fewer; of each, as many groups of keys at a time as the registers allow.
 template <int Bits, int Rows>
 KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geometry& g,
                                              const bfloat16* scales, index_t count, const float* prepared,
                                              index_t num_rows, float* out) {
-  constexpr int groups = Bits == 3 ? 2 : 4;
+  constexpr int groups = Bits == 3 ? 2 : packed_tile_width(Rows);
   for (; num_rows >= Rows; num_rows -= Rows, out += Rows * g.block_size) {
     packed_keys here = keys;
     const auto advance = [&here](index_t by) {
@@ -128,7 +106,7 @@ KVCACHE_TARGET inline bool score_packed(const packed_section& section, const blo
   const packed_keys keys{section.codes, next == nullptr ? section.codes : next,
                          num_units * packed_order<Bits>::unit_bytes, num_units,
                          load_unsigned_codebook(section.codebook)};
-  score_packed_rows<Bits, 4>(keys, g, scales, count, prepared, num_rows, out);
+  score_packed_rows<Bits, most_packed_rows>(keys, g, scales, count, prepared, num_rows, out);
   return true;
 }
 
@@ -152,31 +130,21 @@ struct packed_values {
   bits codebook;
 };
 
-/// Lines that are summed at a time: with four rows all accumulators are in registers.
-inline constexpr int sum_lines = 4;
-
-/// Lines First .. First + 3 of consecutive units times the weights of four tokens.
-template <int Bits, int First, int Line, int Rows>
-KVCACHE_INLINE void add_value_lines(const packed_unit<Bits>* units, bits codebook,
-                                    const __m512i (&weight)[Rows], words (&sum)[Rows][sum_lines]) {
+/// Lines First, First + 1 and so on of consecutive units.
+template <int Bits, int First, int Line, int Lines>
+KVCACHE_INLINE void look_up_lines(const packed_unit<Bits>* units, bits codebook, __m512i (&x)[Lines]) {
   constexpr int lines = packed_order<Bits>::lines_per_unit;
-  const __m512i x =
-      look_up(codebook, codes_of<Bits, (First + Line) % lines>(units[(First + Line) / lines].line)).x;
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) add_products(sum[r][Line], weight[r], x);
-  if constexpr (Line + 1 < sum_lines) add_value_lines<Bits, First, Line + 1>(units, codebook, weight, sum);
+  x[Line] = look_up(codebook, codes_of<Bits, (First + Line) % lines>(units[(First + Line) / lines].line)).x;
+  if constexpr (Line + 1 < Lines) look_up_lines<Bits, First, Line + 1>(units, codebook, x);
 }
 
 template <int Bits, int First, int Rows>
 KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>& w, float* sums,
                                     index_t sum_stride) {
-  constexpr int num_units = Bits == 4 ? 2 : 1;
-  words sum[Rows][sum_lines];
-#pragma GCC unroll 4
-  for (auto& row : sum) {
-#pragma GCC unroll 4
-    for (words& s : row) s = same_words(0);
-  }
+  constexpr int lines = packed_tile_width(Rows);
+  constexpr int num_units = std::max(lines / static_cast<int>(packed_order<Bits>::lines_per_unit), 1);
+  value_sums<Rows, lines> sum;
+  sum.start();
   for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.pack_bytes, v.next += v.pack_bytes) {
     packed_unit<Bits> units[num_units];
 #pragma GCC unroll 2
@@ -184,35 +152,39 @@ KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>
       load_unit(v.at + u * packed_order<Bits>::unit_bytes, units[u]);
       fetch_unit<Bits>(v.next + u * packed_order<Bits>::unit_bytes);
     }
-    __m512i weight[Rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) weight[r] = four_bytes(&w.bytes[r][0][t]);
-    add_value_lines<Bits, First, 0>(units, v.codebook, weight, sum);
+    __m512i x[lines];
+    look_up_lines<Bits, First, 0>(units, v.codebook, x);
+    sum.add(x, w, t);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < sum_lines; ++c) {
-      float* to = sums + r * sum_stride + c * key_lanes;
-      store(to, fma(to_floats(reinterpret_cast<__m512i>(sum[r][c])), broadcast(w.scales[r]), load(to)));
-    }
-  }
+  sum.finish(w, sums, sum_stride);
+}
+
+/// Lines of one unit, or of as many as a tile takes.
+template <int Bits, int Rows>
+inline constexpr int lines_of_units = std::max(packed_tile_width(Rows),
+                                               static_cast<int>(packed_order<Bits>::lines_per_unit));
+
+/// Those lines from First on.
+template <int Bits, int First, int Rows>
+KVCACHE_INLINE void sum_packed_units(const packed_values& v, const weight_bytes<1, Rows>& w, float* sums,
+                                     index_t sum_stride) {
+  sum_packed_tile<Bits, First>(v, w, sums + First * key_lanes, sum_stride);
+  constexpr int then = First + packed_tile_width(Rows);
+  if constexpr (then < lines_of_units<Bits, Rows>) sum_packed_units<Bits, then>(v, w, sums, sum_stride);
 }
 
 template <int Bits, int Rows>
 KVCACHE_TARGET inline void sum_packed_rows(const packed_values& v, const block_geometry& g,
                                            const bfloat16* scales, index_t count, const float* weights,
                                            index_t num_rows, float* sums) {
-  constexpr index_t dims = (Bits == 3 ? 8 : sum_lines) * key_lanes;  // of a tile, or of two
-  constexpr index_t tile_bytes = (Bits == 4 ? 2 : 1) * packed_order<Bits>::unit_bytes;
+  constexpr int lines = lines_of_units<Bits, Rows>;
+  constexpr index_t num_bytes = lines / packed_order<Bits>::lines_per_unit * packed_order<Bits>::unit_bytes;
   for (; num_rows >= Rows; num_rows -= Rows, weights += Rows * g.block_size, sums += Rows * g.head_dim) {
     weight_bytes<1, Rows> w;
     split_weights(weights, g.block_size, scales, count, w);
     packed_values here = v;
-    for (index_t d = 0; d < g.head_dim; d += dims, here.at += tile_bytes, here.next += tile_bytes) {
-      sum_packed_tile<Bits, 0>(here, w, sums + d, g.head_dim);
-      if constexpr (Bits == 3) sum_packed_tile<Bits, 4>(here, w, sums + d + 4 * key_lanes, g.head_dim);
-    }
+    for (index_t d = 0; d < g.head_dim; d += lines * key_lanes, here.at += num_bytes, here.next += num_bytes)
+      sum_packed_units<Bits, 0>(here, w, sums + d, g.head_dim);
   }
   if constexpr (Rows > 1) sum_packed_rows<Bits, Rows / 2>(v, g, scales, count, weights, num_rows, sums);
 }
@@ -222,7 +194,7 @@ KVCACHE_TARGET inline bool sum_packed(const packed_section& section, const block
                                       const bfloat16* scales, index_t count, const float* weights,
                                       index_t num_rows, float* sums, const std::byte* next) {
   constexpr index_t lines = packed_order<Bits>::lines_per_unit;
-  constexpr index_t dims = (Bits == 3 ? 8 : sum_lines) * key_lanes;
+  constexpr index_t dims = lines_of_units<Bits, 1> * key_lanes;
   if (g.head_dim % dims != 0 || num_rows > most_packed_rows) return false;
   const index_t pack_bytes = g.head_dim / key_lanes / lines * packed_order<Bits>::unit_bytes;
   const bits codebook = load_codebook(section.codebook);
@@ -231,7 +203,7 @@ KVCACHE_TARGET inline bool sum_packed(const packed_section& section, const block
     const index_t skip = t / 4 * pack_bytes;
     const packed_values v{section.codes + skip, (next == nullptr ? section.codes : next) + skip, pack_bytes,
                           ceil_div(num_tokens, 4), codebook};
-    sum_packed_rows<Bits, 4>(v, g, scales + t, num_tokens, weights + t, num_rows, sums);
+    sum_packed_rows<Bits, most_packed_rows>(v, g, scales + t, num_tokens, weights + t, num_rows, sums);
   }
   return true;
 }

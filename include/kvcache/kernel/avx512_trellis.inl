@@ -119,49 +119,10 @@ struct trellis_keys {
   index_t num_units;      // of each group
 };
 
-/// Sums of products of `Groups` groups of keys and as many rows.
-template <int Rows, int Groups>
-struct score_sums {
-  words sum[Rows][Groups];
-
-  KVCACHE_INLINE void start(const float* prepared, index_t row_floats) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      prepared_head head;
-      std::memcpy(&head, prepared + r * row_floats, sizeof(head));
-#pragma GCC unroll 4
-      for (int i = 0; i < Groups; ++i) sum[r][i] = same_words(head.starts[0]);
-    }
-  }
-  /// Four dims of each group.
-  KVCACHE_INLINE void add(const __m512i (&k)[Groups], const std::int8_t* query, index_t row_bytes) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const __m512i q = four_bytes(query + r * row_bytes);
-#pragma GCC unroll 4
-      for (int i = 0; i < Groups; ++i) add_products(sum[r][i], k[i], q);
-    }
-  }
-  KVCACHE_INLINE void finish(const bfloat16* scales, const float* prepared, index_t row_floats, float* out,
-                             index_t out_stride) const {
-#pragma GCC unroll 4
-    for (int i = 0; i < Groups; ++i) {
-      const vec key_scale = widen_low(load_low_halves(scales + i * key_lanes));
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        prepared_head head;
-        std::memcpy(&head, prepared + r * row_floats, sizeof(head));
-        store(out + r * out_stride + i * key_lanes,
-              mul(to_floats(reinterpret_cast<__m512i>(sum[r][i])), mul(key_scale, broadcast(head.scale))));
-      }
-    }
-  }
-};
-
 /// Four dims of `Groups` groups after the other, line by line of a unit.
 template <int Bits, int Line, int Rows, int Groups>
 KVCACHE_INLINE void add_key_lines(key_stream<Bits> (&streams)[Groups], const trellis_keys& keys,
-                                  const byte_table& table, const std::int8_t* query, index_t row_bytes,
+                                  const byte_table& table, const row_column<Rows>& queries,
                                   score_sums<Rows, Groups>& sums) {
   __m512i k[Groups];
 #pragma GCC unroll 4
@@ -172,9 +133,9 @@ KVCACHE_INLINE void add_key_lines(key_stream<Bits> (&streams)[Groups], const tre
     for (int i = 0; i < Groups; ++i)
       _mm512_store_si512(keys.lines + i * keys.group_lines + Line * packed_line_bytes, k[i]);
   }
-  sums.add(k, query + 4 * Line, row_bytes);
+  sums.add(k, queries, Line);
   if constexpr (Line + 1 < packed_order<Bits>::lines_per_unit)
-    add_key_lines<Bits, Line + 1>(streams, keys, table, query, row_bytes, sums);
+    add_key_lines<Bits, Line + 1>(streams, keys, table, queries, sums);
 }
 
 template <int Bits, int Rows, int Groups>
@@ -184,7 +145,7 @@ KVCACHE_TARGET inline void score_trellis_tile(trellis_keys keys, const byte_tabl
   using order = packed_order<Bits>;
   const byte_table table = table_in_memory;
   const index_t row_floats = prepared_query_floats(g.head_dim);
-  const auto* query = reinterpret_cast<const std::int8_t*>(prepared + prepared_head_floats);
+  row_column<Rows> queries(prepared + prepared_head_floats, row_floats);
   score_sums<Rows, Groups> sums;
   sums.start(prepared, row_floats);
   key_stream<Bits> streams[Groups];
@@ -193,11 +154,11 @@ KVCACHE_TARGET inline void score_trellis_tile(trellis_keys keys, const byte_tabl
   for (index_t u = 0; u < keys.num_units; ++u) {
 #pragma GCC unroll 4
     for (int i = 0; i < Groups; ++i) fetch_unit<Bits>(keys.next + i * keys.group_bytes);
-    add_key_lines<Bits, 0>(streams, keys, table, query, row_floats * index_t{sizeof(float)}, sums);
+    add_key_lines<Bits, 0>(streams, keys, table, queries, sums);
     keys.at += order::unit_bytes;
     keys.next += order::unit_bytes;
     if (keys.lines != nullptr) keys.lines += order::lines_per_unit * packed_line_bytes;
-    query += 4 * order::lines_per_unit;
+    queries.go_on(order::lines_per_unit);
   }
   sums.finish(scales, prepared, row_floats, out, g.block_size);
 }
@@ -208,12 +169,12 @@ template <int Bits, int Rows, int Groups>
 KVCACHE_TARGET inline void score_lines_tile(const trellis_keys& keys, const block_geometry& g,
                                             const bfloat16* scales, const float* prepared, float* out) {
   const index_t row_floats = prepared_query_floats(g.head_dim);
-  const auto* query = reinterpret_cast<const std::int8_t*>(prepared + prepared_head_floats);
+  row_column<Rows> queries(prepared + prepared_head_floats, row_floats);
   const std::byte* lines = keys.lines;
   const std::byte* next = keys.next;
   score_sums<Rows, Groups> sums;
   sums.start(prepared, row_floats);
-  for (index_t d = 0; d < g.head_dim; d += 4, lines += packed_line_bytes, query += 4) {
+  for (index_t d = 0; d < g.head_dim; d += 4, lines += packed_line_bytes, queries.go_on(1)) {
     if (d % (4 * packed_order<Bits>::lines_per_unit) == 0) {
 #pragma GCC unroll 4
       for (int i = 0; i < Groups; ++i) fetch_unit<Bits>(next + i * keys.group_bytes);
@@ -222,7 +183,7 @@ KVCACHE_TARGET inline void score_lines_tile(const trellis_keys& keys, const bloc
     __m512i k[Groups];
 #pragma GCC unroll 4
     for (int i = 0; i < Groups; ++i) k[i] = load_bits(lines + i * keys.group_lines).x;
-    sums.add(k, query, row_floats * index_t{sizeof(float)});
+    sums.add(k, queries, 0);
   }
   sums.finish(scales, prepared, row_floats, out, g.block_size);
 }

@@ -2,6 +2,9 @@
 // Sums of the codec trellis, made as its scores in avx512_trellis.inl; included after it. Sixteen dims of a pack of four
 // values are a line; four lines are summed at a time.
 
+/// Lines that are summed at a time: with four rows all accumulators are in registers.
+inline constexpr int sum_lines = 4;
+
 /// Packed values of up to 64 tokens: `num_packs` times four, `pack_bytes` apart, from some dim on.
 struct trellis_values {
   const std::byte* at;
@@ -83,45 +86,12 @@ struct value_states<3, First> {
   }
 };
 
-/// Sums of products of four lines and as many rows.
-template <int Rows>
-struct value_sums {
-  words sum[Rows][sum_lines];
-
-  KVCACHE_INLINE void start() {
-#pragma GCC unroll 4
-    for (auto& row : sum) {
-#pragma GCC unroll 4
-      for (words& s : row) s = same_words(0);
-    }
-  }
-  /// Of the four values from `t` on.
-  KVCACHE_INLINE void add(const __m512i (&x)[sum_lines], const weight_bytes<1, Rows>& w, index_t t) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const __m512i weight = four_bytes(&w.bytes[r][0][t]);
-#pragma GCC unroll 4
-      for (int c = 0; c < sum_lines; ++c) add_products(sum[r][c], weight, x[c]);
-    }
-  }
-  KVCACHE_INLINE void finish(const weight_bytes<1, Rows>& w, float* sums, index_t sum_stride) const {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < sum_lines; ++c) {
-        float* to = sums + r * sum_stride + c * key_lanes;
-        store(to, fma(to_floats(reinterpret_cast<__m512i>(sum[r][c])), broadcast(w.scales[r]), load(to)));
-      }
-    }
-  }
-};
-
 template <int Bits, int First, int Rows>
 KVCACHE_TARGET inline void sum_trellis_tile(trellis_values v, const byte_table& table_in_memory,
                                             const weight_bytes<1, Rows>& w, float* sums, index_t sum_stride) {
   constexpr int num_units = Bits == 4 ? 2 : 1;
   const byte_table table = table_in_memory;
-  value_sums<Rows> sum;
+  value_sums<Rows, sum_lines> sum;
   sum.start();
   for (index_t p = 0; p < v.num_packs; ++p) {
 #pragma GCC unroll 2
@@ -149,7 +119,7 @@ KVCACHE_TARGET inline void sum_lines_tile(const trellis_values& v, const weight_
                                           float* sums, index_t sum_stride) {
   const std::byte* lines = v.lines;
   const std::byte* next = v.next;
-  value_sums<Rows> sum;
+  value_sums<Rows, sum_lines> sum;
   sum.start();
   for (index_t p = 0; p < v.num_packs; ++p, lines += v.pack_lines, next += v.pack_bytes) {
     fetch_unit<Bits>(next);
