@@ -25,7 +25,7 @@ sources() {
     git ls-files --cached --others --exclude-standard -- "$@"
   else
     local names=()
-    for pattern in "$@"; do names+=(-o -name "$pattern"); done
+    for pattern in "$@"; do names+=(-o -path "./$pattern"); done
     find . -path ./build -prune -o -type f \( "${names[@]:1}" \) -print
   fi
 }
