@@ -304,9 +304,9 @@ struct byte_table {
 
 // after what it builds on
 #include <kvcache/kernel/avx512_bytes.inl>
+#include <kvcache/kernel/avx512_bytes_sums.inl>
 #include <kvcache/kernel/avx512_fold.inl>
 #include <kvcache/kernel/avx512_int8.inl>
-#include <kvcache/kernel/avx512_low_bit.inl>
 #include <kvcache/kernel/avx512_packed.inl>
 
 // The same with VBMI (Intel since Ice Lake, AMD since Zen 4), where an index into 128 bytes is one instruction.

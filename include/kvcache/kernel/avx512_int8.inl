@@ -8,74 +8,27 @@
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
-/// Typed, because g++ 12 copies accumulators of type __m512i around in a loop.
-using words [[gnu::vector_size(64)]] = std::int32_t;
-
-KVCACHE_INLINE words same_words(std::int32_t x) { return reinterpret_cast<words>(_mm512_set1_epi32(x)); }
-KVCACHE_INLINE void add_products(words& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-  sum = reinterpret_cast<words>(
-      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), unsigned_bytes, signed_bytes));
-}
-
-/// high << shift | low, or the only part.
-template <int Parts>
-KVCACHE_INLINE __m512i joined(const words& high, const words& low, unsigned shift) {
-  if constexpr (Parts == 1) {
-    return reinterpret_cast<__m512i>(high);
-  } else {
-    return reinterpret_cast<__m512i>((high << static_cast<int>(shift)) + low);
-  }
-}
-
-/// Registers hold 16 accumulators, their operands and addresses.
-constexpr int byte_tile_width(int streams) { return streams >= 8 ? 2 : 4; }
-
 template <int Parts, int Rows, int Groups>
 KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::int8_t* keys,
                                        const bfloat16* scales, const float* prepared, float* out,
                                        read_ahead& ahead) {
   const index_t group_size = block_order<std::int8_t>::key_group_size(g);
   const index_t row_floats = prepared_query_floats(g.head_dim);
-  const index_t part_bytes = round_up_16(g.head_dim);
-  prepared_head head[Rows];
+  const index_t part_words = round_up_16(g.head_dim) / 4;
   read_ahead next = ahead;
-  words sum[Rows][Parts][Groups];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-    std::memcpy(&head[r], prepared + r * row_floats, sizeof(prepared_head));
-#pragma GCC unroll 16
-    for (int i = 0; i < Groups * Parts; ++i)
-      sum[r][i / Groups][i % Groups] = same_words(head[r].starts[i / Groups]);
-  }
-  const auto* query = reinterpret_cast<const std::int8_t*>(prepared + prepared_head_floats);
-  const index_t row_bytes = row_floats * index_t{sizeof(float)};
-  for (index_t d = 0; d < g.head_dim; d += 4, keys += 64, query += 4) {
+  score_sums<Rows, Groups, Parts> sums;
+  sums.start(prepared, row_floats);
+  row_column<Rows> queries(prepared + prepared_head_floats, row_floats);
+  for (index_t d = 0; d < g.head_dim; d += 4, keys += 64, queries.go_on(1)) {
     if (next.stride != 0) fetch<Groups>(next);
     __m512i k[Groups];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int i = 0; i < Groups; ++i)
       k[i] = _mm512_xor_si512(_mm512_loadu_si512(keys + i * group_size), _mm512_set1_epi8(-128));
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-      for (int p = 0; p < Parts; ++p) {
-        const __m512i q = four_bytes(query + r * row_bytes + p * part_bytes);
-#pragma GCC unroll 16
-        for (int i = 0; i < Groups; ++i) add_products(sum[r][p][i], k[i], q);
-      }
-    }
+    sums.add(k, queries, 0, part_words);
   }
   ahead = next;
-#pragma GCC unroll 16
-  for (int i = 0; i < Groups; ++i) {
-    const vec key_scale = widen_low(load_low_halves(scales + i * key_lanes));
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const __m512i whole = joined<Parts>(sum[r][0][i], sum[r][Parts - 1][i], byte_split<Parts>::query_shift);
-      store(out + r * g.block_size + i * key_lanes,
-            fma(to_floats(whole), mul(key_scale, broadcast(head[r].scale)), broadcast(head[r].constant)));
-    }
-  }
+  sums.finish(scales, prepared, row_floats, out, g.block_size);
 }
 
 /// Slots [t, count), `Groups` groups at a time, then fewer.
@@ -130,39 +83,17 @@ template <int Parts, int Rows, int Chunks>
 KVCACHE_INLINE void sum_bytes(value_bytes v, const weight_bytes<Parts, Rows>& w, float* sums,
                               index_t sum_stride, read_ahead& ahead) {
   read_ahead next = ahead;
-  words sum[Rows][Parts][Chunks];
-#pragma GCC unroll 16
-  for (auto& row : sum) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Parts * Chunks; ++i) row[i / Chunks][i % Chunks] = same_words(0);
-  }
+  value_sums<Rows, Chunks, Parts> sum;
+  sum.start();
   for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.stride) {
     if (next.stride != 0) fetch<Chunks>(next);
     __m512i x[Chunks];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int c = 0; c < Chunks; ++c) x[c] = _mm512_loadu_si512(v.at + 64 * c);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-      for (int p = 0; p < Parts; ++p) {
-        const __m512i weight = four_bytes(&w.bytes[r][p][t]);
-#pragma GCC unroll 16
-        for (int c = 0; c < Chunks; ++c) add_products(sum[r][p][c], weight, x[c]);
-      }
-    }
+    sum.add(x, w, t);
   }
   ahead = next;
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-    const vec scale = broadcast(w.scales[r]);
-#pragma GCC unroll 16
-    for (int c = 0; c < Chunks; ++c) {
-      float* to = sums + r * sum_stride + c * key_lanes;
-      const __m512i whole =
-          joined<Parts>(sum[r][0][c], sum[r][Parts - 1][c], byte_split<Parts>::weight_shift);
-      store(to, fma(to_floats(whole), scale, load(to)));
-    }
-  }
+  sum.finish(w, sums, sum_stride);
 }
 
 /// The last dims, on a copy: what follows in memory is not theirs.

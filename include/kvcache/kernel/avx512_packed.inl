@@ -2,6 +2,9 @@
 // Packed codes multiplied without unpacking them to memory first: shift, mask and table look-up run beside the integer dot
 // products, in other units of the processor. Coarse operands (avx512_bytes.inl); included by avx512.hpp.
 
+/// How many rows are worth it, one tile of the packed ones: more would make bytes of the codes again.
+inline constexpr int most_packed_rows = 8;
+
 /// The codebook of keys, plus 128: unsigned, as the dot product wants them.
 KVCACHE_INLINE bits load_unsigned_codebook(const std::int8_t* p) {
   return {_mm512_xor_si512(load_codebook(p).x, _mm512_set1_epi8(-128))};
@@ -79,7 +82,7 @@ template <int Bits, int Rows>
 KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geometry& g,
                                              const bfloat16* scales, index_t count, const float* prepared,
                                              index_t num_rows, float* out) {
-  constexpr int groups = Bits == 3 ? 2 : packed_tile_width(Rows);
+  constexpr int groups = Bits == 3 ? 2 : byte_tile_width(Rows);
   for (; num_rows >= Rows; num_rows -= Rows, out += Rows * g.block_size) {
     packed_keys here = keys;
     const auto advance = [&here](index_t by) {
@@ -141,7 +144,7 @@ KVCACHE_INLINE void look_up_lines(const packed_unit<Bits>* units, bits codebook,
 template <int Bits, int First, int Rows>
 KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>& w, float* sums,
                                     index_t sum_stride) {
-  constexpr int lines = packed_tile_width(Rows);
+  constexpr int lines = byte_tile_width(Rows);
   constexpr int num_units = std::max(lines / static_cast<int>(packed_order<Bits>::lines_per_unit), 1);
   value_sums<Rows, lines> sum;
   sum.start();
@@ -161,7 +164,7 @@ KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>
 
 /// Lines of one unit, or of as many as a tile takes.
 template <int Bits, int Rows>
-inline constexpr int lines_of_units = std::max(packed_tile_width(Rows),
+inline constexpr int lines_of_units = std::max(byte_tile_width(Rows),
                                                static_cast<int>(packed_order<Bits>::lines_per_unit));
 
 /// Those lines from First on.
@@ -169,7 +172,7 @@ template <int Bits, int First, int Rows>
 KVCACHE_INLINE void sum_packed_units(const packed_values& v, const weight_bytes<1, Rows>& w, float* sums,
                                      index_t sum_stride) {
   sum_packed_tile<Bits, First>(v, w, sums + First * key_lanes, sum_stride);
-  constexpr int then = First + packed_tile_width(Rows);
+  constexpr int then = First + byte_tile_width(Rows);
   if constexpr (then < lines_of_units<Bits, Rows>) sum_packed_units<Bits, then>(v, w, sums, sum_stride);
 }
 
