@@ -68,6 +68,8 @@ class kv_ring {
     fill(sequences_.front(), size.kv_len);
     while (sequences_.size() < sequences_.capacity()) sequences_.push_back(sequences_.front().clone());
     collect_pieces();
+    // As in a decode loop, which reads every layer over and over: on some servers the first time after writing takes longer.
+    for (index_t step = 0; step < this->size(); ++step) read(step, 1);
   }
 
   /// Steps until the first layer comes again.
