@@ -102,7 +102,8 @@ float* scores_in(float* scratch, const Codec& codec, const block_geometry& g, in
 /// Tokens whose keys moved equally far since they were stored, in one block of which slots [0, count) are read.
 struct block_tokens {
   const std::byte* block;
-  const std::byte* next_block;  ///< read after it, blocks_ahead blocks later, or null
+  kernel::upcoming
+      next_block;  ///< the one read blocks_ahead blocks later, and the one after this; may be null
   token_range tokens;
   index_t base;                                ///< token of slot 0
   index_t num_scores;                          ///< count, rounded up to what kernels take
@@ -220,7 +221,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
       block_tokens in{blocks.data[b],
-                      blocks.data[b + ahead],
+                      {blocks.data[b + ahead], blocks.data[b + 1]},
                       tokens,
                       base,
                       (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes,
@@ -229,7 +230,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;
-          in.next_block = blocks.data[b + ahead_in(blocks.exact)];
+          in.next_block.next = blocks.data[b + ahead_in(blocks.exact)];
           if (in_sinks) in.block = blocks.sinks.data;
           visit(blocks.exact, in_sinks ? blocks.sinks.geometry : g, queries, in);
           continue;

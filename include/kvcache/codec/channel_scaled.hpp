@@ -96,7 +96,7 @@ struct channel_scaled_rows : plain_side {
   static const bfloat16* token_scales(const block_geometry& g, const std::byte* section) noexcept {
     return scales(section + token_scales_offset(g));
   }
-  static void fetch_scales(const block_geometry& g, const std::byte* next) noexcept {
+  static void fetch_scales(const block_geometry& g, kernel::upcoming next) noexcept {
     fetch_behind(next, codes::section_bytes(g), section_bytes(g));
   }
   static const bfloat16* scales_of_tokens(const block_geometry& g, const std::byte* section) noexcept {
@@ -114,7 +114,7 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
   using rows = channel_scaled_rows<Traits, keys_in_order>;
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
-              const float* queries, index_t num_rows, float* scores, const std::byte* next) const {
+              const float* queries, index_t num_rows, float* scores, kernel::upcoming next) const {
     alignas(64) std::array<float, rows_at_once*(16 + max_head_dim)> prepared;
     std::array<float, rows_at_once> constants;
     rows::fetch_scales(g, next);
@@ -158,7 +158,7 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  const std::byte* next) const {
+                  kernel::upcoming next) const {
     constexpr index_t rows_at_once = 8;
     alignas(64) std::array<float, rows_at_once * max_head_dim> parts;
     rows::fetch_scales(g, next);

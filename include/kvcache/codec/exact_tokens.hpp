@@ -73,14 +73,14 @@ struct exact_tokens {
     visit([&](const auto& codec) { codec.move_token(g, from_block, from_slot, to_block, to_slot); });
   }
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
-              const float* queries, index_t num_rows, float* scores, const std::byte* next_block) const {
+              const float* queries, index_t num_rows, float* scores, kernel::upcoming next_block) const {
     visit([&](const auto& codec) {
       codec.scores(kernels, g, block, count, queries, num_rows, scores, next_block);
     });
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  const std::byte* next_block) const {
+                  kernel::upcoming next_block) const {
     visit([&](const auto& codec) {
       codec.accumulate(kernels, g, block, count, weights, num_rows, sums, next_block);
     });

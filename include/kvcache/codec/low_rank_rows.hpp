@@ -133,17 +133,17 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
-              const float* prepared, index_t num_rows, float* scores, const std::byte* next) const {
+              const float* prepared, index_t num_rows, float* scores, kernel::upcoming next) const {
     const float* of_group = prepared;
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
-      const std::byte* behind = after(part, section, next);
+      const kernel::upcoming then = next.part(part.offset);
       if (part.first == 0) {
-        side.scores(kernels, part.geometry, section, count, of_group, num_rows, scores, behind);
+        side.scores(kernels, part.geometry, section, count, of_group, num_rows, scores, then);
       } else {
         detail::add_scores(kernels, g.block_size, count, num_rows, scores,
                            [&](index_t first, index_t n, float* out) {
                              side.scores(kernels, part.geometry, section + part.offset, count,
-                                         of_group + first * row_floats(side, part), n, out, behind);
+                                         of_group + first * row_floats(side, part), n, out, then);
                            });
       }
       of_group += num_rows * part_floats(side, part);
@@ -191,12 +191,12 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
   /// Components of row r come to lie in sums[r, 0 .. rank).
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  const std::byte* next) const {
+                  kernel::upcoming next) const {
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
       detail::add_sums(kernels, part.geometry.head_dim, part.geometry.head_dim, g.head_dim, num_rows,
                        sums + part.first, [&](index_t first, index_t n, float* out) {
                          side.accumulate(kernels, part.geometry, section + part.offset, count,
-                                         weights + first * g.block_size, n, out, after(part, section, next));
+                                         weights + first * g.block_size, n, out, next.part(part.offset));
                        });
     });
   }

@@ -239,11 +239,6 @@ struct low_rank_side : plain_side {
       most = std::max(most, count(layout_of(layer)));
     return most;
   }
-  /// What is read behind a group: the next one, or `next` behind the last.
-  [[nodiscard]] const std::byte* after(const component_group& part, const std::byte* section,
-                                       const std::byte* next) const noexcept {
-    return part.first + part.geometry.head_dim == rank() ? next : section + part.next_offset;
-  }
   [[nodiscard]] index_t rank() const noexcept { return layout().rank(); }
   /// Components and the padding behind them.
   [[nodiscard]] index_t padded_rank() const noexcept { return round_up(rank(), key_lanes); }

@@ -86,22 +86,27 @@ struct sides {
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
-              const float* prepared, index_t num_rows, float* scores, const std::byte* next_block) const {
+              const float* prepared, index_t num_rows, float* scores, kernel::upcoming next_block) const {
     const index_t key_bytes = keys.section_bytes(g);
     const index_t value_bytes = values.section_bytes(g);
-    const bool far = next_block != nullptr && reads_far_ahead(key_bytes + value_bytes, num_rows);
-    const std::byte* soon =
+    const index_t block_bytes = key_bytes + value_bytes;
+    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
+    const std::byte* values_soon =
         value_bytes < key_bytes ? nullptr : block + key_bytes;  // nothing beyond the block
-    const kernel::upcoming then(far ? next_block : block + key_bytes, soon);
+    const kernel::upcoming then(far ? next_block.next : block + key_bytes,
+                                block_bytes <= two_in_l1 ? next_block.soon : values_soon);
     keys.scores(kernels, g, block, count, prepared, num_rows, scores, then);
   }
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  const std::byte* next_block) const {
+                  kernel::upcoming next_block) const {
     const index_t key_bytes = keys.section_bytes(g);
-    const bool far = next_block != nullptr && reads_far_ahead(key_bytes + values.section_bytes(g), num_rows);
-    const kernel::upcoming then(far ? next_block + key_bytes : next_block, next_block);
+    const index_t block_bytes = key_bytes + values.section_bytes(g);
+    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
+    const kernel::upcoming values_then = next_block.part(key_bytes);
+    const kernel::upcoming then(far ? values_then.next : next_block.next,
+                                block_bytes <= two_in_l1 ? values_then.soon : next_block.soon);
     values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums, then);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
@@ -117,6 +122,10 @@ struct sides {
   { return sides{codec_at(keys, layer, head), codec_at(values, layer, head)}; }
 
  private:
+  /// Bytes of blocks of which the next one has room in the first-level cache beside the one at hand: what is asked for soon is
+  /// the same section of that; of larger ones it is the section behind this one.
+  static constexpr index_t two_in_l1 = 12 * 1024;
+
   /// Memory has to be asked some time before it answers: one section ahead, or the same one of a later block where sections
   /// are soon multiplied. Not further than first-level caches are large; one row, which reads as fast as memory delivers,
   /// takes less. Second-level caches have room for the usual block of any codec.

@@ -126,7 +126,7 @@ struct product {
 
 template <class Tiles>
 KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
-                                  const float* queries, index_t num_rows, float* out, upcoming next) {
+                                  const float* queries, index_t num_rows, float* out, const upcoming& next) {
   using order = block_order<bfloat16>;
   const auto* groups = reinterpret_cast<const bfloat16*>(keys);
   const index_t group_size = order::key_group_size(g);
@@ -249,7 +249,8 @@ KVCACHE_TARGET inline bool add_row(const product& c, index_t row, index_t num_di
 
 template <class Tiles>
 KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* values, index_t count,
-                                      const float* weights, index_t num_rows, float* sums, upcoming next) {
+                                      const float* weights, index_t num_rows, float* sums,
+                                      const upcoming& next) {
   avx512::read_ahead ahead =
       avx512::ahead_of(next, values, std::max(ceil_div(num_rows, rows_at_once), index_t{1}));
   ahead.go_on(next, 0, nullptr);

@@ -151,7 +151,7 @@ inline void fetch_tile(avx512::read_ahead& ahead) noexcept {
 template <class Tiles, int Parts>
 KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
                                        index_t count, const float* prepared, index_t num_rows, float* out,
-                                       const std::byte* next) {
+                                       const upcoming& next) {
   constexpr index_t at_once = byte_rows_at_once<Parts>;
   const auto* lines = reinterpret_cast<const std::int8_t*>(keys);
   const index_t packs = block_order<std::int8_t>::key_packs(g);  // lines of a group of 16 tokens
@@ -210,7 +210,7 @@ KVCACHE_INLINE void add_products_to(float* sums, avx512::vec x, float scale, ind
 template <class Tiles, int Parts>
 KVCACHE_TARGET inline void sum_bytes(const block_geometry& g, const std::byte* values, const bfloat16* scales,
                                      index_t count, const float* weights, index_t num_rows, float* sums,
-                                     const std::byte* next) {
+                                     const upcoming& next) {
   constexpr index_t at_once = byte_rows_at_once<Parts>;
   const index_t stride = 4 * g.head_dim;  // bytes from four tokens to the next four
   avx512::read_ahead ahead =
@@ -261,7 +261,7 @@ KVCACHE_TARGET inline void sum_bytes(const block_geometry& g, const std::byte* v
 template <class Tiles, int Parts>
 inline void score_bytes_best(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
                              index_t count, const float* prepared, index_t num_rows, float* out,
-                             const std::byte* next) {
+                             const upcoming& next) {
   const bool in_tiles = num_rows * Parts >= least_byte_rows && Tiles::multiply_bytes_here();
   const auto run = in_tiles ? score_bytes<Tiles, Parts> : avx512::kernels_for_bytes<Parts>.scores;
   run(g, keys, scales, count, prepared, num_rows, out, next);
@@ -270,7 +270,7 @@ inline void score_bytes_best(const block_geometry& g, const std::byte* keys, con
 template <class Tiles, int Parts>
 inline void sum_bytes_best(const block_geometry& g, const std::byte* values, const bfloat16* scales,
                            index_t count, const float* weights, index_t num_rows, float* sums,
-                           const std::byte* next) {
+                           const upcoming& next) {
   const bool in_tiles = num_rows * Parts >= least_byte_rows && Tiles::multiply_bytes_here();
   const auto run = in_tiles ? sum_bytes<Tiles, Parts> : avx512::kernels_for_bytes<Parts>.accumulate;
   run(g, values, scales, count, weights, num_rows, sums, next);
@@ -280,7 +280,7 @@ inline void sum_bytes_best(const block_geometry& g, const std::byte* values, con
 template <class Tiles>
 inline bool score_packed_best(const packed_section& section, const block_geometry& g, const bfloat16* scales,
                               index_t count, const float* prepared, index_t num_rows, float* out,
-                              const std::byte* next) {
+                              const upcoming& next) {
   if (num_rows > most_packed_rows && Tiles::multiply_bytes_here()) return false;
   return avx512::kernels_for_packed.scores(section, g, scales, count, prepared, num_rows, out, next);
 }
@@ -288,7 +288,7 @@ inline bool score_packed_best(const packed_section& section, const block_geometr
 template <class Tiles>
 inline bool sum_packed_best(const packed_section& section, const block_geometry& g, const bfloat16* scales,
                             index_t count, const float* weights, index_t num_rows, float* sums,
-                            const std::byte* next) {
+                            const upcoming& next) {
   if (num_rows > most_packed_rows && Tiles::multiply_bytes_here()) return false;
   return avx512::kernels_for_packed.accumulate(section, g, scales, count, weights, num_rows, sums, next);
 }

@@ -14,17 +14,6 @@ KVCACHE_INLINE __m512i low_halves(__m512 a, __m512 b) {
                                    _mm512_castps_si512(b));
 }
 
-/// 64 numbers times their scales and `inverse`, rounded to bytes.
-KVCACHE_INLINE __m512i rounded_bytes(const __m512 (&x)[4], const float* scales, __m512 inverse) {
-  const __m512 round_to_integer = _mm512_set1_ps(0x1.8p23F);  // leaves the integer in the low bits
-  __m512 w[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    w[i] = _mm512_fmadd_ps(_mm512_mul_ps(x[i], _mm512_load_ps(scales + 16 * i)), inverse, round_to_integer);
-  const __m512i by_turns = _mm512_packs_epi16(low_halves(w[0], w[1]), low_halves(w[2], w[3]));
-  return _mm512_maskz_permutexvar_epi64(__mmask8{0xff}, _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), by_turns);
-}
-
 /// |a| or |b|, whichever is larger; of a number and NaN the number.
 KVCACHE_INLINE __m512 larger_magnitude(__m512 a, __m512 b) {
   constexpr int without_sign = 0b1011;
@@ -36,68 +25,36 @@ KVCACHE_INLINE __m512 load_widened(__mmask16 mask, const bfloat16* p) {
   return widen_low(bits{_mm512_maskz_cvtepu16_epi32(all, _mm256_maskz_loadu_epi16(mask, p))}).x;
 }
 
-/// Of up to four rows: the largest magnitudes and the dot products. And the channels' scales as floats.
-struct folded_rows {
-  __m512i most[4] = {};
-  __m512 dot[4] = {};
-  alignas(64) std::array<float, round_up_64(max_head_dim)> scales;
+/// 16 dims of up to four rows times the channels' scales. Rows lie side by side: where one was half a page or more behind the
+/// other, loads would wait for stores that they only seem to depend on.
+template <int Rows>
+struct folded_16 {
+  alignas(64) float row[Rows][key_lanes];
 };
 
-/// 16 dims of pass 1.
+/// Folds 16 dims; their largest magnitudes, and the dot products.
 template <int Rows>
-KVCACHE_INLINE void measure_16(const float* queries, index_t head_dim, __mmask16 mask, __m512 scale,
-                               __m512 offset, __m512 (&most)[Rows], __m512 (&dot)[Rows]) {
+KVCACHE_INLINE void fold_16(const float* queries, index_t head_dim, __mmask16 mask, __m512 scale,
+                            __m512 offset, folded_16<Rows>& to, __m512 (&most)[Rows], __m512 (&dot)[4]) {
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
     const __m512 q = _mm512_maskz_loadu_ps(mask, queries + r * head_dim);
-    most[r] = larger_magnitude(most[r], _mm512_mul_ps(q, scale));
+    const __m512 x = _mm512_mul_ps(q, scale);
+    _mm512_store_ps(to.row[r], x);
+    most[r] = larger_magnitude(most[r], x);
     dot[r] = _mm512_fmadd_ps(q, offset, dot[r]);
   }
 }
 
-/// Pass 1: what the bytes are relative to, and the constants.
+/// 64 dims of row r times `inverse`, rounded to bytes.
 template <int Rows>
-KVCACHE_INLINE void measure_folded(const float* queries, index_t head_dim, const bfloat16* scales,
-                                   const bfloat16* offsets, folded_rows& out) {
-  __m512 most[Rows];
-  __m512 dot[Rows];
+KVCACHE_INLINE __m512i rounded_bytes(const folded_16<Rows>* x, int r, __m512 inverse) {
+  const __m512 round_to_integer = _mm512_set1_ps(0x1.8p23F);  // leaves the integer in the low bits
+  __m512 w[4];
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) most[r] = dot[r] = _mm512_setzero_ps();
-  index_t d = 0;
-  for (; d + key_lanes <= head_dim; d += key_lanes) {
-    const __m512 scale = load_widened(scales + d).x;
-    _mm512_store_ps(&out.scales[static_cast<std::size_t>(d)], scale);
-    measure_16<Rows>(queries + d, head_dim, all, scale, load_widened(offsets + d).x, most, dot);
-  }
-  for (; d < round_up_64(head_dim); d += key_lanes) {
-    const __mmask16 mask = first_lanes(head_dim - d);
-    const __m512 scale = load_widened(mask, scales + d);
-    _mm512_store_ps(&out.scales[static_cast<std::size_t>(d)], scale);
-    measure_16<Rows>(queries + d, head_dim, mask, scale, load_widened(mask, offsets + d), most, dot);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    out.most[r] = _mm512_castps_si512(most[r]);
-    out.dot[r] = dot[r];
-  }
-}
-
-/// Pass 2: one row. \return sums of its bytes, in words
-KVCACHE_INLINE __m512i store_folded(const float* query, index_t head_dim, const float* scales, float inverse,
-                                    std::int8_t* to) {
-  __m512i sum = _mm512_setzero_si512();
-  const __m512 factor = _mm512_set1_ps(inverse);
-  __m512 x[4];
-  index_t d = 0;
-  for (; d + 64 <= head_dim; d += 64) {
-    load_64(query + d, x);
-    store_query(to + d, rounded_bytes(x, scales + d, factor), 64, sum);
-  }
-  if (d < head_dim) {
-    load_64(query + d, head_dim - d, x);
-    store_query(to + d, rounded_bytes(x, scales + d, factor), head_dim - d, sum);
-  }
-  return sum;
+  for (int i = 0; i < 4; ++i) w[i] = _mm512_fmadd_ps(_mm512_load_ps(x[i].row[r]), inverse, round_to_integer);
+  const __m512i by_turns = _mm512_packs_epi16(low_halves(w[0], w[1]), low_halves(w[2], w[3]));
+  return _mm512_maskz_permutexvar_epi64(__mmask8{0xff}, _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), by_turns);
 }
 
 /// As prepare_rows.
@@ -105,19 +62,38 @@ template <int Rows>
 KVCACHE_TARGET inline void prepare_folded_rows(index_t head_dim, const float* queries, const bfloat16* scales,
                                                const bfloat16* offsets, float* prepared) {
   const index_t row_floats = 16 + round_up_16(head_dim);
-  folded_rows rows;
-  measure_folded<Rows>(queries, head_dim, scales, offsets, rows);
-  byte_scales s;
-  scale_to(byte_split<1>::largest_query, rows.most, s);
-  __m512i sums[4] = {};
+  folded_16<Rows> folded[round_up_64(max_head_dim) / key_lanes];  // zeros up to whole 64s
+  folded_16<Rows>* to = folded;
+  __m512 most[Rows];
+  __m512 dot[4] = {};
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r)
-    sums[r] = store_folded(queries + r * head_dim, head_dim, rows.scales.data(), s.inverse[r],
-                           reinterpret_cast<std::int8_t*>(prepared + r * row_floats + prepared_head_floats));
+  for (__m512& m : most) m = _mm512_setzero_ps();
+  index_t d = 0;
+  for (; d + key_lanes <= head_dim; d += key_lanes, ++to)
+    fold_16<Rows>(queries + d, head_dim, all, load_widened(scales + d).x, load_widened(offsets + d).x, *to,
+                  most, dot);
+  for (; d < round_up_64(head_dim); d += key_lanes, ++to) {
+    const __mmask16 mask = first_lanes(head_dim - d);
+    fold_16<Rows>(queries + d, head_dim, mask, load_widened(mask, scales + d),
+                  load_widened(mask, offsets + d), *to, most, dot);
+  }
+  __m512i sizes[4] = {};
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) sizes[r] = _mm512_castps_si512(most[r]);
+  byte_scales s;
+  scale_to(byte_split<1>::largest_query, sizes, s);
+  __m512i sums[4] = {};
+  to = folded;
+  for (d = 0; d < head_dim; d += 64, to += 4) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+      store_query(reinterpret_cast<std::int8_t*>(prepared + r * row_floats + prepared_head_floats) + d,
+                  rounded_bytes(to, r, _mm512_set1_ps(s.inverse[r])), head_dim - d, sums[r]);
+  }
   alignas(16) std::int32_t starts[4];
   alignas(16) float constants[4];
   _mm_store_si128(reinterpret_cast<__m128i*>(starts), sum_of_four(sums));
-  _mm_store_ps(constants, sum_of_four(rows.dot));
+  _mm_store_ps(constants, sum_of_four(dot));
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
     const prepared_head head{s.scale[r], {-128 * starts[r], 0}, constants[r]};

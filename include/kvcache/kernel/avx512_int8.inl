@@ -63,7 +63,7 @@ KVCACHE_TARGET inline void score_byte_rows(const block_geometry& g, const std::i
 template <int Parts>
 KVCACHE_TARGET inline void scores_vnni(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
                                        index_t count, const float* prepared, index_t num_rows, float* out,
-                                       const std::byte* next) {
+                                       const upcoming& next) {
   read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, 4));
   score_byte_rows<Parts, 4>(g, reinterpret_cast<const std::int8_t*>(keys), scales, count, prepared, num_rows,
                             out, ahead);
@@ -146,7 +146,7 @@ KVCACHE_TARGET inline void sum_byte_rows(const block_geometry& g, const std::byt
 template <int Parts>
 KVCACHE_TARGET inline void accumulate_vnni(const block_geometry& g, const std::byte* values,
                                            const bfloat16* scales, index_t count, const float* weights,
-                                           index_t num_rows, float* sums, const std::byte* next) {
+                                           index_t num_rows, float* sums, const upcoming& next) {
   read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, 4));
   for (index_t t = 0; t < count; t += sum_tokens)
     sum_byte_rows<Parts, 4>(g, values + t * g.head_dim, scales + t, std::min(sum_tokens, count - t),

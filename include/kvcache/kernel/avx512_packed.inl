@@ -29,15 +29,22 @@ KVCACHE_INLINE void fetch_unit(const std::byte* p) {
 #pragma GCC unroll 3
   for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i) prefetch::line(p + i * packed_line_bytes);
 }
+/// The unit at an offset of both.
+template <int Bits>
+KVCACHE_INLINE void fetch_unit(const upcoming& then, index_t offset) {
+#pragma GCC unroll 3
+  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i, offset += packed_line_bytes)
+    prefetch::lines(then.next + offset, then.soon + offset);
+}
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 /// Where packed keys lie and what they are multiplied with.
 struct packed_keys {
   const std::byte* at;
-  const std::byte* next;  // fetched meanwhile
-  index_t group_bytes;    // from one group of 16 keys to the next
-  index_t num_units;      // of each group
+  upcoming then;        // fetched meanwhile
+  index_t group_bytes;  // from one group of 16 keys to the next
+  index_t num_units;    // of each group
   bits codebook;
 };
 
@@ -59,7 +66,7 @@ KVCACHE_TARGET inline void score_packed_tile(const packed_keys& keys, const bloc
   const index_t row_floats = prepared_query_floats(g.head_dim);
   row_column<Rows> queries(prepared + prepared_head_floats, row_floats);
   const std::byte* at = keys.at;
-  const std::byte* next = keys.next;
+  upcoming then = keys.then;
   score_sums<Rows, Groups> sums;
   sums.start(prepared, row_floats);
   for (index_t u = 0; u < keys.num_units; ++u) {
@@ -67,11 +74,11 @@ KVCACHE_TARGET inline void score_packed_tile(const packed_keys& keys, const bloc
 #pragma GCC unroll 4
     for (int i = 0; i < Groups; ++i) {
       load_unit(at + i * keys.group_bytes, units[i]);
-      fetch_unit<Bits>(next + i * keys.group_bytes);
+      fetch_unit<Bits>(then, i * keys.group_bytes);
     }
     add_key_lines<Bits, 0>(units, keys.codebook, queries, sums);
     at += packed_order<Bits>::unit_bytes;
-    next += packed_order<Bits>::unit_bytes;
+    then.go_on(packed_order<Bits>::unit_bytes);
     queries.go_on(packed_order<Bits>::lines_per_unit);
   }
   sums.finish(scales, prepared, row_floats, out, g.block_size);
@@ -87,7 +94,7 @@ KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geome
     packed_keys here = keys;
     const auto advance = [&here](index_t by) {
       here.at += by * here.group_bytes;
-      here.next += by * here.group_bytes;
+      here.then.go_on(by * here.group_bytes);
     };
     index_t t = 0;
     for (; t + (groups - 1) * key_lanes < count; t += groups * key_lanes, advance(groups))
@@ -102,11 +109,11 @@ KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geome
 template <int Bits>
 KVCACHE_TARGET inline bool score_packed(const packed_section& section, const block_geometry& g,
                                         const bfloat16* scales, index_t count, const float* prepared,
-                                        index_t num_rows, float* out, const std::byte* next) {
+                                        index_t num_rows, float* out, const upcoming& next) {
   constexpr index_t lines = packed_order<Bits>::lines_per_unit;
   if (g.head_dim % (4 * lines) != 0 || num_rows > most_packed_rows) return false;
   const index_t num_units = g.head_dim / (4 * lines);
-  const packed_keys keys{section.codes, next == nullptr ? section.codes : next,
+  const packed_keys keys{section.codes, next.or_at_hand(section.codes),
                          num_units * packed_order<Bits>::unit_bytes, num_units,
                          load_unsigned_codebook(section.codebook)};
   score_packed_rows<Bits, most_packed_rows>(keys, g, scales, count, prepared, num_rows, out);
@@ -115,7 +122,7 @@ KVCACHE_TARGET inline bool score_packed(const packed_section& section, const blo
 
 KVCACHE_TARGET inline bool packed_scores(const packed_section& section, const block_geometry& g,
                                          const bfloat16* scales, index_t count, const float* prepared,
-                                         index_t num_rows, float* out, const std::byte* next) {
+                                         index_t num_rows, float* out, const upcoming& next) {
   const auto run = section.bits == 4   ? score_packed<4>
                    : section.bits == 3 ? score_packed<3>
                                        : score_packed<2>;
@@ -127,7 +134,7 @@ KVCACHE_TARGET inline bool packed_scores(const packed_section& section, const bl
 /// Packed values of up to 64 tokens: `num_packs` times four, `pack_bytes` apart.
 struct packed_values {
   const std::byte* at;
-  const std::byte* next;
+  upcoming then;
   index_t pack_bytes;
   index_t num_packs;
   bits codebook;
@@ -148,12 +155,12 @@ KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>
   constexpr int num_units = std::max(lines / static_cast<int>(packed_order<Bits>::lines_per_unit), 1);
   value_sums<Rows, lines> sum;
   sum.start();
-  for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.pack_bytes, v.next += v.pack_bytes) {
+  for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.pack_bytes, v.then.go_on(v.pack_bytes)) {
     packed_unit<Bits> units[num_units];
 #pragma GCC unroll 2
     for (int u = 0; u < num_units; ++u) {
       load_unit(v.at + u * packed_order<Bits>::unit_bytes, units[u]);
-      fetch_unit<Bits>(v.next + u * packed_order<Bits>::unit_bytes);
+      fetch_unit<Bits>(v.then, u * packed_order<Bits>::unit_bytes);
     }
     __m512i x[lines];
     look_up_lines<Bits, First, 0>(units, v.codebook, x);
@@ -186,7 +193,8 @@ KVCACHE_TARGET inline void sum_packed_rows(const packed_values& v, const block_g
     weight_bytes<1, Rows> w;
     split_weights(weights, g.block_size, scales, count, w);
     packed_values here = v;
-    for (index_t d = 0; d < g.head_dim; d += lines * key_lanes, here.at += num_bytes, here.next += num_bytes)
+    for (index_t d = 0; d < g.head_dim;
+         d += lines * key_lanes, here.at += num_bytes, here.then.go_on(num_bytes))
       sum_packed_units<Bits, 0>(here, w, sums + d, g.head_dim);
   }
   if constexpr (Rows > 1) sum_packed_rows<Bits, Rows / 2>(v, g, scales, count, weights, num_rows, sums);
@@ -195,7 +203,7 @@ KVCACHE_TARGET inline void sum_packed_rows(const packed_values& v, const block_g
 template <int Bits>
 KVCACHE_TARGET inline bool sum_packed(const packed_section& section, const block_geometry& g,
                                       const bfloat16* scales, index_t count, const float* weights,
-                                      index_t num_rows, float* sums, const std::byte* next) {
+                                      index_t num_rows, float* sums, const upcoming& next) {
   constexpr index_t lines = packed_order<Bits>::lines_per_unit;
   constexpr index_t dims = lines_of_units<Bits, 1> * key_lanes;
   if (g.head_dim % dims != 0 || num_rows > most_packed_rows) return false;
@@ -204,7 +212,7 @@ KVCACHE_TARGET inline bool sum_packed(const packed_section& section, const block
   for (index_t t = 0; t < count; t += sum_tokens) {
     const index_t num_tokens = std::min(sum_tokens, count - t);
     const index_t skip = t / 4 * pack_bytes;
-    const packed_values v{section.codes + skip, (next == nullptr ? section.codes : next) + skip, pack_bytes,
+    const packed_values v{section.codes + skip, next.or_at_hand(section.codes).part(skip), pack_bytes,
                           ceil_div(num_tokens, 4), codebook};
     sum_packed_rows<Bits, most_packed_rows>(v, g, scales + t, num_tokens, weights + t, num_rows, sums);
   }
@@ -213,7 +221,7 @@ KVCACHE_TARGET inline bool sum_packed(const packed_section& section, const block
 
 KVCACHE_TARGET inline bool packed_accumulate(const packed_section& section, const block_geometry& g,
                                              const bfloat16* scales, index_t count, const float* weights,
-                                             index_t num_rows, float* sums, const std::byte* next) {
+                                             index_t num_rows, float* sums, const upcoming& next) {
   const auto run = section.bits == 4 ? sum_packed<4> : section.bits == 3 ? sum_packed<3> : sum_packed<2>;
   return run(section, g, scales, count, weights, num_rows, sums, next);
 }

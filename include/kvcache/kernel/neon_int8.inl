@@ -277,7 +277,7 @@ KVCACHE_TARGET inline void score_whole_rows(const block_geometry& g, const std::
 template <int Parts>
 KVCACHE_TARGET inline void scores_whole(const block_geometry& g, const std::byte* keys,
                                         const bfloat16* scales, index_t count, const float* prepared,
-                                        index_t num_rows, float* out, const std::byte* next) {
+                                        index_t num_rows, float* out, const upcoming& next) {
   constexpr int rows = max_streams / Parts;
   const auto* group = reinterpret_cast<const std::int8_t*>(keys);
   read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, rows));
@@ -354,7 +354,7 @@ KVCACHE_TARGET inline void sum_whole_rows(const block_geometry& g, const value_b
 template <int Parts>
 KVCACHE_TARGET inline void accumulate_whole(const block_geometry& g, const std::byte* values,
                                             const bfloat16* scales, index_t count, const float* weights,
-                                            index_t num_rows, float* sums, const std::byte* next) {
+                                            index_t num_rows, float* sums, const upcoming& next) {
   constexpr int rows = max_streams / Parts;
   read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, rows));
   for (index_t t = 0; t < count; t += sum_tokens) {
@@ -373,14 +373,14 @@ inline void prepare_best(index_t head_dim, const float* queries, index_t num_row
 }
 template <int Parts>
 inline void scores_best(const block_geometry& g, const std::byte* keys, const bfloat16* scales, index_t count,
-                        const float* prepared, index_t num_rows, float* out, const std::byte* next) {
+                        const float* prepared, index_t num_rows, float* out, const upcoming& next) {
   (has_dot_products() ? scores_whole<Parts> : scores_int8)(g, keys, scales, count, prepared, num_rows, out,
                                                            next);
 }
 template <int Parts>
 inline void accumulate_best(const block_geometry& g, const std::byte* values, const bfloat16* scales,
                             index_t count, const float* weights, index_t num_rows, float* sums,
-                            const std::byte* next) {
+                            const upcoming& next) {
   (has_dot_products() ? accumulate_whole<Parts> : accumulate_int8)(g, values, scales, count, weights,
                                                                    num_rows, sums, next);
 }

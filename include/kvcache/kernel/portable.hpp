@@ -228,7 +228,7 @@ struct element {
 
   /// Unpacks 16 tokens at a time into L1, then serves every row from there.
   static void scores(const block_geometry& g, const std::byte* keys, index_t count, const float* queries,
-                     index_t num_rows, float* out, upcoming /*next*/) {
+                     index_t num_rows, float* out, const upcoming& /*next*/) {
     score_rows(g, keys, count, {queries, g.head_dim}, num_rows, out);
   }
 
@@ -253,7 +253,7 @@ struct element {
 
   /// The same for values, 32 tokens at a time.
   static void accumulate(const block_geometry& g, const std::byte* values, index_t count,
-                         const float* weights, index_t num_rows, float* sums, upcoming /*next*/) {
+                         const float* weights, index_t num_rows, float* sums, const upcoming& /*next*/) {
     alignas(64) std::array<float, max_head_dim * value_chunk> unpacked;  // [dim/16, 32 tokens, 16 dims]
     for (index_t t = 0; t < count; t += value_chunk) {
       const index_t num_tokens = std::min(value_chunk, count - t);
@@ -338,7 +338,7 @@ inline void prepare(index_t head_dim, const float* queries, index_t num_rows, fl
 }
 
 inline void scores_int8(const block_geometry& g, const std::byte* keys, const bfloat16* scales, index_t count,
-                        const float* prepared, index_t num_rows, float* out, const std::byte* /*next*/) {
+                        const float* prepared, index_t num_rows, float* out, const upcoming& /*next*/) {
   const const_rows queries{prepared, prepared_query_floats(g.head_dim)};
   element<std::int8_t>::score_rows(g, keys, count, queries, num_rows, out);
   for (index_t r = 0; r < num_rows; ++r) {
@@ -351,7 +351,7 @@ inline constexpr index_t scaled_rows = 16;
 
 inline void accumulate_int8(const block_geometry& g, const std::byte* values, const bfloat16* scales,
                             index_t count, const float* weights, index_t num_rows, float* sums,
-                            const std::byte* next) {
+                            const upcoming& next) {
   std::array<float, scaled_rows * max_block_size> scaled;
   const index_t num_weights = std::min(g.block_size, ceil_div(count, lanes) * lanes);
   for (index_t first = 0; first < num_rows; first += scaled_rows) {

@@ -35,14 +35,28 @@ inline constexpr float softmax_slack = 8.0F;
 /// How many rows softmax takes at a time.
 inline constexpr index_t max_softmax_rows = 16;
 
-/// What will be read after the section at hand, fetched meanwhile, as much as it has; either may be null.
+/// What will be read after the section at hand, fetched meanwhile, as much as it has; either may be null. Kernels take it by
+/// reference: by value it comes as one load of 16 bytes that two stores have just written, which waits for both.
 struct upcoming {
   const std::byte* next;  ///< the one that comes next, or a later one where memory takes longer to answer
   const std::byte* soon =
-      nullptr;  ///< by levels (core/prefetch.hpp): the one that comes next, where `next` is a later one
+      nullptr;  ///< by levels (core/prefetch.hpp): one that comes before, where `next` is a later one
 
   upcoming(const std::byte* then, const std::byte* before_that = nullptr) noexcept
       : next(then), soon(before_that) {}
+  /// What is `offset` bytes in them.
+  [[nodiscard]] upcoming part(index_t offset) const noexcept {
+    return {next == nullptr ? nullptr : next + offset, soon == nullptr ? nullptr : soon + offset};
+  }
+  /// The same without looking for null, as a loop does it.
+  void go_on(index_t num_bytes) noexcept {
+    next += num_bytes;
+    soon += num_bytes;
+  }
+  /// `section` in place of null: at hand, it costs nothing to ask for.
+  [[nodiscard]] upcoming or_at_hand(const std::byte* section) const noexcept {
+    return {next == nullptr ? section : next, soon == nullptr ? section : soon};
+  }
   /// For codecs and kernels that look no nearer.
   operator const std::byte*() const noexcept { return next; }
 };
@@ -64,14 +78,14 @@ struct element_kernels {
   /// \param queries  [num_rows, head_dim]
   /// \param scores   [num_rows, block_size]; slots from `count` on get indeterminate values
   void (*scores)(const block_geometry&, const std::byte* keys, index_t count, const float* queries,
-                 index_t num_rows, float* scores, upcoming next);
+                 index_t num_rows, float* scores, const upcoming& next);
 
   /// sums[r, d] += sum_t weights[r, t] * values[t, d] over slots t in [0, count), in a fixed order.
   /// A weight of exactly zero leaves its value row out, whatever it holds.
   /// \param weights  [num_rows, block_size]; zero from slot `count` to the next multiple of 16
   /// \param sums     [num_rows, head_dim]
   void (*accumulate)(const block_geometry&, const std::byte* values, index_t count, const float* weights,
-                     index_t num_rows, float* sums, upcoming next);
+                     index_t num_rows, float* sums, const upcoming& next);
 };
 
 /// Floats of one prepared query row.
@@ -94,9 +108,9 @@ struct int8_kernels {
   /// As in element_kernels, of prepared queries. A query that is not finite has scores that are NaN or infinite.
   /// \param scales   [block_size], not negative where there is a token, as the weights are not
   void (*scores)(const block_geometry&, const std::byte* keys, const bfloat16* scales, index_t count,
-                 const float* prepared, index_t num_rows, float* scores, const std::byte* next);
+                 const float* prepared, index_t num_rows, float* scores, const upcoming& next);
   void (*accumulate)(const block_geometry&, const std::byte* values, const bfloat16* scales, index_t count,
-                     const float* weights, index_t num_rows, float* sums, const std::byte* next);
+                     const float* weights, index_t num_rows, float* sums, const upcoming& next);
 
   /// `prepare` of what channel_kernels.fold makes of queries; their scores get its dots added. Null on levels where both
   /// one after the other are no slower.
@@ -147,9 +161,9 @@ struct low_bit_kernels {
   /// `coarse.scores` and `coarse.accumulate` of a packed section without unpacking it first; null on levels where that is
   /// no faster. \return false, with nothing done, where unpacking first is better: many rows, odd head_dims
   bool (*scores)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,
-                 const float* prepared, index_t num_rows, float* scores, const std::byte* next) = nullptr;
+                 const float* prepared, index_t num_rows, float* scores, const upcoming& next) = nullptr;
   bool (*accumulate)(const packed_section&, const block_geometry&, const bfloat16* scales, index_t count,
-                     const float* weights, index_t num_rows, float* sums, const std::byte* next) = nullptr;
+                     const float* weights, index_t num_rows, float* sums, const upcoming& next) = nullptr;
 };
 
 /// Rows times factors of their dims. A number of a block with scales and offsets of channels (dims) is

@@ -46,7 +46,7 @@ KVCACHE_TARGET inline void quantize(const float* row, index_t count, float scale
 
 KVCACHE_TARGET inline void scores_int8(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
                                        index_t count, const float* prepared, index_t num_rows, float* out,
-                                       const std::byte* next) {
+                                       const upcoming& next) {
   const const_rows queries{prepared, prepared_query_floats(g.head_dim)};
   score_blocks<std::int8_t>(g, keys, count, queries, num_rows, out, next);
   for (index_t t = 0; t < count; t += key_lanes) {
@@ -64,7 +64,7 @@ KVCACHE_INLINE vec scaled_weights(const float* weights, const bfloat16* scales) 
 
 KVCACHE_TARGET inline void accumulate_int8(const block_geometry& g, const std::byte* values,
                                            const bfloat16* scales, index_t count, const float* weights,
-                                           index_t num_rows, float* sums, const std::byte* next) {
+                                           index_t num_rows, float* sums, const upcoming& next) {
   alignas(64) std::array<float, portable::scaled_rows * max_block_size> scaled;
   for (index_t first = 0; first < num_rows; first += portable::scaled_rows) {
     const index_t rows = std::min(portable::scaled_rows, num_rows - first);

@@ -133,7 +133,8 @@ KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* ke
 
 template <class Element>
 KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte* keys, index_t count,
-                                        const_rows queries, index_t num_rows, float* out, upcoming next) {
+                                        const_rows queries, index_t num_rows, float* out,
+                                        const upcoming& next) {
   const auto* group = reinterpret_cast<const Element*>(keys);
   const index_t group_size = block_order<Element>::key_group_size(g);
   read_ahead ahead = ahead_of(next, keys, num_row_tiles(num_rows, max_score_rows));
@@ -160,7 +161,7 @@ KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte
 
 template <class Element>
 KVCACHE_TARGET inline void scores(const block_geometry& g, const std::byte* keys, index_t count,
-                                  const float* queries, index_t num_rows, float* out, upcoming next) {
+                                  const float* queries, index_t num_rows, float* out, const upcoming& next) {
   score_blocks<Element>(g, keys, count, {queries, g.head_dim}, num_rows, out, next);
 }
 
@@ -300,7 +301,8 @@ KVCACHE_TARGET inline void sum_last_dims(weighted_values<Element> in, index_t nu
 
 template <class Element>
 KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* values, index_t count,
-                                      const float* weights, index_t num_rows, float* sums, upcoming next) {
+                                      const float* weights, index_t num_rows, float* sums,
+                                      const upcoming& next) {
   constexpr index_t pack = block_order<Element>::pack;
   constexpr index_t wide = 8 * key_lanes;
   read_ahead ahead = ahead_of(next, values, num_row_tiles(num_rows, max_sum_rows));

@@ -64,10 +64,10 @@ template <int Lines, int Turns, bool Twice>
 }
 
 /// `next` may be null; then a line that is at hand anyway is asked for. Unless told otherwise, those at hand are near.
-inline read_ahead ahead_of(const std::byte* next, const std::byte* at_hand, index_t passes) {
-  const index_t stride = next == nullptr ? 0 : 64 / passes;
-  if (next == nullptr) next = at_hand;
-  return {next, next, at_hand, stride, prefetch::by_levels};
+inline read_ahead ahead_of(upcoming next, const std::byte* at_hand, index_t passes) {
+  const index_t stride = next.next == nullptr ? 0 : 64 / passes;
+  next = next.or_at_hand(at_hand);
+  return {next.next, next.next, next.soon, stride, prefetch::by_levels};
 }
 
 /// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
