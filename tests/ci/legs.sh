@@ -100,7 +100,8 @@ leg_neon() {
     aarch64-linux-gnu-g++ "${flags[@]}" -c "$part.cpp" -o "build/neon/$(basename "$part").o"
   done
   # shellcheck disable=SC2016 # expanded by the inner shell
-  printf '%s\n' tests/core/half_test.cpp tests/store/crc32c_test.cpp tests/codec/*_test.cpp tests/kernel/*_test.cpp \
+  printf '%s\n' tests/core/half_test.cpp tests/store/crc32c_test.cpp tests/kernel/*_test.cpp \
+    tests/codec/{centred,exact,int8,klt,low_bit_codecs,low_rank,stored_bytes}_test.cpp \
     tests/attention/{adversarial,attend,attend_sizes,determinism,golden,shift}_test.cpp \
     tests/conformance/{verbs,sequences}_test.cpp |
     xargs -P "$(kvcache_jobs)" -I '{}' bash -euc '

@@ -450,10 +450,13 @@ TEST_CASE("scores and sums of klt are those of the rows that are read back", "[c
     for (const index_t block_size : {16, 64, 256}) {
       if (block_size == 256 && dim != 72) continue;  // takes long
       const cache_shape shape{.num_layers = 2, .num_kv_heads = 2, .head_dim = dim, .block_size = block_size};
+      const auto seen = calibrated(shape, random);
+      const auto with_queries = calibrated(shape, random, true);
       for (const double bits : {2.5, 3.5, 100.0}) {
         const double least = dim == 4 ? 4.0 : 0.0;
-        const codec::klt klt =
-            klt_of(shape, std::max(bits, least) + 16.0 / static_cast<double>(dim), random, bits > 3);
+        const codec::klt klt(codec::klt_bases(
+            bits > 3 ? with_queries : seen,
+            {.bits_per_value = std::max(bits, least) + 16.0 / static_cast<double>(dim), .all_sizes = true}));
         const key_value_rows rows = block_of_rows(shape, 1, 1, random);
         CAPTURE(bits);
         check_attention(shape, codec_at(klt, 1, 1), rows, random);
