@@ -72,7 +72,8 @@ void check_small_blocks(Cache cache) {
   constexpr std::size_t ahead = 3;  // 12 KiB of blocks of 4.25 KiB
   for (std::size_t i = 0; i < keys_read.size(); ++i) {
     CAPTURE(i);
-    if (later(keys_read, i, ahead) != nullptr) CHECK(keys_read[i].then.next == later(keys_read, i, ahead));
+    const std::byte* block_ahead = later(keys_read, i, ahead);
+    CHECK(keys_read[i].then.next == (block_ahead != nullptr ? block_ahead : values_read[i].section));
     CHECK(values_read[i].then.next == later(values_read, i, ahead));
     CHECK(keys_read[i].then.soon == later(keys_read, i, 1));
     CHECK(values_read[i].then.soon == later(values_read, i, 1));
@@ -92,8 +93,10 @@ TEST_CASE("where blocks are large, the section behind this one is what is read s
     CAPTURE(i);
     CHECK(keys_read[i].then.soon == values_read[i].section);
     CHECK(values_read[i].then.soon == later(keys_read, i, 1));
-    if (prefetch::by_levels && i + 1 < keys_read.size())
-      CHECK(keys_read[i].then.next == later(keys_read, i, 1));
+    const bool far = prefetch::by_levels && i + 1 < keys_read.size();
+    CHECK(keys_read[i].then.next == (far ? later(keys_read, i, 1) : values_read[i].section));
+    CHECK(values_read[i].then.next ==
+          (prefetch::by_levels ? later(values_read, i, 1) : later(keys_read, i, 1)));
   }
 }
 

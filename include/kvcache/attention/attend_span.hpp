@@ -103,7 +103,7 @@ float* scores_in(float* scratch, const Codec& codec, const block_geometry& g, in
 struct block_tokens {
   const std::byte* block;
   kernel::upcoming
-      next_block;  ///< the one read blocks_ahead blocks later, and the one after this; may be null
+      next_block;  ///< the one blocks_ahead blocks later, and the one behind this one; may be null
   token_range tokens;
   index_t base;                                ///< token of slot 0
   index_t num_scores;                          ///< count, rounded up to what kernels take

@@ -40,7 +40,7 @@ inline constexpr index_t max_softmax_rows = 16;
 struct upcoming {
   const std::byte* next;  ///< the one that comes next, or a later one where memory takes longer to answer
   const std::byte* soon =
-      nullptr;  ///< by levels (core/prefetch.hpp): one that comes before, where `next` is a later one
+      nullptr;  ///< by levels (core/prefetch.hpp): one that comes sooner, as a rule; `next` is a later one
 
   upcoming(const std::byte* then, const std::byte* before_that = nullptr) noexcept
       : next(then), soon(before_that) {}
