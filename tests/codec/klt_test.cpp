@@ -85,9 +85,11 @@ index_t bits_of(const codec::low_rank_layout& layout) {
          2 * layout.bits2;
 }
 
+codec::klt klt_of(const codec::low_rank_calibration& seen, double bits) {
+  return codec::klt(codec::klt_bases(seen, {.bits_per_value = bits, .all_sizes = true}));
+}
 codec::klt klt_of(const cache_shape& shape, double bits, test::random& random, bool queries = false) {
-  return codec::klt(
-      codec::klt_bases(calibrated(shape, random, queries), {.bits_per_value = bits, .all_sizes = true}));
+  return klt_of(calibrated(shape, random, queries), bits);
 }
 
 }  // namespace
@@ -454,9 +456,8 @@ TEST_CASE("scores and sums of klt are those of the rows that are read back", "[c
       const auto with_queries = calibrated(shape, random, true);
       for (const double bits : {2.5, 3.5, 100.0}) {
         const double least = dim == 4 ? 4.0 : 0.0;
-        const codec::klt klt(codec::klt_bases(
-            bits > 3 ? with_queries : seen,
-            {.bits_per_value = std::max(bits, least) + 16.0 / static_cast<double>(dim), .all_sizes = true}));
+        const codec::klt klt =
+            klt_of(bits > 3 ? with_queries : seen, std::max(bits, least) + 16.0 / static_cast<double>(dim));
         const key_value_rows rows = block_of_rows(shape, 1, 1, random);
         CAPTURE(bits);
         check_attention(shape, codec_at(klt, 1, 1), rows, random);

@@ -96,7 +96,7 @@ struct channel_scaled_rows : plain_side {
   static const bfloat16* token_scales(const block_geometry& g, const std::byte* section) noexcept {
     return scales(section + token_scales_offset(g));
   }
-  static void fetch_scales(const block_geometry& g, kernel::upcoming next) noexcept {
+  static void fetch_scales(const block_geometry& g, const std::byte* next) noexcept {
     fetch_behind(next, codes::section_bytes(g), section_bytes(g));
   }
   static const bfloat16* scales_of_tokens(const block_geometry& g, const std::byte* section) noexcept {

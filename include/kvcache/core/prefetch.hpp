@@ -28,12 +28,8 @@ inline constexpr bool by_levels = false;
 
 /// The same, and by levels for a line that is read before it and came into L2 in this way some time ago.
 [[gnu::always_inline]] inline void lines(const void* at, const void* near) noexcept {
-  if (by_levels) {
-    __builtin_prefetch(at, 0, 2);
-    __builtin_prefetch(near, 0, 3);
-  } else {
-    __builtin_prefetch(at, 0, 3);
-  }
+  line(at);
+  if (by_levels) __builtin_prefetch(near, 0, 3);
 }
 
 }  // namespace kvcache::inline v0::prefetch
