@@ -27,7 +27,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string_view>
 
 namespace kvcache::inline v0::codec {
@@ -46,16 +45,11 @@ struct balanced_traits {
 /// Means and spreads of the channels of some rows, with every token's own size taken out.
 class channel_statistics {
  public:
-  /// \param unit  what the rows are divided by before anything is squared
-  channel_statistics(const block_geometry& g, index_t count, const_rows rows, float inverse_unit)
-      : dim_(g.head_dim), count_(count), rows_(rows), inverse_unit_(inverse_unit) {
-    means_.fill(0.0F);
-    float* means = means_.data();
-    const auto num_rows = static_cast<float>(count_);
-    for (index_t t = 0; t < count; ++t) {
-      lanes::transform(
-          dim_, means, [=](auto mean, auto x) { return mean + x / num_rows; }, means, rows.row(t));
-    }
+  /// \param inverse_unit  what the rows are multiplied by before anything is squared
+  channel_statistics(const kernel::table& kernels, const block_geometry& g, index_t count, const_rows rows,
+                     float inverse_unit)
+      : kernels_(kernels), dim_(g.head_dim), count_(count), rows_(rows), inverse_unit_(inverse_unit) {
+    kernels.channel.means(rows, count, dim_, means_.data());
     for_each_dim([&](std::size_t i) { means_[i] = to_float(to_finite_bfloat16(means_[i])); });
     weights_.fill(1.0F);
     constexpr int rounds = 3;
@@ -80,50 +74,24 @@ class channel_statistics {
 
   /// squares[d] = mean over tokens of weight * x^2
   void measure_channels() {
-    squares_.fill(0.0F);
-    for (index_t t = 0; t < count_; ++t) {
-      const float* row = rows_.row(t);
-      const float weight = weights_[static_cast<std::size_t>(t)] / static_cast<float>(count_);
-      const float* means = means_.data();
-      float* squares = squares_.data();
-      const float inverse_unit = inverse_unit_;
-      const auto add_square = [=](auto sum, auto number, auto mean) {
-        const auto x = (number - mean) * inverse_unit;
-        return sum + lanes::rounded(weight * x * x);
-      };
-      lanes::transform(dim_, squares, add_square, squares, row, means);
-    }
+    std::array<float, max_block_size> shares;
+    std::transform(weights_.begin(), weights_.begin() + count_, shares.begin(),
+                   [this](float weight) { return weight / static_cast<float>(count_); });
+    kernels_.channel.squares_of_channels(rows_, count_, dim_, means_.data(), inverse_unit_, shares.data(),
+                                         squares_.data());
   }
 
   /// weight[t] = 1 / mean over channels of x^2 / squares[d]
   void measure_tokens() {
     channel_floats inverse;
     for_each_dim([&](std::size_t i) { inverse[i] = squares_[i] > 0 ? 1.0F / squares_[i] : 0.0F; });
-    for (index_t t = 0; t < count_; ++t) {
-      const float* row = rows_.row(t);
-      std::array<float, 16> parts{};
-      lanes::four_floats sums[4] = {};
-      index_t d = 0;
-      for (; d + 16 <= dim_; d += 16) {
-        for (index_t i = 0; i < 4; ++i) {
-          const index_t at = d + 4 * i;
-          const lanes::four_floats x =
-              (lanes::load_four(row + at) - lanes::load_four(means_.data() + at)) * inverse_unit_;
-          sums[i] += lanes::rounded(x * x * lanes::load_four(inverse.data() + at));
-        }
-      }
-      std::memcpy(parts.data(), sums, sizeof(sums));
-      for (; d < dim_; ++d) {
-        const auto i = static_cast<std::size_t>(d);
-        const float x = (row[i] - means_[i]) * inverse_unit_;
-        parts[i % parts.size()] += lanes::rounded(x * x * inverse[i]);
-      }
-      float sum = 0;
-      for (const float part : parts) sum += part;
-      weights_[static_cast<std::size_t>(t)] = sum > 0 ? static_cast<float>(dim_) / sum : 0.0F;
-    }
+    kernels_.channel.squares_of_tokens(rows_, count_, dim_, means_.data(), inverse_unit_, inverse.data(),
+                                       weights_.data());
+    std::transform(weights_.begin(), weights_.begin() + count_, weights_.begin(),
+                   [this](float sum) { return sum > 0 ? static_cast<float>(dim_) / sum : 0.0F; });
   }
 
+  const kernel::table& kernels_;
   index_t dim_;
   index_t count_;
   const_rows rows_;
@@ -143,7 +111,7 @@ struct balanced_side : Base {
     for (index_t t = 0; t < count; ++t)
       largest = std::max(largest, kernels.int8.largest(rows.row(t), g.head_dim));
     const float unit = std::max(largest, 0x1p-100F);
-    const channel_statistics statistics(g, count, rows, 1.0F / unit);
+    const channel_statistics statistics(kernels, g, count, rows, 1.0F / unit);
     channel_floats inverse_scales;
     for (index_t d = 0; d < g.head_dim; ++d) {
       const bfloat16 scale = to_finite_bfloat16(statistics.spread(d) * unit);

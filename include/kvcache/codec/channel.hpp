@@ -17,17 +17,14 @@
 #include <kvcache/codec/sealing.hpp>
 #include <kvcache/codec/sides.hpp>
 #include <kvcache/core/half.hpp>
-#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string_view>
 
 namespace kvcache::inline v0::codec {
@@ -57,29 +54,12 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
   using traits = detail::channel_traits<Bits>;
   using base = detail::channel_scaled_keys<traits>;
 
-  static void encode(const kernel::table& /*kernels*/, const block_geometry& g, std::byte* section,
-                     index_t first, index_t count, const_rows rows) {
+  static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
+                     index_t count, const_rows rows) {
     if (count == 0) return;
     detail::channel_floats least;
     detail::channel_floats largest;
-    std::copy_n(rows.row(0), g.head_dim, least.begin());
-    std::copy_n(rows.row(0), g.head_dim, largest.begin());
-    for (index_t t = 1; t < count; ++t) {
-      const float* row = rows.row(t);
-      float* low = least.data();
-      float* high = largest.data();
-      lanes::for_each(
-          g.head_dim,
-          [=](index_t d) {
-            const lanes::four_floats x = lanes::load_four(row + d);
-            lanes::store_four(low + d, lanes::least_of(lanes::load_four(low + d), x));
-            lanes::store_four(high + d, lanes::largest_of(lanes::load_four(high + d), x));
-          },
-          [=](index_t d) {
-            low[d] = std::min(low[d], row[d]);
-            high[d] = std::max(high[d], row[d]);
-          });
-    }
+    kernels.channel.ranges(rows, count, g.head_dim, least.data(), largest.data());
     detail::channel_floats middles;
     detail::channel_floats inverse_steps;
     for (index_t d = 0; d < g.head_dim; ++d) {
@@ -88,18 +68,8 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
     }
     detail::code_row row_codes;
     for (index_t t = 0; t < count; ++t) {
-      const float* row = rows.row(t);
-      const float* middle = middles.data();
-      const float* inverse_step = inverse_steps.data();
-      std::uint8_t* codes = row_codes.data();
-      lanes::for_each(
-          g.head_dim,
-          [=](index_t d) {
-            put_four_codes((lanes::load_four(row + d) - lanes::load_four(middle + d)) *
-                               lanes::load_four(inverse_step + d),
-                           codes + d);
-          },
-          [=](index_t d) { codes[d] = code_of((row[d] - middle[d]) * inverse_step[d]); });
+      kernels.channel.to_codes(rows.row(t), middles.data(), inverse_steps.data(), traits::below, g.head_dim,
+                               row_codes.data());
       base::rows::codes::put(g, section, first + t, row_codes.data());
     }
   }
@@ -118,24 +88,6 @@ struct channel_keys : detail::channel_scaled_keys<detail::channel_traits<Bits>> 
     inverse_step = step.bits == 0 ? 0.0F : 1.0F / to_float(step);
     if (!std::isfinite(inverse_step)) inverse_step = 0.0F;  // steps below 2^-127 are nothing
     base::rows::set_channel(g, section, dim, step, offset);
-  }
-
-  static std::uint8_t code_of(float steps) noexcept {
-    const float bounded =
-        std::clamp(steps, static_cast<float>(-traits::below), static_cast<float>(traits::below - 1));
-    // rounds to nearest even: what is left in the low bits of the mantissa is the whole number
-    const float shifted = bounded + 0x1.8p23F;
-    return static_cast<std::uint8_t>((std::bit_cast<std::uint32_t>(shifted) + traits::below) & 0xffU);
-  }
-  /// The same, four at a time.
-  static void put_four_codes(lanes::four_floats steps, std::uint8_t* codes) noexcept {
-    const auto all = [](float x) { return lanes::four_floats{x, x, x, x}; };
-    const lanes::four_floats bounded =
-        lanes::least_of(lanes::largest_of(steps, all(static_cast<float>(-traits::below))),
-                        all(static_cast<float>(traits::below - 1)));
-    const auto words = reinterpret_cast<lanes::four_words>(bounded + all(0x1.8p23F)) + traits::below;
-    const auto bytes = __builtin_convertvector(words & 0xff, lanes::four_bytes);
-    std::memcpy(codes, &bytes, sizeof(bytes));
   }
 };
 

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <kvcache/block/order.hpp>
-#include <kvcache/block/quads.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
 #include <kvcache/codec/description.hpp>
@@ -28,7 +27,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <numeric>
 #include <span>
@@ -39,17 +37,10 @@ namespace kvcache::inline v0::codec {
 
 namespace detail {
 
-/// A row as bytes, zeros up to the next multiple of four, and its scale.
-struct byte_row {
-  std::array<std::int8_t, max_head_dim + 4> bytes;
-  bfloat16 scale;
-
-  byte_row(const kernel::table& kernels, const float* row, index_t head_dim)
-      : scale(bfloat16_not_below(kernels.int8.largest(row, head_dim) / 127.0F)) {
-    std::memset(&bytes[static_cast<std::size_t>(head_dim)], 0, 4);
-    kernels.int8.quantize(row, head_dim, to_float(scale), bytes.data());
-  }
-};
+/// The scale of a row.
+inline bfloat16 byte_scale(const kernel::table& kernels, const float* row, index_t head_dim) noexcept {
+  return bfloat16_not_below(kernels.int8.largest(row, head_dim) / 127.0F);
+}
 
 /// What keys and values have in common. \tparam Order  keys_in_order or values_in_order
 template <class Order>
@@ -118,7 +109,6 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
 
   void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
               index_t count, const_rows rows) const {
-    auto* keys = reinterpret_cast<std::int8_t*>(section);
     std::array<float, max_head_dim> centred;
     for (index_t t = first; t < first + count; ++t) {
       const float* key = rows.row(t - first);
@@ -127,13 +117,9 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
                        [](float x, float m) { return std::clamp(x - m, -0x1.FEp127F, 0x1.FEp127F); });
         key = centred.data();
       }
-      const detail::byte_row row(kernels, key, g.head_dim);
-      set_scale(section + scales_offset(g), t, row.scale);
-      std::int8_t* to = keys + order::key_index(g, t, 0);  // its words lie a line apart
-      const std::int8_t* const end = row.bytes.data() + g.head_dim;
-      for (const std::int8_t* from = row.bytes.data(); from < end;
-           from += order::pack, to += key_lanes * order::pack)
-        std::memcpy(to, from, order::pack);
+      const bfloat16 scale = detail::byte_scale(kernels, key, g.head_dim);
+      set_scale(section + scales_offset(g), t, scale);
+      detail::keys_in_order::put_bytes(kernels, g, section, t, key, to_float(scale));
     }
   }
   void decode(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t first,
@@ -179,16 +165,10 @@ struct int8_values : detail::int8_rows<detail::values_in_order> {
   static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
                      index_t count, const_rows rows) {
     for (index_t t = first; t < first + count; ++t) {
-      const detail::byte_row row(kernels, rows.row(t - first), g.head_dim);
-      set_scale(section + scales_offset(g), t, row.scale);
-      std::byte* quads = section + order::value_index(g, t / order::pack * order::pack, 0);
-      const index_t slot = t % order::pack;
-      index_t d = 0;
-      for (; d + 16 <= g.head_dim; d += 16)
-        put_in_quads(quads + d * order::pack, slot,
-                     reinterpret_cast<const std::uint8_t*>(&row.bytes[static_cast<std::size_t>(d)]));
-      for (std::byte* to = quads + d * order::pack + slot; d < g.head_dim; ++d, to += order::pack)
-        *to = static_cast<std::byte>(row.bytes[static_cast<std::size_t>(d)]);
+      const float* value = rows.row(t - first);
+      const bfloat16 scale = detail::byte_scale(kernels, value, g.head_dim);
+      set_scale(section + scales_offset(g), t, scale);
+      detail::values_in_order::put_bytes(kernels, g, section, t, value, to_float(scale));
     }
   }
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,

@@ -58,10 +58,7 @@ struct klt_bytes {
     alignas(64) component_row clamped;
     std::transform(row, row + g.head_dim, clamped.begin(),
                    [](float x) { return std::clamp(x, -reach, reach); });
-    std::array<std::int8_t, max_head_dim + 4> levels{};
-    kernels.int8.quantize(clamped.data(), g.head_dim, unit, levels.data());
-    for (index_t d = 0; d < g.head_dim; ++d)
-      section[Order::index(g, token, d)] = static_cast<std::byte>(levels[static_cast<std::size_t>(d)]);
+    Order::put_bytes(kernels, g, section, token, clamped.data(), unit);
   }
   static void decode(const block_geometry& g, const std::byte* section, index_t token, float* row) {
     for (index_t d = 0; d < g.head_dim; ++d)

@@ -97,6 +97,12 @@ struct keys_in_order {
                        index_t to_slot) noexcept {
     move_key_row<std::int8_t>(g, from, from_slot, to, to_slot);
   }
+  /// A row as bytes, see kernel::int8_kernels.
+  static void put_bytes(const kernel::table& kernels, const block_geometry& g, std::byte* section,
+                        index_t token, const float* row, float scale) {
+    kernels.int8.put_key(row, g.head_dim, scale,
+                         reinterpret_cast<std::int8_t*>(section) + index(g, token, 0));
+  }
   template <class Packed>
   static void put(const block_geometry& g, std::byte* section, index_t token, std::uint8_t* codes) {
     for (index_t d = g.head_dim; d % order::pack != 0; ++d) codes[d] = 0;
@@ -122,6 +128,12 @@ struct values_in_order {
   static void move_row(const block_geometry& g, const std::byte* from, index_t from_slot, std::byte* to,
                        index_t to_slot) noexcept {
     move_value_row<std::int8_t>(g, from, from_slot, to, to_slot);
+  }
+  /// A row as bytes, see kernel::int8_kernels.
+  static void put_bytes(const kernel::table& kernels, const block_geometry& g, std::byte* section,
+                        index_t token, const float* row, float scale) {
+    auto* quads = reinterpret_cast<std::int8_t*>(section) + index(g, token / order::pack * order::pack, 0);
+    kernels.int8.put_value(row, g.head_dim, scale, token % order::pack, quads);
   }
   template <class Packed>
   static void put(const block_geometry& g, std::byte* section, index_t token, const std::uint8_t* codes) {

@@ -295,7 +295,8 @@ inline bool sum_packed_best(const packed_section& section, const block_geometry&
 
 template <class Tiles, int Parts>
 inline constexpr int8_kernels kernels_for_bytes = {avx512::kernels_for_bytes<Parts>.largest,
-                                                   avx512::kernels_for_bytes<Parts>.quantize,
+                                                   avx512::kernels_for_bytes<Parts>.put_key,
+                                                   avx512::kernels_for_bytes<Parts>.put_value,
                                                    avx512::kernels_for_bytes<Parts>.prepare,
                                                    score_bytes_best<Tiles, Parts>,
                                                    sum_bytes_best<Tiles, Parts>,

@@ -59,8 +59,15 @@ KVCACHE_INLINE vec add(vec a, vec b) { return {_mm256_add_ps(a.low, b.low), _mm2
 KVCACHE_INLINE vec sub(vec a, vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 KVCACHE_INLINE vec mul(vec a, vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 KVCACHE_INLINE vec div(vec a, vec b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+KVCACHE_INLINE vec rounded(vec a) {
+  asm("" : "+x"(a.low), "+x"(a.high));
+  return a;
+}
 KVCACHE_INLINE vec fma(vec a, vec b, vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+KVCACHE_INLINE vec smaller(vec a, vec b) {
+  return {_mm256_min_ps(b.low, a.low), _mm256_min_ps(b.high, a.high)};
 }
 KVCACHE_INLINE vec larger(vec a, vec b) {
   return {_mm256_max_ps(b.low, a.low), _mm256_max_ps(b.high, a.high)};
@@ -183,6 +190,14 @@ KVCACHE_INLINE void store_bytes(void* p, vec a) {
   _mm_storeu_si128(static_cast<__m128i*>(p),
                    _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
 }
+KVCACHE_INLINE __m256i with_byte(__m256i words, index_t slot, __m256 whole) {
+  const __m128i distance = _mm_cvtsi32_si128(static_cast<int>(8 * slot));
+  const __m256i replaced = _mm256_sll_epi32(_mm256_set1_epi32(255), distance);
+  return _mm256_blendv_epi8(words, _mm256_sll_epi32(_mm256_cvtps_epi32(whole), distance), replaced);
+}
+KVCACHE_INLINE bits with_byte(bits words, index_t slot, vec whole) {
+  return {with_byte(words.low, slot, whole.low), with_byte(words.high, slot, whole.high)};
+}
 KVCACHE_INLINE vec zero_where_zero(vec w, vec x) {
   const __m256 none = _mm256_setzero_ps();
   return {_mm256_and_ps(_mm256_cmp_ps(w.low, none, _CMP_NEQ_UQ), x.low),
@@ -238,6 +253,34 @@ KVCACHE_INLINE bits and_bits(bits a, bits b) {
 KVCACHE_INLINE bits larger_words(bits a, bits b) {
   return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)};
 }
+KVCACHE_INLINE bits sub_words(bits a, bits b) {
+  return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
+}
+KVCACHE_INLINE std::uint32_t first_word(bits a) {
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(a.low)));
+}
+/// combine(all lanes), in every lane.
+template <class Combine>
+KVCACHE_INLINE bits everywhere(bits a, Combine combine) {
+  __m256i x = combine(a.low, a.high);
+  x = combine(x, _mm256_permute4x64_epi64(x, 0b01'00'11'10));
+  x = combine(x, _mm256_shuffle_epi32(x, 0b01'00'11'10));
+  x = combine(x, _mm256_shuffle_epi32(x, 0b10'11'00'01));
+  return {x, x};
+}
+struct add_words {
+  KVCACHE_INLINE __m256i operator()(__m256i a, __m256i b) const { return _mm256_add_epi32(a, b); }
+};
+struct larger_of_words {
+  KVCACHE_INLINE __m256i operator()(__m256i a, __m256i b) const { return _mm256_max_epi32(a, b); }
+};
+KVCACHE_INLINE bits largest_everywhere(bits a) { return everywhere(a, larger_of_words{}); }
+KVCACHE_INLINE vec sum_everywhere(vec a) {
+  const bits sum = everywhere({_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}, add_words{});
+  const __m256 x = _mm256_cvtepi32_ps(sum.low);
+  return {x, x};
+}
+KVCACHE_INLINE bits as_bits(vec a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 KVCACHE_INLINE vec as_floats(bits a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
 KVCACHE_INLINE bits or_bits(bits a, bits b) {
   return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
@@ -254,10 +297,14 @@ KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
 KVCACHE_INLINE bits look_up(bits codebook, bits codes) {
   return {_mm256_shuffle_epi8(codebook.low, codes.low), _mm256_shuffle_epi8(codebook.high, codes.high)};
 }
-KVCACHE_INLINE vec look_up(const float* eight, vec place) {
-  const __m256 x = _mm256_loadu_ps(eight);
-  return {_mm256_permutevar8x32_ps(x, _mm256_castps_si256(place.low)),
-          _mm256_permutevar8x32_ps(x, _mm256_castps_si256(place.high))};
+KVCACHE_INLINE vec eight_twice(const std::int8_t* p) {
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+  return {x, x};
+}
+KVCACHE_INLINE vec look_up(vec eight, vec place) {
+  return {_mm256_permutevar8x32_ps(eight.low, _mm256_castps_si256(place.low)),
+          _mm256_permutevar8x32_ps(eight.high, _mm256_castps_si256(place.high))};
 }
 KVCACHE_INLINE __m256 count_if_above(__m256 place, __m256 x, __m256 limit, __m256i n) {
   const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, limit, _CMP_GT_OQ));

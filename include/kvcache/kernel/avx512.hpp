@@ -54,7 +54,12 @@ KVCACHE_INLINE vec add(vec a, vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 KVCACHE_INLINE vec sub(vec a, vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 KVCACHE_INLINE vec mul(vec a, vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 KVCACHE_INLINE vec div(vec a, vec b) { return {_mm512_div_ps(a.x, b.x)}; }
+KVCACHE_INLINE vec rounded(vec a) {
+  asm("" : "+v"(a.x));
+  return a;
+}
 KVCACHE_INLINE vec fma(vec a, vec b, vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+KVCACHE_INLINE vec smaller(vec a, vec b) { return {_mm512_maskz_min_ps(all, b.x, a.x)}; }
 KVCACHE_INLINE vec larger(vec a, vec b) { return {_mm512_maskz_max_ps(all, b.x, a.x)}; }
 
 KVCACHE_INLINE vec magnitude(vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0F), a.x)}; }
@@ -131,6 +136,11 @@ KVCACHE_INLINE void store_bytes(void* p, vec a) {
   _mm_storeu_si128(static_cast<__m128i*>(p),
                    _mm512_maskz_cvtepi32_epi8(all, _mm512_maskz_cvtps_epi32(all, a.x)));
 }
+KVCACHE_INLINE bits with_byte(bits words, index_t slot, vec whole) {
+  const __m128i distance = _mm_cvtsi32_si128(static_cast<int>(8 * slot));
+  const __m512i in_slot = _mm512_maskz_sll_epi32(all, _mm512_maskz_cvtps_epi32(all, whole.x), distance);
+  return {_mm512_mask_mov_epi8(words.x, 0x1111111111111111U << static_cast<unsigned>(slot), in_slot)};
+}
 KVCACHE_INLINE vec zero_where_zero(vec w, vec x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w.x, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.x)};
 }
@@ -174,6 +184,7 @@ KVCACHE_INLINE bits with_half(bits words, index_t slot, bits half_words) {
 KVCACHE_INLINE bits fill(std::uint32_t word) { return {_mm512_set1_epi32(static_cast<int>(word))}; }
 KVCACHE_INLINE bits and_bits(bits a, bits b) { return {_mm512_and_si512(a.x, b.x)}; }
 KVCACHE_INLINE bits larger_words(bits a, bits b) { return {_mm512_maskz_max_epi32(all, a.x, b.x)}; }
+KVCACHE_INLINE bits as_bits(vec a) { return {_mm512_castps_si512(a.x)}; }
 KVCACHE_INLINE vec as_floats(bits a) { return {_mm512_castsi512_ps(a.x)}; }
 KVCACHE_INLINE bits or_bits(bits a, bits b) { return {_mm512_or_si512(a.x, b.x)}; }
 template <int N>
@@ -181,37 +192,7 @@ KVCACHE_INLINE bits shifted(bits a) {
   if constexpr (N < 0) return {_mm512_maskz_slli_epi32(all, a.x, -N)};
   return {_mm512_maskz_srli_epi32(all, a.x, std::max(N, 0))};
 }
-KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
-  return {_mm512_maskz_broadcast_i32x4(all, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-KVCACHE_INLINE bits look_up(bits codebook, bits codes) { return {_mm512_shuffle_epi8(codebook.x, codes.x)}; }
-KVCACHE_INLINE vec look_up(const float* eight, vec place) {
-  const __m512 both = _mm512_maskz_broadcast_f32x8(all, _mm256_loadu_ps(eight));
-  return {_mm512_maskz_permutexvar_ps(all, _mm512_castps_si512(place.x), both)};
-}
-KVCACHE_INLINE vec count_if_above(vec place, vec x, vec limit, std::uint32_t n) {
-  const __m512i words = _mm512_castps_si512(place.x);
-  const __mmask16 above = _mm512_cmp_ps_mask(x.x, limit.x, _CMP_GT_OQ);
-  return {_mm512_castsi512_ps(_mm512_mask_add_epi32(words, above, words, fill(n).x))};
-}
-KVCACHE_INLINE vec pick_above(vec x, vec limit, vec a, vec b) {
-  return {_mm512_mask_mov_ps(b.x, _mm512_cmp_ps_mask(x.x, limit.x, _CMP_GT_OQ), a.x)};
-}
-KVCACHE_INLINE void store_places(void* p, vec places, vec sign, std::uint32_t flip) {
-  const __m512i words = _mm512_castps_si512(places.x);
-  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(sign.x));
-  const __m512i flipped = _mm512_mask_xor_epi32(words, negative, words, fill(flip).x);
-  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(all, flipped));
-}
-KVCACHE_INLINE __m256i lower(__m512i a) { return __builtin_shufflevector(a, a, 0, 1, 2, 3); }
-KVCACHE_INLINE __m256i upper(__m512i a) { return __builtin_shufflevector(a, a, 4, 5, 6, 7); }
-KVCACHE_INLINE std::int32_t sum_of_words(__m512i a) {
-  const __m256i eight = _mm256_add_epi32(lower(a), upper(a));
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01'00'11'10));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0b10'11'00'01)));
-}
-KVCACHE_INLINE std::int32_t sum_of_whole(vec a) { return sum_of_words(_mm512_maskz_cvtps_epi32(all, a.x)); }
+#include <kvcache/kernel/avx512_low_bit.inl>
 
 KVCACHE_INLINE vec interleave_low(vec a, vec b) {
   const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

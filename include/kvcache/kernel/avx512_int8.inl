@@ -155,7 +155,8 @@ KVCACHE_TARGET inline void accumulate_vnni(const block_geometry& g, const std::b
 
 template <int Parts>
 inline constexpr int8_kernels kernels_for_bytes = {largest,
-                                                   quantize,
+                                                   put_key,
+                                                   put_value,
                                                    prepare_vnni<Parts>,
                                                    scores_vnni<Parts>,
                                                    accumulate_vnni<Parts>,

@@ -88,8 +88,15 @@ KVCACHE_INLINE vec mul(vec a, vec b) {
 KVCACHE_INLINE vec div(vec a, vec b) {
   return each([&](int i) { return vdivq_f32(a.x[i], b.x[i]); });
 }
+KVCACHE_INLINE vec rounded(vec a) {
+  for (float32x4_t& x : a.x) asm("" : "+w"(x));
+  return a;
+}
 KVCACHE_INLINE vec fma(vec a, vec b, vec c) {
   return each([&](int i) { return vfmaq_f32(c.x[i], a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE vec smaller(vec a, vec b) {
+  return each([&](int i) { return vbslq_f32(vcltq_f32(b.x[i], a.x[i]), b.x[i], a.x[i]); });
 }
 KVCACHE_INLINE vec larger(vec a, vec b) {
   return each([&](int i) { return vbslq_f32(vcltq_f32(a.x[i], b.x[i]), b.x[i], a.x[i]); });
@@ -187,6 +194,14 @@ KVCACHE_INLINE void store_bytes(void* p, vec a) {
   };
   vst1q_s8(static_cast<std::int8_t*>(p), vcombine_s8(vqmovn_s16(halves(0)), vqmovn_s16(halves(2))));
 }
+KVCACHE_INLINE bits with_byte(bits words, index_t slot, vec whole) {
+  const int32x4_t distance = vdupq_n_s32(static_cast<int>(8 * slot));
+  const uint32x4_t replaced = vshlq_u32(vdupq_n_u32(255), distance);
+  return each_word([&](int i) {
+    const uint32x4_t in_slot = vshlq_u32(vreinterpretq_u32_s32(vcvtnq_s32_f32(whole.x[i])), distance);
+    return vbslq_u32(replaced, in_slot, words.x[i]);
+  });
+}
 KVCACHE_INLINE vec zero_where_zero(vec w, vec x) {
   return each([&](int i) { return vbslq_f32(vceqzq_f32(w.x[i]), vdupq_n_f32(0.0F), x.x[i]); });
 }
@@ -231,6 +246,16 @@ KVCACHE_INLINE bits and_bits(bits a, bits b) {
 KVCACHE_INLINE bits larger_words(bits a, bits b) {
   return each_word([&](int i) { return vmaxq_u32(a.x[i], b.x[i]); });
 }
+KVCACHE_INLINE bits sub_words(bits a, bits b) {
+  return each_word([&](int i) { return vsubq_u32(a.x[i], b.x[i]); });
+}
+KVCACHE_INLINE std::uint32_t first_word(bits a) { return vgetq_lane_u32(a.x[0], 0); }
+KVCACHE_INLINE bits largest_everywhere(bits a) {
+  return fill(vmaxvq_u32(vmaxq_u32(vmaxq_u32(a.x[0], a.x[1]), vmaxq_u32(a.x[2], a.x[3]))));
+}
+KVCACHE_INLINE bits as_bits(vec a) {
+  return each_word([&](int i) { return vreinterpretq_u32_f32(a.x[i]); });
+}
 KVCACHE_INLINE vec as_floats(bits a) {
   return each([&](int i) { return vreinterpretq_f32_u32(a.x[i]); });
 }
@@ -241,48 +266,7 @@ template <int N>
 KVCACHE_INLINE bits shifted(bits a) {
   return each_word([&](int i) { return vshlq_u32(a.x[i], vdupq_n_s32(-N)); });
 }
-KVCACHE_INLINE bits load_codebook(const std::int8_t* p) {
-  return each_word([p](int) { return vreinterpretq_u32_s8(vld1q_s8(p)); });
-}
-KVCACHE_INLINE bits look_up(bits codebook, bits codes) {
-  return each_word([&](int i) {
-    return vreinterpretq_u32_u8(
-        vqtbl1q_u8(vreinterpretq_u8_u32(codebook.x[i]), vreinterpretq_u8_u32(codes.x[i])));
-  });
-}
-KVCACHE_INLINE vec look_up(const float* eight, vec place) {
-  const uint8x16x2_t bytes = {
-      {vreinterpretq_u8_f32(vld1q_f32(eight)), vreinterpretq_u8_f32(vld1q_f32(eight + 4))}};
-  return each([&](int i) {  // byte j of entry n is byte 4n + j
-    const uint32x4_t entry = vandq_u32(vreinterpretq_u32_f32(place.x[i]), vdupq_n_u32(7));
-    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100U), entry, vdupq_n_u32(0x04040404U));
-    return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(at)));
-  });
-}
-KVCACHE_INLINE vec count_if_above(vec place, vec x, vec limit, std::uint32_t n) {
-  return each([&](int i) {
-    const uint32x4_t more = vandq_u32(vcgtq_f32(x.x[i], limit.x[i]), vdupq_n_u32(n));
-    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(place.x[i]), more));
-  });
-}
-KVCACHE_INLINE vec pick_above(vec x, vec limit, vec a, vec b) {
-  return each([&](int i) { return vbslq_f32(vcgtq_f32(x.x[i], limit.x[i]), a.x[i], b.x[i]); });
-}
-KVCACHE_INLINE void store_places(void* p, vec places, vec sign, std::uint32_t flip) {
-  const bits flipped = each_word([&](int i) {
-    const int32x4_t negative = vshrq_n_s32(vreinterpretq_s32_f32(sign.x[i]), 31);
-    return veorq_u32(vreinterpretq_u32_f32(places.x[i]),
-                     vandq_u32(vreinterpretq_u32_s32(negative), vdupq_n_u32(flip)));
-  });
-  const uint16x8_t low = vcombine_u16(vmovn_u32(flipped.x[0]), vmovn_u32(flipped.x[1]));
-  const uint16x8_t high = vcombine_u16(vmovn_u32(flipped.x[2]), vmovn_u32(flipped.x[3]));
-  vst1q_u8(static_cast<std::uint8_t*>(p), vcombine_u8(vmovn_u16(low), vmovn_u16(high)));
-}
-KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
-  std::int32_t sum = 0;
-  for (int i = 0; i < 4; ++i) sum += vaddvq_s32(vcvtnq_s32_f32(a.x[i]));
-  return sum;
-}
+#include <kvcache/kernel/neon_low_bit.inl>
 
 KVCACHE_INLINE vec interleave_low(vec a, vec b) {
   return {{vzip1q_f32(a.x[0], b.x[0]), vzip2q_f32(a.x[0], b.x[0]), vzip1q_f32(a.x[1], b.x[1]),

@@ -386,7 +386,7 @@ inline void accumulate_best(const block_geometry& g, const std::byte* values, co
 }
 
 template <int Parts>
-inline constexpr int8_kernels kernels_for_bytes = {largest, quantize, prepare_best<Parts>, scores_best<Parts>,
-                                                   accumulate_best<Parts>};
+inline constexpr int8_kernels kernels_for_bytes = {
+    largest, put_key, put_value, prepare_best<Parts>, scores_best<Parts>, accumulate_best<Parts>};
 
 #endif

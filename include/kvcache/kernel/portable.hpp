@@ -323,12 +323,28 @@ inline float largest(const float* row, index_t count) {
   return max + nothing;
 }
 
-inline void quantize(const float* row, index_t count, float scale, std::int8_t* out) {
+/// How many scales a number is, rounded to nearest even.
+inline std::int8_t to_byte(float x, float scale) noexcept {
   constexpr float round_to_integer = 0x1.8p23F;
-  for (index_t i = 0; i < count; ++i) {
-    const float x = scale == 0.0F ? 0.0F : row[i] / scale;
-    out[i] = static_cast<std::int8_t>((x + round_to_integer) - round_to_integer);
-  }
+  const float steps = scale == 0.0F ? 0.0F : x / scale;
+  return static_cast<std::int8_t>((steps + round_to_integer) - round_to_integer);
+}
+
+/// \param bytes  [count], zeros behind it up to a multiple of four
+inline void put_key_words(const std::int8_t* bytes, index_t count, std::int8_t* words) {
+  constexpr index_t pack = block_order<std::int8_t>::pack;
+  for (index_t d = 0; d < count; d += pack, words += pack * key_lanes) std::memcpy(words, bytes + d, pack);
+}
+
+inline void put_key(const float* row, index_t count, float scale, std::int8_t* words) {
+  std::array<std::int8_t, max_head_dim + 4> bytes{};
+  for (index_t d = 0; d < count; ++d) bytes[static_cast<std::size_t>(d)] = to_byte(row[d], scale);
+  put_key_words(bytes.data(), count, words);
+}
+
+inline void put_value(const float* row, index_t count, float scale, index_t slot, std::int8_t* quads) {
+  for (index_t d = 0; d < count; ++d)
+    quads[d * block_order<std::int8_t>::pack + slot] = to_byte(row[d], scale);
 }
 
 /// Prepared queries are the queries, further apart.
@@ -366,7 +382,8 @@ inline void accumulate_int8(const block_geometry& g, const std::byte* values, co
   }
 }
 
-inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, prepare, scores_int8, accumulate_int8};
+inline constexpr int8_kernels kernels_for_int8 = {largest, put_key,     put_value,
+                                                  prepare, scores_int8, accumulate_int8};
 
 template <class Element>
 inline constexpr element_kernels kernels_for = {

@@ -12,8 +12,12 @@
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/types.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <iterator>
+#include <limits>
 #include <string_view>
 #include <type_traits>
 
@@ -97,8 +101,13 @@ struct int8_kernels {
   /// The largest magnitude of a row, [count]; NaN if it holds NaN or infinity.
   float (*largest)(const float* row, index_t count);
 
-  /// out[i] = row[i] / scale, rounded to nearest even; zeros for scale 0. \pre |row[i] / scale| < 127.5
-  void (*quantize)(const float* row, index_t count, float scale, std::int8_t* out);
+  /// A row as bytes, where it lies in blocks: row[i] / scale, rounded to nearest even; zeros for scale 0. The same bits on every
+  /// level. \pre |row[i] / scale| < 127.5
+  /// \param scale  a bfloat16, or 5 / 127
+  /// \param words  of the token, a line apart; zeros behind the row up to the end of the last
+  /// \param slot   which byte of the quads is the token's; the others stay
+  void (*put_key)(const float* row, index_t count, float scale, std::int8_t* words);
+  void (*put_value)(const float* row, index_t count, float scale, index_t slot, std::int8_t* quads);
 
   /// Turns queries into what `scores` takes, once for many blocks.
   /// \param queries   [num_rows, head_dim]
@@ -120,9 +129,18 @@ struct int8_kernels {
 
 /// A scalar quantiser for numbers with a symmetric distribution.
 struct scalar_codebook {
-  int bits;                ///< 2, 3 or 4: there are 2^bits levels
-  std::int8_t levels[16];  ///< ascending, none zero, levels[2^bits - 1 - i] == -levels[i]
-  float thresholds[7];     ///< between neighbouring positive levels, in units of the row's rms; ascending
+  int bits;                     ///< 2, 3 or 4: there are 2^bits levels
+  std::int8_t levels[16] = {};  ///< ascending, none zero, levels[2^bits - 1 - i] == -levels[i]
+  float thresholds
+      [16];  ///< between neighbouring positive levels, in units of the row's rms; ascending, then infinite
+
+  constexpr scalar_codebook(int num_bits, std::initializer_list<std::int8_t> all_levels,
+                            std::initializer_list<float> between) noexcept
+      : bits(num_bits) {
+    std::copy(all_levels.begin(), all_levels.end(), levels);
+    std::fill(std::copy(between.begin(), between.end(), thresholds), std::end(thresholds),
+              std::numeric_limits<float>::infinity());
+  }
 };
 
 /// Codes of 1 to 4 bits that are packed as in block/packed.hpp, and the 16 bytes that they index, or the 256 that their
@@ -192,6 +210,24 @@ struct channel_kernels {
   /// \param out      [num_rows, 2 * num_pairs]
   void (*couple)(const float* queries, index_t num_rows, index_t stride, index_t num_pairs,
                  const bfloat16* means, float* out);
+
+  /// means[d] = sum_t rows[t, d] / num_rows, in the order of t. \param rows  [num_rows, count]; 0 < num_rows <= 256
+  void (*means)(const_rows rows, index_t num_rows, index_t count, float* means);
+
+  /// The least and the largest number of each channel. \param rows  [num_rows, count], finite; num_rows > 0
+  void (*ranges)(const_rows rows, index_t num_rows, index_t count, float* least, float* largest);
+
+  /// Of x[t, d] = (rows[t, d] - means[d]) * factor, for rows of `count`: squares[d] = sum_t weights[t] * x^2, in the order of t;
+  /// sums[t] = sum_d x^2 * weights[d], every 16th dim in order, and these 16 sums.
+  void (*squares_of_channels)(const_rows rows, index_t num_rows, index_t count, const float* means,
+                              float factor, const float* weights, float* squares);
+  void (*squares_of_tokens)(const_rows rows, index_t num_rows, index_t count, const float* means,
+                            float factor, const float* weights, float* sums);
+
+  /// codes[d] = below + (row[d] - middles[d]) * inverse_steps[d], rounded to nearest even and within [0, 2 * below).
+  /// \param below  even, at most 128
+  void (*to_codes)(const float* row, const float* middles, const float* inverse_steps, int below,
+                   index_t count, std::uint8_t* codes);
 };
 
 /// What a row's root mean square is in numbers of a trellis table.

@@ -25,6 +25,89 @@ KVCACHE_TARGET inline void add_to(const float* part, index_t count, float* sums)
   portable::add_to(part + i, count - i, sums + i);
 }
 
+KVCACHE_TARGET inline void means(const_rows rows, index_t num_rows, index_t count, float* means) {
+  const divider share(static_cast<float>(num_rows));
+  index_t d = 0;
+  for (; d + key_lanes <= count; d += key_lanes) {
+    vec sum = zero();
+    for (index_t t = 0; t < num_rows; ++t) {
+      const vec x = load(rows.row(t) + d);
+      const bool tiny = reaches(broadcast(0x1p-100F), magnitude(x)) != 0;
+      sum = add(sum, tiny ? div(x, broadcast(static_cast<float>(num_rows))) : share(x));
+    }
+    store(means + d, sum);
+  }
+  portable::means({rows.data + d, rows.stride}, num_rows, count - d, means + d);
+}
+
+KVCACHE_TARGET inline void ranges(const_rows rows, index_t num_rows, index_t count, float* least,
+                                  float* largest) {
+  index_t d = 0;
+  for (; d + key_lanes <= count; d += key_lanes) {
+    vec low = load(rows.row(0) + d);
+    vec high = low;
+    for (index_t t = 1; t < num_rows; ++t) {
+      const vec x = load(rows.row(t) + d);
+      low = smaller(low, x);
+      high = larger(high, x);
+    }
+    store(least + d, low);
+    store(largest + d, high);
+  }
+  portable::ranges({rows.data + d, rows.stride}, num_rows, count - d, least + d, largest + d);
+}
+
+/// (row - means) * factor
+KVCACHE_INLINE vec deviation(const float* row, const float* means, float factor) {
+  return mul(sub(load(row), load(means)), broadcast(factor));
+}
+
+KVCACHE_TARGET inline void squares_of_channels(const_rows rows, index_t num_rows, index_t count,
+                                               const float* means, float factor, const float* weights,
+                                               float* squares) {
+  index_t d = 0;
+  for (; d + key_lanes <= count; d += key_lanes) {
+    vec sum = zero();
+    for (index_t t = 0; t < num_rows; ++t) {
+      const vec x = deviation(rows.row(t) + d, means + d, factor);
+      sum = add(sum, rounded(mul(mul(broadcast(weights[t]), x), x)));
+    }
+    store(squares + d, sum);
+  }
+  portable::squares_of_channels({rows.data + d, rows.stride}, num_rows, count - d, means + d, factor, weights,
+                                squares + d);
+}
+
+KVCACHE_TARGET inline void squares_of_tokens(const_rows rows, index_t num_rows, index_t count,
+                                             const float* means, float factor, const float* weights,
+                                             float* sums) {
+  for (index_t t = 0; t < num_rows; ++t) {
+    const float* row = rows.row(t);
+    vec sum = zero();
+    index_t d = 0;
+    for (; d + key_lanes <= count; d += key_lanes) {
+      const vec x = deviation(row + d, means + d, factor);
+      sum = add(sum, rounded(mul(mul(x, x), load(weights + d))));
+    }
+    std::array<float, key_lanes> parts;
+    store(parts.data(), sum);
+    sums[t] = portable::rest_of_squares(parts, row, d, count, means, factor, weights);
+  }
+}
+
+KVCACHE_TARGET inline void to_codes(const float* row, const float* middles, const float* inverse_steps,
+                                    int below, index_t count, std::uint8_t* codes) {
+  const auto least = static_cast<float>(-below);
+  const auto largest = static_cast<float>(below - 1);
+  index_t d = 0;
+  for (; d + key_lanes <= count; d += key_lanes) {
+    const vec steps = mul(sub(load(row + d), load(middles + d)), load(inverse_steps + d));
+    const vec bounded = smaller(larger(steps, broadcast(least)), broadcast(largest));
+    store_low_bytes(codes + d, as_bits(add(bounded, broadcast(0x1.8p23F + static_cast<float>(below)))));
+  }
+  portable::to_codes(row + d, middles + d, inverse_steps + d, below, count - d, codes + d);
+}
+
 /// `Rows` rows, for which scales and offsets are widened once.
 template <int Rows>
 KVCACHE_TARGET inline void fold_rows(const float* queries, index_t head_dim, const bfloat16* scales,
@@ -87,4 +170,6 @@ KVCACHE_TARGET inline void couple(const float* queries, index_t num_rows, index_
   }
 }
 
-inline constexpr channel_kernels kernels_for_channels = {multiply, shift, add_to, fold, unfold, couple};
+inline constexpr channel_kernels kernels_for_channels = {
+    multiply,          shift,   add_to, fold, unfold, couple, means, ranges, squares_of_channels,
+    squares_of_tokens, to_codes};

@@ -1,6 +1,26 @@
 // SPDX-License-Identifier: MIT
 // Encoding of the exact codecs, written once over the primitives that vector_kernels.inl lists, and included by it.
 
+/// Numbers divided by one, correctly rounded: vectors are divided far more slowly than they are multiplied. Where the
+/// scale is between 2^-60 and 2^60, x * (1 / scale) is corrected once (Markstein, IBM J. Res. Dev. 34, 1990), which for each
+/// of the 128 * 2^23 mantissas of a bfloat16 and a float gives the quotient of the two; a number below 2^-24 scales is none.
+class divider {
+ public:
+  explicit divider(float scale)
+      : multiplies_(0x1p-60F < scale && scale < 0x1p60F), scale_(scale), inverse_(1.0F / scale) {}
+
+  KVCACHE_INLINE vec operator()(vec x) const {
+    if (!multiplies_) return div(x, broadcast(scale_));
+    const vec q = mul(x, broadcast(inverse_));
+    return fma(fma(q, broadcast(-scale_), x), broadcast(inverse_), q);
+  }
+
+ private:
+  bool multiplies_;
+  float scale_;
+  float inverse_;
+};
+
 /// Transposes 16 vectors of 16 lanes: four perfect shuffles of rows i and i + 8.
 KVCACHE_INLINE void transpose(vec (&rows)[key_lanes]) {
 #pragma GCC unroll 4

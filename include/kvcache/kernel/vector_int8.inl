@@ -2,8 +2,9 @@
 // Blocks of bytes with a scale per token, written once over the primitives that vector_kernels.inl lists, and included by
 // it: bytes are widened to floats. What multiplies bytes as they are (avx512_int8.inl) takes encoding from here only.
 
-KVCACHE_TARGET inline float largest(const float* row, index_t count) {
-  const bits no_sign = fill(0x7fffffff);  // magnitudes are in the order of their words, NaN last
+/// The word of a row's largest magnitude, in every lane: they are in the order of their words, infinity and NaN last.
+KVCACHE_INLINE bits largest_magnitude(const float* row, index_t count) {
+  const bits no_sign = fill(0x7fffffff);
   bits most[2] = {fill(0), fill(0)};
   index_t i = 0;
   for (; i + 2 * key_lanes <= count; i += 2 * key_lanes) {
@@ -11,37 +12,35 @@ KVCACHE_TARGET inline float largest(const float* row, index_t count) {
     for (int j = 0; j < 2; ++j)
       most[j] = larger_words(most[j], and_bits(load_bits(row + i + j * key_lanes), no_sign));
   }
-  if (i + key_lanes <= count) {
-    most[0] = larger_words(most[0], and_bits(load_bits(row + i), no_sign));
-    i += key_lanes;
-  }
-  const vec size = as_floats(larger_words(most[0], most[1]));
-  const float rest = i < count ? portable::largest(row + i, count - i) : 0.0F;
-  return all_finite(size) ? std::max(largest_of(size), rest) + (rest - rest)
-                          : std::numeric_limits<float>::quiet_NaN();
+  for (; i < count; i += key_lanes)
+    most[0] = larger_words(most[0], and_bits(as_bits(load_first(row + i, count - i)), no_sign));
+  return largest_everywhere(larger_words(most[0], most[1]));
 }
 
-/// x / divisor, correctly rounded, where the divisor is between 2^-60 and 2^60 and the quotient between 2^-24 and 2^24, so that
-/// remainders are normal numbers: two corrections of x * inverse, of which the first brings it within a unit in the last place
-/// (Markstein, IBM J. Res. Dev. 34, 1990). Vectors are divided far more slowly than they are multiplied.
-KVCACHE_INLINE vec quotient(vec x, vec minus_divisor, vec inverse) {
-  vec q = mul(x, inverse);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) q = fma(fma(q, minus_divisor, x), inverse, q);
-  return q;
+KVCACHE_TARGET inline float largest(const float* row, index_t count) {
+  constexpr std::uint32_t infinity = 0x7f800000;
+  const std::uint32_t word = first_word(largest_magnitude(row, count));
+  return word < infinity ? std::bit_cast<float>(word) : std::numeric_limits<float>::quiet_NaN();
 }
 
-KVCACHE_TARGET inline void quantize(const float* row, index_t count, float scale, std::int8_t* out) {
-  const vec round_to_integer = broadcast(0x1.8p23F);
-  const bool near_one = 0x1p-60F < scale && scale < 0x1p60F;
-  const vec inverse = broadcast(near_one ? 1.0F / scale : 0.0F);
-  index_t i = 0;
-  for (; scale != 0.0F && i + key_lanes <= count; i += key_lanes) {
-    const vec x = load(row + i);
-    const vec q = near_one ? quotient(x, broadcast(-scale), inverse) : div(x, broadcast(scale));
-    store_bytes(out + i, sub(add(q, round_to_integer), round_to_integer));
-  }
-  portable::quantize(row + i, count - i, scale, out + i);
+KVCACHE_TARGET inline void put_key(const float* row, index_t count, float scale, std::int8_t* words) {
+  const divider steps(scale);
+  std::array<std::int8_t, max_head_dim + 4> bytes;
+  index_t d = 0;
+  for (; scale != 0.0F && d + key_lanes <= count; d += key_lanes)
+    store_bytes(&bytes[static_cast<std::size_t>(d)], steps(load(row + d)));
+  for (; d < count; ++d) bytes[static_cast<std::size_t>(d)] = portable::to_byte(row[d], scale);
+  std::memset(&bytes[static_cast<std::size_t>(d)], 0, 4);
+  portable::put_key_words(bytes.data(), count, words);
+}
+
+KVCACHE_TARGET inline void put_value(const float* row, index_t count, float scale, index_t slot,
+                                     std::int8_t* quads) {
+  const divider steps(scale);
+  index_t d = 0;
+  for (; scale != 0.0F && d + key_lanes <= count; d += key_lanes, quads += 4 * key_lanes)
+    store_bits(quads, with_byte(load_bits(quads), slot, steps(load(row + d))));
+  for (; d < count; ++d, quads += 4) quads[slot] = portable::to_byte(row[d], scale);
 }
 
 KVCACHE_TARGET inline void scores_int8(const block_geometry& g, const std::byte* keys, const bfloat16* scales,

@@ -4,7 +4,9 @@
 //
 //   KVCACHE_TARGET      attribute of functions that use the instruction set; KVCACHE_INLINE: always inlined
 //   vec, bits           16 floats; 16 words of 32 bits
-//   zero, broadcast, load, store, add, sub, mul, div, fma (a * b + c), larger (a < b ? b : a)
+//   zero, broadcast, load, store, add, sub, mul, div, fma (a * b + c), larger (a < b ? b : a),
+//   smaller (b < a ? b : a)
+//   rounded(a)         a product that is no part of a fused multiplication and addition
 //   magnitude, with_sign(sign, size), either_below(x, limit, a, b)    |x|; x < limit ? a : b
 //   times_power(p, n, shifted, x)      p * 2^n, n whole and in the low mantissa bits of shifted too; 0 where x < least_exp,
 //                              NaN where x is
@@ -15,10 +17,14 @@
 //   narrow<Element>(vec)       rounded to 16 bits, in the low half of each word
 //   load_bits, store_bits, store_low_halves, low_high(a, b): a | b << 16, with_half(word, slot, half)
 //   load_low_halves, widen_low(words)      16 bf16 side by side, and as floats
-//   store_bytes(p, x)          whole numbers as int8; zero_where_zero(w, x): w == 0 ? 0 : x
-//   fill(word), and_bits, or_bits, larger_words (none negative), as_floats, shifted<n>      words >> n, or << -n
+//   store_bytes(p, x)          rounded to int8
+//   with_byte(words, slot, x)  the same, as one of the four bytes of each word
+//   zero_where_zero(w, x)      w == 0 ? 0 : x
+//   fill(word), and_bits, or_bits, larger_words and largest_word (none negative), as_floats, shifted<n>      words >> n, or << -n
 //   load_codebook(const int8_t*)           16 bytes, in every 128 bits
-//   look_up(codebook, codes)   byte by byte, codes below 16; look_up(eight, x): entry in the low mantissa bits of x
+//   look_up(codebook, codes)   byte by byte, codes below 16
+//   eight_twice(const int8_t*)             8 bytes as floats, in either half
+//   look_up(eight, x)          of such floats, the entry in the low mantissa bits of x
 //   pick_above(x, limit, a, b)             x > limit ? a : b
 //   count_if_above(place, x, limit, n)     adds n to the low mantissa bits of place where x > limit
 //   store_places(p, places, sign, flip)    low mantissa bytes, xor flip where sign is negative
@@ -321,24 +327,23 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
   }
 }
 
-// ---- encoding, and the table ----------------------------------------------------------------------------------------
+// ---- encoding, decoding, and the table --------------------------------------------------------------------------------
 
-#include <kvcache/kernel/vector_channel.inl>
 #include <kvcache/kernel/vector_encode.inl>
+
+// after what they build on
+#include <kvcache/kernel/vector_channel.inl>
+#include <kvcache/kernel/vector_decode.inl>
 #include <kvcache/kernel/vector_int8.inl>
 #include <kvcache/kernel/vector_low_bit.inl>
 #include <kvcache/kernel/vector_trellis.inl>
 
 template <class Element>
 inline constexpr element_kernels kernels_for = {
-    encode_keys<Element>,
-    encode_values<Element>,
-    portable::element<Element>::decode_keys,
-    portable::element<Element>::decode_values,
-    scores<Element>,
-    accumulate<Element>,
+    encode_keys<Element>,   encode_values<Element>, decode_keys<Element>,
+    decode_values<Element>, scores<Element>,        accumulate<Element>,
 };
 
-inline constexpr int8_kernels kernels_for_int8 = {largest, quantize, portable::prepare, scores_int8,
-                                                  accumulate_int8};
+inline constexpr int8_kernels kernels_for_int8 = {largest,           put_key,     put_value,
+                                                  portable::prepare, scores_int8, accumulate_int8};
 inline constexpr low_bit_kernels kernels_for_low_bits = {unpack, hadamard, nearest};

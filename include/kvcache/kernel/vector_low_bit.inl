@@ -112,44 +112,30 @@ KVCACHE_TARGET inline void hadamard(float* row, index_t size) {
 
 // ---- scalar quantisation --------------------------------------------------------------------------------------------
 
-/// A row as whole numbers, zeros up to a multiple of 16, and what it will be coded with.
-struct whole_row {
-  alignas(64) std::array<float, max_head_dim> numbers;
-  alignas(32) std::array<float, 8> levels{};  // the positive ones, at their codes modulo 8
-  std::int32_t sum_of_squares = 0;
-  int exponent = 0;  // numbers = row * 2^exponent
-};
-
-KVCACHE_TARGET inline float largest_number(const float* row, index_t count) {
-  vec most = zero();
-  for (index_t i = 0; i < count; i += key_lanes)
-    most = larger(most, magnitude(load_first(row + i, count - i)));
-  return largest_of(most);
-}
-
-/// Up to 16 numbers as whole ones. \return their squares
-KVCACHE_INLINE vec to_whole(const float* row, index_t count, const portable::whole_scaling& scaling,
-                            float* out) {
+/// Up to 16 numbers times a power of two, rounded to whole ones.
+KVCACHE_INLINE vec to_whole(const float* row, index_t count, vec power) {
   const vec round_to_integer = broadcast(0x1.8p23F);
-  const vec x = mul(load_first(row, count), broadcast(scaling.first));
-  const vec m = sub(fma(x, broadcast(scaling.second), round_to_integer), round_to_integer);
-  store(out, m);
-  return mul(m, m);
+  return sub(fma(load_first(row, count), power, round_to_integer), round_to_integer);
 }
 
-KVCACHE_TARGET inline void to_whole(const float* row, index_t count, float largest_of_row, whole_row& out) {
-  const portable::whole_scaling scaling = portable::whole_scaling_of(largest_of_row);
-  float* numbers = out.numbers.data();
-  vec even = zero();  // at most 16 times 2^18 in each lane: exact
-  vec odd = zero();
+/// row * power in `numbers`, as whole numbers, zeros up to a multiple of 16. \return sums of their squares
+KVCACHE_INLINE vec to_whole(const float* row, index_t count, vec factor, float* numbers) {
+  vec squares[2] = {zero(), zero()};  // at most 16 times 2^18 in each lane: exact
   index_t i = 0;
   for (; i + 2 * key_lanes <= count; i += 2 * key_lanes) {
-    even = add(even, to_whole(row + i, key_lanes, scaling, numbers + i));
-    odd = add(odd, to_whole(row + i + key_lanes, key_lanes, scaling, numbers + i + key_lanes));
+#pragma GCC unroll 2
+    for (index_t j = 0; j < 2; ++j) {
+      const vec m = to_whole(row + i + j * key_lanes, key_lanes, factor);
+      store(numbers + i + j * key_lanes, m);
+      squares[j] = fma(m, m, squares[j]);
+    }
   }
-  for (; i < count; i += key_lanes) even = add(even, to_whole(row + i, count - i, scaling, numbers + i));
-  out.sum_of_squares = sum_of_whole(add(even, odd));
-  out.exponent = scaling.exponent;
+  for (; i < count; i += key_lanes) {
+    const vec m = to_whole(row + i, count - i, factor);
+    store(numbers + i, m);
+    squares[0] = fma(m, m, squares[0]);
+  }
+  return add(squares[0], squares[1]);
 }
 
 /// start + the number of limits below `size`, by bisection. \param limits  [Positive - 1], ascending
@@ -167,54 +153,104 @@ KVCACHE_INLINE vec place_of(vec size, const vec* limits, vec start) {
   }
 }
 
-/// Codes of a row of whole numbers. \return the least-squares scale
-template <int Positive>
-KVCACHE_TARGET inline float code_whole(const whole_row& row, index_t count, const scalar_codebook& book,
-                                       std::uint8_t* codes) {
-  constexpr std::uint32_t mirror = 2 * Positive - 1;  // code ^ mirror: the level of the other sign
-  const auto thresholds = portable::whole_thresholds(book, row.sum_of_squares, count);
-  vec limits[Positive - 1];
-#pragma GCC unroll 8
-  for (int j = 0; j < Positive - 1; ++j) limits[j] = broadcast(thresholds[static_cast<std::size_t>(j)]);
-  const vec start = broadcast(0x1p23F + Positive);  // the code of a positive number in its low mantissa bits
-  vec products = zero();                            // sums of whole numbers below 2^24: exact
-  vec squares = zero();
-  for (index_t i = 0; i < count; i += key_lanes) {
-    const vec m = load(&row.numbers[static_cast<std::size_t>(i)]);
-    const vec size = magnitude(m);
-    const vec place = place_of<Positive>(size, limits, start);
-    const vec level = look_up(row.levels.data(), place);
-    products = fma(size, level, products);
-    squares = fma(level, level, squares);
-    if (count - i >= key_lanes) {
-      store_places(codes + i, place, m, mirror);
-    } else {
-      std::array<std::uint8_t, key_lanes> last;
-      store_places(last.data(), place, m, mirror);
-      std::copy_n(last.data(), count - i, codes + i);
-    }
-  }
-  // The zeros behind the row have the smallest level.
-  const auto padding = static_cast<std::int32_t>(round_up(count, key_lanes) - count);
-  const auto smallest = static_cast<std::int32_t>(row.levels[Positive % 8]);
-  return portable::least_squares_scale(sum_of_whole(products),
-                                       sum_of_whole(squares) - padding * smallest * smallest, row.exponent);
+/// Whether a threshold may be whole, as far as floats tell: the nearest whole number is less than 2^-11 away.
+KVCACHE_INLINE bool may_be_whole(const scalar_codebook& book, vec mean_square) {
+  const float rms = std::sqrt(std::bit_cast<float>(first_word(as_bits(mean_square))));
+  const vec thresholds = mul(load(book.thresholds), broadcast(rms));
+  const vec round_to_integer = broadcast(0x1.8p23F);
+  const vec whole = sub(add(thresholds, round_to_integer), round_to_integer);
+  return reaches(broadcast(0x1p-11F), magnitude(sub(thresholds, whole))) != 0;
 }
 
+/// Codes whole numbers, and sums up what their least-squares scale is made of.
+template <int Positive>
+struct whole_coder {
+  vec limits[Positive - 1];  // the square of a number above a threshold is above that one's limit
+  vec levels;                // the positive ones, at their codes modulo 8
+  vec products = zero();     // sums of whole numbers below 2^24: exact
+  vec squares = zero();
+
+  /// \param sums  of the numbers' squares
+  KVCACHE_INLINE whole_coder(const scalar_codebook& book, vec sums, index_t count)
+      : levels(eight_twice(book.levels + Positive / 8 * 8)) {
+    // The squares of thresholds in floats, five roundings off, are on the same side of those of whole numbers as they are
+    // themselves unless they nearly are whole: nothing has to wait for a root and a division.
+    const vec mean_square = mul(sum_everywhere(sums), broadcast(1.0F / static_cast<float>(count)));
+#pragma GCC unroll 8
+    for (int j = 0; j < Positive - 1; ++j) {
+      const vec threshold = broadcast(book.thresholds[j]);
+      limits[j] = mul(mul(threshold, threshold), mean_square);
+    }
+    if (may_be_whole(book, mean_square)) {
+      const std::array<float, 7> exact = portable::whole_thresholds(book, sum_of_whole(sums), count);
+#pragma GCC unroll 8
+      for (int j = 0; j < Positive - 1; ++j) {
+        const vec threshold = broadcast(exact[static_cast<std::size_t>(j)]);
+        limits[j] = mul(threshold, threshold);
+      }
+    }
+  }
+
+  KVCACHE_INLINE void code(vec m, std::uint8_t* codes) {
+    constexpr std::uint32_t mirror = 2 * Positive - 1;  // code ^ mirror: the level of the other sign
+    const vec start =
+        broadcast(0x1p23F + Positive);  // the code of a positive number in its low mantissa bits
+    const vec place = place_of<Positive>(mul(m, m), limits, start);
+    const vec level = look_up(levels, place);
+    products = fma(magnitude(m), level, products);
+    squares = fma(level, level, squares);
+    store_places(codes, place, m, mirror);
+  }
+};
+
+/// The power of two that brings a row's largest number into [256, 512), from its word; a float if that is not below 2^-119.
+constexpr int whole_exponent(std::uint32_t word) { return 8 - (static_cast<int>(word >> 23U) - 127); }
+inline constexpr std::uint32_t least_for_whole = 8U << 23U;
+
+/// low_bit_kernels::nearest with 2 * Positive levels.
+/// \param most    the word of the largest magnitude, in every lane
+/// \param raised  `row` is the row times 2^raised
+template <int Positive>
+KVCACHE_INLINE float nearest(const float* row, index_t count, bits most, int raised,
+                             const scalar_codebook& book, std::uint8_t* codes) {
+  alignas(64) std::array<float, max_head_dim> numbers;
+  const bits exponent_bits = fill(0xffU << 23U);
+  const vec power =
+      as_floats(sub_words(fill(262U << 23U), and_bits(most, exponent_bits)));  // 2^whole_exponent
+  whole_coder<Positive> coder(book, to_whole(row, count, power, numbers.data()), count);
+  index_t i = 0;
+  for (; i + key_lanes <= count; i += key_lanes)
+    coder.code(load(&numbers[static_cast<std::size_t>(i)]), codes + i);
+  std::int32_t squares_behind = 0;  // the zeros there have the smallest level
+  if (i < count) {
+    std::array<std::uint8_t, key_lanes> last;
+    coder.code(load(&numbers[static_cast<std::size_t>(i)]), last.data());
+    std::copy_n(last.data(), count - i, codes + i);
+    const std::int32_t smallest = book.levels[Positive];
+    squares_behind = static_cast<std::int32_t>(i + key_lanes - count) * smallest * smallest;
+  }
+  return portable::least_squares_scale(sum_of_whole(coder.products),
+                                       sum_of_whole(coder.squares) - squares_behind,
+                                       whole_exponent(first_word(most)) + raised);
+}
+
+/// A row is waited for twice: for its largest number, and for its mean square. Both stay in vectors for that reason.
 KVCACHE_TARGET inline float nearest(const float* row, index_t count, const scalar_codebook& book,
                                     std::uint8_t* codes) {
-  const int num_positive = 1 << (book.bits - 1);
-  whole_row whole;  // levels first: they are read as one vector, long after their separate stores
-  for (int j = 0; j < num_positive; ++j)
-    whole.levels[static_cast<std::size_t>((num_positive + j) % 8)] =
-        static_cast<float>(book.levels[num_positive + j]);
-  const float largest_of_row = largest_number(row, count);
-  if (largest_of_row == 0.0F) {
-    std::fill_n(codes, count, static_cast<std::uint8_t>(num_positive));
-    return 0.0F;
+  bits most = largest_magnitude(row, count);
+  std::array<float, max_head_dim> larger_row;
+  int raised = 0;
+  if (first_word(most) < least_for_whole) {
+    if (first_word(most) == 0) {
+      std::fill_n(codes, count, static_cast<std::uint8_t>(1 << (book.bits - 1)));
+      return 0.0F;
+    }
+    raised = 64;
+    std::transform(row, row + count, larger_row.begin(), [](float x) { return x * 0x1p64F; });
+    row = larger_row.data();
+    most = largest_magnitude(row, count);
   }
-  to_whole(row, count, largest_of_row, whole);
-  if (book.bits == 2) return code_whole<2>(whole, count, book, codes);
-  if (book.bits == 3) return code_whole<4>(whole, count, book, codes);
-  return code_whole<8>(whole, count, book, codes);
+  if (book.bits == 2) return nearest<2>(row, count, most, raised, book, codes);
+  if (book.bits == 3) return nearest<4>(row, count, most, raised, book, codes);
+  return nearest<8>(row, count, most, raised, book, codes);
 }
