@@ -3,7 +3,6 @@
 
 #include "llama/hf_loader.hpp"
 #include "llama/llama2c_loader.hpp"
-#include "llama/model_error.hpp"
 
 #include <filesystem>
 #include <new>

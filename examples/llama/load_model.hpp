@@ -3,6 +3,7 @@
 // load_model.cpp.
 #pragma once
 
+#include "llama/model_error.hpp"
 #include "llama/weights.hpp"
 
 #include <filesystem>

@@ -3,6 +3,8 @@
 #include "examples/model_files.hpp"
 #include "support/catch.hpp"
 
+#include "llama/hf_config.hpp"
+
 #include <functional>
 #include <optional>
 #include <variant>

@@ -66,6 +66,15 @@ index_t payload_bytes(const Codec& codec, const block_geometry& g, index_t token
          std::min(tokens % g.block_size * token_bytes, block_bytes);
 }
 
+/// Whether whole blocks have no padding, neither behind rows nor in their last codes: those of numbers of 16 or 32 bits.
+template <class Codec>
+bool fills_blocks(const Codec& codec, const block_geometry& g) noexcept {
+  const index_t row = codec.token_bytes(g);  // rounded up, so it alone does not tell
+  return g.head_dim % 2 == 0 && codec.block_bytes(g) == g.block_size * row &&
+         (row == 2 * g.head_dim * index_t{sizeof(bfloat16)} ||
+          row == 2 * g.head_dim * index_t{sizeof(float)});
+}
+
 template <block_codec Codec, block_storage Storage>
 class direct_blocks {
  public:
@@ -102,24 +111,19 @@ class direct_blocks {
   [[nodiscard]] status write(const kernel::table& kernels, index_t layer, index_t size, index_t num_tokens,
                              const head_rows<const float>& k, const head_rows<const float>& v) {
     const block_geometry g = geometry();
-    for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
-      const auto& codec = codec_at(codec_, layer, head);
-      const index_t row = codec.token_bytes(g);  // rounded up, so it alone does not tell
-      const bool is_whole = g.head_dim % 2 == 0 && codec.block_bytes(g) == g.block_size * row &&
-                            (row == 2 * g.head_dim * index_t{sizeof(bfloat16)} ||
-                             row == 2 * g.head_dim * index_t{sizeof(float)});
-      const status s = for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
+    return for_each_piece(g.block_size, size, num_tokens, [&](const block_piece& piece) {
+      for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
+        const auto& codec = codec_at(codec_, layer, head);
         std::byte* to = block(layer, head, piece.index);
-        // A block starts out zero, so that no bytes of its last owner stay behind, unless every bit of it is written: whole
-        // blocks of numbers of 16 or 32 bits. Others have padding, in the block or in its last codes.
-        if (piece.slot == 0 && (piece.count < g.block_size || !is_whole))
+        // A block starts out zero, so that no bytes of its last owner stay behind, unless every bit of it is written.
+        if (piece.slot == 0 && (piece.count < g.block_size || !fills_blocks(codec, g)))
           std::memset(to, 0, static_cast<std::size_t>(codec.block_bytes(g)));
-        return codec.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
-                            v.at(piece.done, head));
-      });
-      if (s != status::ok) return s;
-    }
-    return status::ok;
+        const status s = codec.encode(kernels, g, to, piece.slot, piece.count, k.at(piece.done, head),
+                                      v.at(piece.done, head));
+        if (s != status::ok) return s;
+      }
+      return status::ok;
+    });
   }
 
   /// Decodes tokens [first, first + count) of a layer.
