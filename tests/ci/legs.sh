@@ -47,19 +47,23 @@ leg_shell() {
   shellcheck -x tools/setup.sh tools/codebooks/trellis.sh tools/fuzz.sh tests/run.sh examples/run.sh bench/run.sh .ci/run tests/ci/legs.sh
 }
 
-# What computes, fully optimised and without assertions, in build/<folder> by <compiler>.
+# What computes, fully optimised and without assertions, in build/<folder> by <compiler>: kernels, codecs, attention, and
+# further tests by name.
 optimised_with() {
-  cmake -S . -B "build/$1" -G Ninja "-DCMAKE_CXX_COMPILER=$2" -DCMAKE_BUILD_TYPE=Release -DKVCACHE_BUILD_EXAMPLES=OFF \
+  local folder=$1 compiler=$2
+  shift 2
+  cmake -S . -B "build/$folder" -G Ninja "-DCMAKE_CXX_COMPILER=$compiler" -DCMAKE_BUILD_TYPE=Release -DKVCACHE_BUILD_EXAMPLES=OFF \
     -DKVCACHE_WERROR=ON -DCMAKE_VERIFY_INTERFACE_HEADER_SETS=OFF >/dev/null
   local tests=(codec.exact codec.int8 codec.low_bit_codecs codec.centred codec.klt codec.low_rank codec.stored_bytes
     attention.adversarial attention.attend_sizes attention.determinism attention.golden
-    attention.adversarial_on_emulated_tiles attention.bytes_on_emulated_tiles
-    cache.sealing cache.keep_tokens store.crc32c store.snapshot)
+    attention.adversarial_on_emulated_tiles attention.bytes_on_emulated_tiles store.crc32c "$@")
   local source
   for source in tests/kernel/*_test.cpp; do tests+=("kernel.$(basename "$source" _test.cpp)"); done
-  cmake --build "build/$1" --target "${tests[@]}"
-  ctest --test-dir "build/$1" --output-on-failure \
-    -R "^kernel[.]|^codec[.](exact|int8|low_bit_codecs|centred|klt|low_rank|stored_bytes)$|^attention[.](adversarial|attend_sizes@|determinism@|golden|bytes_on)|^cache[.](sealing|keep)|^store[.](crc32c|snapshot)"
+  cmake --build "build/$folder" --target "${tests[@]}"
+  # A test runs under its name, or under that and a level: name@avx2.
+  local names
+  names=$(printf '|%s' "${tests[@]//./[.]}")
+  ctest --test-dir "build/$folder" --output-on-failure --no-tests=error -R "^(${names:1})(@|$)"
 }
 
 # The other compiler: its vectoriser moves and merges vector code in ways of its own. Everything else goes through it,
@@ -70,7 +74,7 @@ leg_clang() {
 }
 
 # What users get: g++, which at -O1 does not do what it does here.
-leg_optimised() { optimised_with optimised g++; }
+leg_optimised() { optimised_with optimised g++ cache.sealing cache.keep_tokens store.snapshot; }
 
 # Mistakes a compiler sees but does not call warnings; over programs that instantiate most of the library.
 leg_tidy() {
