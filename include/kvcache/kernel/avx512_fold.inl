@@ -57,56 +57,80 @@ KVCACHE_INLINE __m512i rounded_bytes(const folded_16<Rows>* x, int r, __m512 inv
   return _mm512_maskz_permutexvar_epi64(__mmask8{0xff}, _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), by_turns);
 }
 
-/// As prepare_rows.
+/// Up to four rows on their way.
 template <int Rows>
+class folded_rows {
+ public:
+  /// Products and dot products, and from the largest products the scales.
+  KVCACHE_INLINE void fold(index_t head_dim, const float* queries, const bfloat16* scales,
+                           const bfloat16* offsets) {
+    folded_16<Rows>* to = products_;
+    __m512 most[Rows];
+    __m512 dot[4] = {};
+#pragma GCC unroll 4
+    for (__m512& m : most) m = _mm512_setzero_ps();
+    index_t d = 0;
+    for (; d + key_lanes <= head_dim; d += key_lanes, ++to)
+      fold_16<Rows>(queries + d, head_dim, all, load_widened(scales + d).x, load_widened(offsets + d).x, *to,
+                    most, dot);
+    for (; d < round_up_64(head_dim); d += key_lanes, ++to) {
+      const __mmask16 mask = first_lanes(head_dim - d);
+      fold_16<Rows>(queries + d, head_dim, mask, load_widened(mask, scales + d),
+                    load_widened(mask, offsets + d), *to, most, dot);
+    }
+    __m512i sizes[4] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) sizes[r] = _mm512_castps_si512(most[r]);
+    scale_to(byte_split<1>::largest_query, sizes, scales_);
+    _mm_store_ps(constants_, sum_of_four(dot));
+  }
+
+  /// As prepare_rows.
+  KVCACHE_INLINE void write(index_t head_dim, float* prepared) const {
+    const index_t row_floats = prepared_query_floats(head_dim);
+    __m512i sums[4] = {};
+    const folded_16<Rows>* from = products_;
+    for (index_t d = 0; d < head_dim; d += 64, from += 4) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r)
+        store_query(reinterpret_cast<std::int8_t*>(prepared + r * row_floats + prepared_head_floats) + d,
+                    rounded_bytes(from, r, _mm512_set1_ps(scales_.inverse[r])), head_dim - d, sums[r]);
+    }
+    alignas(16) std::int32_t starts[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(starts), sum_of_four(sums));
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const prepared_head head{scales_.scale[r], {-128 * starts[r], 0}, constants_[r]};
+      std::memcpy(prepared + r * row_floats, &head, sizeof(head));
+    }
+  }
+
+ private:
+  folded_16<Rows> products_[round_up_64(max_head_dim) / key_lanes];  // zeros up to whole 64s
+  byte_scales scales_;
+  alignas(16) float constants_[4];
+};
+
+/// `Groups` times `Rows` rows: all products first, since each group's scales are waited for.
+template <int Rows, int Groups>
 KVCACHE_TARGET inline void prepare_folded_rows(index_t head_dim, const float* queries, const bfloat16* scales,
                                                const bfloat16* offsets, float* prepared) {
-  const index_t row_floats = 16 + round_up_16(head_dim);
-  folded_16<Rows> folded[round_up_64(max_head_dim) / key_lanes];  // zeros up to whole 64s
-  folded_16<Rows>* to = folded;
-  __m512 most[Rows];
-  __m512 dot[4] = {};
-#pragma GCC unroll 4
-  for (__m512& m : most) m = _mm512_setzero_ps();
-  index_t d = 0;
-  for (; d + key_lanes <= head_dim; d += key_lanes, ++to)
-    fold_16<Rows>(queries + d, head_dim, all, load_widened(scales + d).x, load_widened(offsets + d).x, *to,
-                  most, dot);
-  for (; d < round_up_64(head_dim); d += key_lanes, ++to) {
-    const __mmask16 mask = first_lanes(head_dim - d);
-    fold_16<Rows>(queries + d, head_dim, mask, load_widened(mask, scales + d),
-                  load_widened(mask, offsets + d), *to, most, dot);
-  }
-  __m512i sizes[4] = {};
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) sizes[r] = _mm512_castps_si512(most[r]);
-  byte_scales s;
-  scale_to(byte_split<1>::largest_query, sizes, s);
-  __m512i sums[4] = {};
-  to = folded;
-  for (d = 0; d < head_dim; d += 64, to += 4) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r)
-      store_query(reinterpret_cast<std::int8_t*>(prepared + r * row_floats + prepared_head_floats) + d,
-                  rounded_bytes(to, r, _mm512_set1_ps(s.inverse[r])), head_dim - d, sums[r]);
-  }
-  alignas(16) std::int32_t starts[4];
-  alignas(16) float constants[4];
-  _mm_store_si128(reinterpret_cast<__m128i*>(starts), sum_of_four(sums));
-  _mm_store_ps(constants, sum_of_four(dot));
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    const prepared_head head{s.scale[r], {-128 * starts[r], 0}, constants[r]};
-    std::memcpy(prepared + r * row_floats, &head, sizeof(head));
-  }
+  folded_rows<Rows> groups[Groups];
+#pragma GCC unroll 2
+  for (int i = 0; i < Groups; ++i) groups[i].fold(head_dim, queries + i * Rows * head_dim, scales, offsets);
+#pragma GCC unroll 2
+  for (int i = 0; i < Groups; ++i)
+    groups[i].write(head_dim, prepared + i * Rows * prepared_query_floats(head_dim));
 }
 
 KVCACHE_TARGET inline void prepare_folded(index_t head_dim, const float* queries, index_t num_rows,
                                           const bfloat16* scales, const bfloat16* offsets, float* prepared) {
   const index_t row_floats = prepared_query_floats(head_dim);
   index_t r = 0;
+  for (; r + 8 <= num_rows; r += 8)
+    prepare_folded_rows<4, 2>(head_dim, queries + r * head_dim, scales, offsets, prepared + r * row_floats);
   for (; r + 4 <= num_rows; r += 4)
-    prepare_folded_rows<4>(head_dim, queries + r * head_dim, scales, offsets, prepared + r * row_floats);
+    prepare_folded_rows<4, 1>(head_dim, queries + r * head_dim, scales, offsets, prepared + r * row_floats);
   for (; r < num_rows; ++r)
-    prepare_folded_rows<1>(head_dim, queries + r * head_dim, scales, offsets, prepared + r * row_floats);
+    prepare_folded_rows<1, 1>(head_dim, queries + r * head_dim, scales, offsets, prepared + r * row_floats);
 }
