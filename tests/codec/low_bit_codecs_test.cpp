@@ -204,9 +204,15 @@ TEMPLATE_TEST_CASE("blocks are the same bytes on every instruction set", "[codec
                    codec::centred<codec::int8>) {
   test::random random;
   const TestType codec;
-  for (const index_t dim : {1, 15, 20, 64, 80, 128, 131}) {
+  for (const index_t dim : {1, 4, 15, 20, 64, 80, 128, 131}) {
     const block_geometry g{.block_size = 32, .head_dim = dim};
-    const key_value_rows rows{random.floats(32 * dim), random.floats(32 * dim)};
+    key_value_rows rows{random.floats(32 * dim), random.floats(32 * dim)};
+    if (dim == 4) {  // numbers further apart than the largest float
+      for (auto* side : {&rows.k, &rows.v}) {
+        std::fill(side->begin(), side->end(), -3e38F);
+        std::fill_n(side->end() - dim, dim, 3e38F);
+      }
+    }
     const auto encoded = [&](const kernel::table& kernels) {
       auto block = zero_block(g, codec);
       REQUIRE(codec.encode(kernels, g, block.data(), 0, 32, {rows.k.data(), dim}, {rows.v.data(), dim}) ==
@@ -251,6 +257,13 @@ TEST_CASE("rotations by matrices: rows come back, what is not orthogonal is refu
     here.decode(kernel::best(), g, block.data(), 0, 16, {back.k.data(), dim}, {back.v.data(), dim});
     CHECK(relative_error(back.k, rows.k) < 0.03);
     CHECK(relative_error(back.v, rows.v) < 0.03);
+
+    // turned, larger than the largest float
+    const std::vector<float> huge(16 * dim, 2.9e38F);
+    REQUIRE(here.encode(kernel::best(), g, block.data(), 0, 16, {huge.data(), dim}, {huge.data(), dim}) ==
+            status::ok);
+    here.decode(kernel::best(), g, block.data(), 0, 16, {back.k.data(), dim}, {back.v.data(), dim});
+    CHECK(relative_error(back.k, huge) < 0.1);
   }
   REQUIRE_NOTHROW(kvcache::validate(rotated, shape));
   REQUIRE_THROWS_AS(kvcache::validate(rotated, {.num_layers = 1, .num_kv_heads = 2, .head_dim = dim}),

@@ -27,6 +27,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string_view>
 
 namespace kvcache::inline v0::codec {
@@ -123,7 +124,11 @@ struct balanced_side : Base {
     code_row row_codes;
     for (index_t t = 0; t < count; ++t) {
       lanes::transform(
-          g.head_dim, row.data(), [](auto x, auto mean, auto inverse) { return (x - mean) * inverse; },
+          g.head_dim, row.data(),
+          [](auto x, auto mean, auto inverse) {
+            constexpr float most = std::numeric_limits<float>::max();  // what follows takes no infinity
+            return lanes::bounded(lanes::bounded(x - mean, most) * inverse, most);
+          },
           rows.row(t), statistics.means(), inverse_scales.data());
       const float scale =
           kernels.low_bit.nearest(row.data(), g.head_dim, balanced_traits<Bits>::book, row_codes.data());

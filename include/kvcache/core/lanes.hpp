@@ -5,6 +5,7 @@
 
 #include <kvcache/core/types.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -13,7 +14,6 @@ namespace kvcache::inline v0::lanes {
 
 using four_floats [[gnu::vector_size(16)]] = float;
 using four_words [[gnu::vector_size(16)]] = std::int32_t;
-using four_bytes [[gnu::vector_size(4)]] = std::uint8_t;
 
 inline constexpr index_t width = 4;
 
@@ -45,9 +45,13 @@ inline four_floats choose(four_words mask, four_floats a, four_floats b) noexcep
   return reinterpret_cast<four_floats>((mask & reinterpret_cast<four_words>(a)) |
                                        (~mask & reinterpret_cast<four_words>(b)));
 }
-/// As std::min(a, b) and std::max(a, b), of zeros and NaN too.
-inline four_floats least_of(four_floats a, four_floats b) noexcept { return choose(b < a, b, a); }
-inline four_floats largest_of(four_floats a, four_floats b) noexcept { return choose(a < b, b, a); }
+/// x within [-limit, limit]; NaN stays.
+inline float bounded(float x, float limit) noexcept { return std::clamp(x, -limit, limit); }
+inline four_floats bounded(four_floats x, float limit) noexcept {
+  const four_floats most = {limit, limit, limit, limit};
+  const four_floats below = choose(most < x, most, x);
+  return choose(below < -most, -most, below);
+}
 
 /// Calls four(d) for d = 0, 4, ... as far as four numbers are left of `count`, and one(d) for those behind them.
 template <class Four, class One>

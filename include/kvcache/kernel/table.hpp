@@ -72,7 +72,7 @@ struct element_kernels {
   void (*encode_values)(const block_geometry&, std::byte* values, index_t first, index_t count,
                         const_rows rows);
 
-  /// Widens slots [first, first + count) back to float rows.
+  /// Widens slots [first, first + count) back to float rows. A signalling NaN of a foreign block may come out quiet.
   void (*decode_keys)(const block_geometry&, const std::byte* keys, index_t first, index_t count,
                       mutable_rows rows);
   void (*decode_values)(const block_geometry&, const std::byte* values, index_t first, index_t count,
@@ -211,7 +211,7 @@ struct channel_kernels {
   void (*couple)(const float* queries, index_t num_rows, index_t stride, index_t num_pairs,
                  const bfloat16* means, float* out);
 
-  /// means[d] = sum_t rows[t, d] / num_rows, in the order of t. \param rows  [num_rows, count]; 0 < num_rows <= 256
+  /// means[d] = sum_t rows[t, d] / num_rows, in the order of t. \param rows  [num_rows, count], finite; 0 < num_rows <= 256
   void (*means)(const_rows rows, index_t num_rows, index_t count, float* means);
 
   /// The least and the largest number of each channel. \param rows  [num_rows, count], finite; num_rows > 0

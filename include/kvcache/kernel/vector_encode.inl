@@ -2,8 +2,9 @@
 // Encoding of the exact codecs, written once over the primitives that vector_kernels.inl lists, and included by it.
 
 /// Numbers divided by one, correctly rounded: vectors are divided far more slowly than they are multiplied. Where the
-/// scale is between 2^-60 and 2^60, x * (1 / scale) is corrected once (Markstein, IBM J. Res. Dev. 34, 1990), which for each
-/// of the 128 * 2^23 mantissas of a bfloat16 and a float gives the quotient of the two; a number below 2^-24 scales is none.
+/// divisor is between 2^-60 and 2^60, x * (1 / divisor) is corrected once (Markstein, IBM J. Res. Dev. 34, 1990). That gives
+/// the quotient for all 2^23 mantissas of x with each of a bfloat16, of 5 / 127 and of whole divisors up to 256: all were
+/// tried. Not for |x| below 2^-100, whose remainders may be no floats: who needs these has to divide.
 class divider {
  public:
   explicit divider(float scale)

@@ -20,7 +20,7 @@
 //   store_bytes(p, x)          rounded to int8
 //   with_byte(words, slot, x)  the same, as one of the four bytes of each word
 //   zero_where_zero(w, x)      w == 0 ? 0 : x
-//   fill(word), and_bits, or_bits, larger_words and largest_word (none negative), as_floats, shifted<n>      words >> n, or << -n
+//   fill(word), and_bits, or_bits, larger_words (none negative), sub_words, as_floats, as_bits, shifted<n>      words >> n, or << -n
 //   load_codebook(const int8_t*)           16 bytes, in every 128 bits
 //   look_up(codebook, codes)   byte by byte, codes below 16
 //   eight_twice(const int8_t*)             8 bytes as floats, in either half
@@ -29,6 +29,7 @@
 //   count_if_above(place, x, limit, n)     adds n to the low mantissa bits of place where x > limit
 //   store_places(p, places, sign, flip)    low mantissa bytes, xor flip where sign is negative
 //   sum_of_whole               of whole numbers, as an integer
+//   sum_everywhere, largest_everywhere     such a sum as a float, and the largest of words, in every lane; first_word(words)
 //   interleave_low, interleave_high     a0 b0 a1 b1 ..., of the lower and of the upper eight lanes
 //   smaller_words, broadcast_word, masked_or(a, mask, b): (a & mask) | b, store_low_bytes(p, words)
 //   add_products(sum, a, b)      words: sum + a.low * b.low + a.high * b.high, of signed 16-bit halves

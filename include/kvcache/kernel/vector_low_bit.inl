@@ -120,7 +120,7 @@ KVCACHE_INLINE vec to_whole(const float* row, index_t count, vec power) {
 
 /// row * power in `numbers`, as whole numbers, zeros up to a multiple of 16. \return sums of their squares
 KVCACHE_INLINE vec to_whole(const float* row, index_t count, vec factor, float* numbers) {
-  vec squares[2] = {zero(), zero()};  // at most 16 times 2^18 in each lane: exact
+  vec squares[2] = {zero(), zero()};  // at most 17 times 2^18 in each lane: exact
   index_t i = 0;
   for (; i + 2 * key_lanes <= count; i += 2 * key_lanes) {
 #pragma GCC unroll 2
