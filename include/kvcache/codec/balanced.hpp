@@ -108,6 +108,7 @@ struct balanced_side : Base {
   static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
                      index_t count, const_rows rows) {
     if (count == 0) return;
+    static constexpr float most = std::numeric_limits<float>::max();
     float largest = 0;
     for (index_t t = 0; t < count; ++t)
       largest = std::max(largest, kernels.int8.largest(rows.row(t), g.head_dim));
@@ -123,13 +124,17 @@ struct balanced_side : Base {
     alignas(64) channel_floats row;
     code_row row_codes;
     for (index_t t = 0; t < count; ++t) {
-      lanes::transform(
-          g.head_dim, row.data(),
-          [](auto x, auto mean, auto inverse) {
-            constexpr float most = std::numeric_limits<float>::max();  // what follows takes no infinity
-            return lanes::bounded(lanes::bounded(x - mean, most) * inverse, most);
-          },
-          rows.row(t), statistics.means(), inverse_scales.data());
+      const auto normalise = [&](auto difference) {
+        lanes::transform(
+            g.head_dim, row.data(),
+            [=](auto x, auto mean, auto inverse) { return difference(x, mean) * inverse; }, rows.row(t),
+            statistics.means(), inverse_scales.data());
+      };
+      if (largest < most / 2) {
+        normalise([](auto x, auto mean) { return x - mean; });
+      } else {  // may be further apart than any float
+        normalise([](auto x, auto mean) { return lanes::bounded(x - mean, most); });
+      }
       const float scale =
           kernels.low_bit.nearest(row.data(), g.head_dim, balanced_traits<Bits>::book, row_codes.data());
       set_scale(section + Base::rows::token_scales_offset(g), first + t, to_finite_bfloat16(scale));
