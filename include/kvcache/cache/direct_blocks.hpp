@@ -130,14 +130,13 @@ class direct_blocks {
   void read(const kernel::table& kernels, index_t layer, index_t first, index_t count,
             const head_rows<float>& k, const head_rows<float>& v) const {
     const block_geometry g = geometry();
-    for (index_t head = 0; head < shape_.num_kv_heads; ++head) {
-      const auto& codec = codec_at(codec_, layer, head);
-      (void)for_each_piece(g.block_size, first, count, [&](const block_piece& piece) {
-        codec.decode(kernels, g, block(layer, head, piece.index), piece.slot, piece.count,
-                     k.at(piece.done, head), v.at(piece.done, head));
-        return status::ok;
-      });
-    }
+    (void)for_each_piece(g.block_size, first, count, [&](const block_piece& piece) {
+      for (index_t head = 0; head < shape_.num_kv_heads; ++head)
+        codec_at(codec_, layer, head)
+            .decode(kernels, g, block(layer, head, piece.index), piece.slot, piece.count,
+                    k.at(piece.done, head), v.at(piece.done, head));
+      return status::ok;
+    });
   }
 
   /// See keep_tokens.hpp. On any status but ok nothing changed.

@@ -133,12 +133,11 @@ class sealing_blocks {
   void read(const kernel::table& kernels, index_t layer, index_t first, index_t count,
             const head_rows<float>& k, const head_rows<float>& v) const {
     if (!seals_) return direct_.read(kernels, layer, first, count, k, v);
-    for (index_t head = 0; head < shape().num_kv_heads; ++head) {
-      (void)for_each_piece(geometry().block_size, first, count, [&](const block_piece& piece) {
+    (void)for_each_piece(geometry().block_size, first, count, [&](const block_piece& piece) {
+      for (index_t head = 0; head < shape().num_kv_heads; ++head)
         read_piece(kernels, layer, head, piece, k.at(piece.done, head), v.at(piece.done, head));
-        return status::ok;
-      });
-    }
+      return status::ok;
+    });
   }
 
   /// As those of direct_blocks; defined in cache/keep_sealed.hpp.

@@ -116,9 +116,7 @@ inline void take_off(const rope_turns* turns, const float* mean, index_t t, inde
                      const float* row, float* out) noexcept {
   mean_row turned;
   turn_mean(turns, mean, t, head_dim, turned.data());
-  lanes::transform(
-      head_dim, out, [](auto x, auto m) { return x - m; }, row, turned.data());
-  for (index_t d = 0; d < head_dim; ++d) out[d] = std::clamp(out[d], -0x1.FEp127F, 0x1.FEp127F);
+  codec::take_off(row, turned.data(), head_dim, out);
 }
 
 }  // namespace detail

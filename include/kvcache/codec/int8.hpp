@@ -81,8 +81,6 @@ struct int8_rows : plain_side {
 }  // namespace detail
 
 struct int8_keys : detail::int8_rows<detail::keys_in_order> {
-  using order = block_order<std::int8_t>;
-
   std::shared_ptr<const key_means> means =
       nullptr;                  ///< taken off the keys before they are quantised; null: nothing
   const float* mean = nullptr;  ///< of the head that this is for, [head_dim]
@@ -113,8 +111,7 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
     for (index_t t = first; t < first + count; ++t) {
       const float* key = rows.row(t - first);
       if (mean != nullptr) {
-        std::transform(key, key + g.head_dim, mean, centred.begin(),
-                       [](float x, float m) { return std::clamp(x - m, -0x1.FEp127F, 0x1.FEp127F); });
+        take_off(key, mean, g.head_dim, centred.data());
         key = centred.data();
       }
       const bfloat16 scale = detail::byte_scale(kernels, key, g.head_dim);
@@ -160,8 +157,6 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
 };
 
 struct int8_values : detail::int8_rows<detail::values_in_order> {
-  using order = block_order<std::int8_t>;
-
   static void encode(const kernel::table& kernels, const block_geometry& g, std::byte* section, index_t first,
                      index_t count, const_rows rows) {
     for (index_t t = first; t < first + count; ++t) {

@@ -129,15 +129,13 @@ struct rotation {
   void multiply(const float* row, index_t head_dim, matrix_strides strides, float* out, float factor) const {
     std::array<float, max_head_dim> scaled;  // first: sums of the largest numbers there are would be infinite
     std::transform(row, row + head_dim, scaled.begin(), [factor](float x) { return x * factor; });
-    std::array<float, max_head_dim> product;
     for (index_t i = 0; i < head_dim; ++i) {
       float sum = 0;
       for (index_t d = 0; d < head_dim; ++d)
         sum += lanes::rounded(matrix[i * strides.row + d * strides.column] *
                               scaled[static_cast<std::size_t>(d)]);
-      product[static_cast<std::size_t>(i)] = sum;
+      out[i] = sum;
     }
-    std::copy_n(product.begin(), head_dim, out);
   }
 
   /// +1 or -1 for each dim: bits of splitmix64 (Steele et al. 2014). Part of the format of stored blocks.

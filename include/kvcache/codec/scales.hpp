@@ -6,6 +6,7 @@
 #include <kvcache/block/view.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
+#include <kvcache/core/lanes.hpp>
 #include <kvcache/core/memory.hpp>
 #include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/status.hpp>
@@ -53,6 +54,12 @@ inline status finite_rows(const kernel::table& kernels, const block_geometry& g,
 inline bfloat16 to_finite_bfloat16(float x) noexcept {
   constexpr float largest = 0x1.FEp127F;
   return from_float<bfloat16>(std::clamp(x, -largest, largest));
+}
+
+/// out = row - mean, within the range of bfloat16; `out` may be either.
+inline void take_off(const float* row, const float* mean, index_t head_dim, float* out) noexcept {
+  lanes::transform(
+      head_dim, out, [](auto x, auto m) { return lanes::bounded(x - m, 0x1.FEp127F); }, row, mean);
 }
 
 /// The smallest bfloat16 that is not below x, the largest finite one instead of infinity. \pre x >= 0, finite

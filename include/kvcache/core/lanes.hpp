@@ -13,7 +13,6 @@
 namespace kvcache::inline v0::lanes {
 
 using four_floats [[gnu::vector_size(16)]] = float;
-using four_words [[gnu::vector_size(16)]] = std::int32_t;
 
 inline constexpr index_t width = 4;
 
@@ -40,17 +39,12 @@ inline void store_four(float* to, four_floats numbers) noexcept {
   std::memcpy(to, &numbers, sizeof(numbers));
 }
 
-/// mask ? a : b, lane by lane; a mask is what a comparison gives.
-inline four_floats choose(four_words mask, four_floats a, four_floats b) noexcept {
-  return reinterpret_cast<four_floats>((mask & reinterpret_cast<four_words>(a)) |
-                                       (~mask & reinterpret_cast<four_words>(b)));
-}
 /// x within [-limit, limit]; NaN stays.
 inline float bounded(float x, float limit) noexcept { return std::clamp(x, -limit, limit); }
 inline four_floats bounded(four_floats x, float limit) noexcept {
   const four_floats most = {limit, limit, limit, limit};
-  const four_floats below = choose(most < x, most, x);
-  return choose(below < -most, -most, below);
+  const four_floats below = most < x ? most : x;
+  return below < -most ? -most : below;
 }
 
 /// Calls four(d) for d = 0, 4, ... as far as four numbers are left of `count`, and one(d) for those behind them.

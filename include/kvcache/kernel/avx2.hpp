@@ -277,10 +277,15 @@ struct larger_of_words {
   KVCACHE_INLINE __m256i operator()(__m256i a, __m256i b) const { return _mm256_max_epi32(a, b); }
 };
 KVCACHE_INLINE bits largest_everywhere(bits a) { return everywhere(a, larger_of_words{}); }
+KVCACHE_INLINE bits sum_words_everywhere(vec a) {
+  return everywhere({_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}, add_words{});
+}
 KVCACHE_INLINE vec sum_everywhere(vec a) {
-  const bits sum = everywhere({_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}, add_words{});
-  const __m256 x = _mm256_cvtepi32_ps(sum.low);
-  return {x, x};
+  const __m256 sum = _mm256_cvtepi32_ps(sum_words_everywhere(a).low);
+  return {sum, sum};
+}
+KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
+  return static_cast<std::int32_t>(first_word(sum_words_everywhere(a)));
 }
 KVCACHE_INLINE bits as_bits(vec a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 KVCACHE_INLINE vec as_floats(bits a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
@@ -332,13 +337,6 @@ KVCACHE_INLINE void store_places(void* p, vec places, vec sign, std::uint32_t fl
   _mm_storeu_si128(static_cast<__m128i*>(p),
                    _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
 }
-KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
-  const __m256i eight = _mm256_add_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01'00'11'10));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0b10'11'00'01)));
-}
-
 KVCACHE_INLINE vec interleave(__m256 a, __m256 b) {
   const __m256 low = _mm256_unpacklo_ps(a, b);
   const __m256 high = _mm256_unpackhi_ps(a, b);

@@ -28,12 +28,6 @@ KVCACHE_INLINE void store_places(void* p, vec places, vec sign, std::uint32_t fl
 }
 KVCACHE_INLINE __m256i lower(__m512i a) { return __builtin_shufflevector(a, a, 0, 1, 2, 3); }
 KVCACHE_INLINE __m256i upper(__m512i a) { return __builtin_shufflevector(a, a, 4, 5, 6, 7); }
-KVCACHE_INLINE std::int32_t sum_of_words(__m512i a) {
-  const __m256i eight = _mm256_add_epi32(lower(a), upper(a));
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01'00'11'10));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0b10'11'00'01)));
-}
 /// combine(all lanes), in every lane.
 template <class Combine>
 KVCACHE_INLINE __m512i everywhere(__m512i a, Combine combine) {
@@ -49,11 +43,16 @@ struct larger_of_words {
   KVCACHE_INLINE __m512i operator()(__m512i a, __m512i b) const { return _mm512_maskz_max_epi32(all, a, b); }
 };
 KVCACHE_INLINE bits largest_everywhere(bits a) { return {everywhere(a.x, larger_of_words{})}; }
+KVCACHE_INLINE bits sum_words_everywhere(vec a) {
+  return {everywhere(_mm512_maskz_cvtps_epi32(all, a.x), add_words{})};
+}
 KVCACHE_INLINE vec sum_everywhere(vec a) {
-  return {_mm512_maskz_cvtepi32_ps(all, everywhere(_mm512_maskz_cvtps_epi32(all, a.x), add_words{}))};
+  return {_mm512_maskz_cvtepi32_ps(all, sum_words_everywhere(a).x)};
 }
 KVCACHE_INLINE std::uint32_t first_word(bits a) {
   return static_cast<std::uint32_t>(_mm_cvtsi128_si32(__builtin_shufflevector(a.x, a.x, 0, 1)));
 }
 KVCACHE_INLINE bits sub_words(bits a, bits b) { return {_mm512_sub_epi32(a.x, b.x)}; }
-KVCACHE_INLINE std::int32_t sum_of_whole(vec a) { return sum_of_words(_mm512_maskz_cvtps_epi32(all, a.x)); }
+KVCACHE_INLINE std::int32_t sum_of_whole(vec a) {
+  return static_cast<std::int32_t>(first_word(sum_words_everywhere(a)));
+}

@@ -131,8 +131,8 @@ struct int8_kernels {
 struct scalar_codebook {
   int bits;                     ///< 2, 3 or 4: there are 2^bits levels
   std::int8_t levels[16] = {};  ///< ascending, none zero, levels[2^bits - 1 - i] == -levels[i]
-  float thresholds
-      [16];  ///< between neighbouring positive levels, in units of the row's rms; ascending, then infinite
+  /// Between neighbouring positive levels, in units of the row's rms; ascending, then infinite.
+  float thresholds[16];
 
   constexpr scalar_codebook(int num_bits, std::initializer_list<std::int8_t> all_levels,
                             std::initializer_list<float> between) noexcept
