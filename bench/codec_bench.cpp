@@ -108,6 +108,7 @@ struct codec_case {
   index_t kv_len;
   index_t threads;
   kernel::isa isa;
+  double max_error;  ///< of the output, relative
 
   [[nodiscard]] ring_size ring() const { return {{.num_kv_heads = kv_heads, .head_dim = head_dim}, kv_len}; }
 };
@@ -143,8 +144,7 @@ void run_decode(benchmark::State& state, const codec_case& c) {
     return error_against_reference({1, c.kv_len, num_q_heads, c.kv_heads, head_dim},
                                    noise(c.kv_heads * head_dim), q, out);
   });
-  // noise averages out: what is left of the output is small beside the numbers it is made of
-  if (!(error <= 1.0)) return state.SkipWithError("the result is wrong");
+  if (!(error <= c.max_error)) return state.SkipWithError("the result is wrong");
 
   measured what{.op = [&](index_t i) { attend(q, ring.layer(i), std::span(out), options, workers); }};
   what.compare.push_back([&](index_t i) { attend(q, plain.layer(i), std::span(out), options, workers); });
@@ -178,14 +178,16 @@ void run_encode(benchmark::State& state, kernel::isa isa) {
   state.counters["us_per_token"] = 1e6 * m.op;
 }
 
+/// \param max_error  half as much again as was seen; below 1, which an output of zeros has. Noise averages out, so what is left
+///                   of the output is small beside the numbers it is made of.
 template <class Codec>
-void add_rows(std::string_view name) {
+void add_rows(std::string_view name, double max_error) {
   for (const index_t kv_heads : {8, 4}) {  // groups of 4 and 8 query heads
     for (const index_t kv_len : {16384, 65536}) {
       for (const kernel::isa isa : kernel::available()) {
         if (isa == kernel::isa::portable) continue;
         for (const index_t threads : thread_counts()) {
-          const codec_case c{kv_heads, kv_len, threads, isa};
+          const codec_case c{kv_heads, kv_len, threads, isa, max_error};
           register_row(row_name("codec_decode")
                            .add("codec", name)
                            .add("cache", contiguous::name)
@@ -210,23 +212,23 @@ void add_rows(std::string_view name) {
 
 void register_rows() {
   using namespace codec;
-  add_rows<int8>("int8");
-  add_rows<rotated<4>>("rotated4");
-  add_rows<mixed<channel<4>, rotated<4>>>("channel4+rotated4");
-  add_rows<mixed<channel<3>, rotated<3>>>("channel3+rotated3");
-  add_rows<mixed<balanced<2>, rotated<2>>>("balanced2+rotated2");
-  add_rows<rotated<2>>("rotated2");
-  add_rows<turning<rotated<4>>>("centred_rotated4");
-  add_rows<turning<trellis<3>>>("centred_trellis3");
-  add_rows<turning<trellis<2>>>("centred_trellis2");
-  add_rows<klt_of_3_bits>("klt3.25");
-  add_rows<half_rank>("low_rank64");
-  add_rows<trellis<4>>("trellis4");
-  add_rows<trellis<2>>("trellis2");
-  add_rows<at_run_time<int8>>("any:int8");
-  add_rows<at_run_time<rotated<4>>>("any:rotated4");
-  add_rows<at_run_time<klt_of_3_bits>>("any:klt3.25");
-  add_rows<exact_sinks<exact_tail<mixed<channel<4>, rotated<4>>>>>("channel4+rotated4,sinks=4,tail=128");
+  add_rows<int8>("int8", 0.013);
+  add_rows<rotated<4>>("rotated4", 0.22);
+  add_rows<mixed<channel<4>, rotated<4>>>("channel4+rotated4", 0.2);
+  add_rows<mixed<channel<3>, rotated<3>>>("channel3+rotated3", 0.4);
+  add_rows<mixed<balanced<2>, rotated<2>>>("balanced2+rotated2", 0.7);
+  add_rows<rotated<2>>("rotated2", 0.7);
+  add_rows<turning<rotated<4>>>("centred_rotated4", 0.22);
+  add_rows<turning<trellis<3>>>("centred_trellis3", 0.33);
+  add_rows<turning<trellis<2>>>("centred_trellis2", 0.6);
+  add_rows<klt_of_3_bits>("klt3.25", 0.8);
+  add_rows<half_rank>("low_rank64", 0.95);
+  add_rows<trellis<4>>("trellis4", 0.18);
+  add_rows<trellis<2>>("trellis2", 0.6);
+  add_rows<at_run_time<int8>>("any:int8", 0.013);
+  add_rows<at_run_time<rotated<4>>>("any:rotated4", 0.22);
+  add_rows<at_run_time<klt_of_3_bits>>("any:klt3.25", 0.8);
+  add_rows<exact_sinks<exact_tail<mixed<channel<4>, rotated<4>>>>>("channel4+rotated4,sinks=4,tail=128", 0.2);
 }
 
 }  // namespace kvcache::bench

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Everything that needs no library but Eigen; without Eigen on the include path, everything that needs none.
+// Everything that needs no more than Eigen/Core; without Eigen on the include path, everything that needs no library. Solvers
+// and clients of others are included by name: codec/low_rank.hpp, codec/klt.hpp, interop/eigen_thread_pool.hpp, store/lmdb_tier.hpp.
 #pragma once
 
 #include <kvcache/attention/attend.hpp>

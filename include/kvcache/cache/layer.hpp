@@ -93,7 +93,8 @@ class layer_ref {
   /// \pre      both spans hold the same whole number of tokens
   /// \post     size() grew by that number; earlier tokens are as before
   /// Complexity: O(tokens * num_kv_heads * head_dim); a container may first grow or, when sharing, copy a page.
-  /// Invalidates: views of blocks that held no token before, or were shared. Threads: one writer per sequence.
+  /// Invalidates: views of blocks that held no token before, were shared or are sealed by it; all views where a contiguous
+  /// cache has to copy, see contiguous_options. Threads: one writer per sequence.
   [[nodiscard]] status try_append(std::span<const float> k, std::span<const float> v) const
       requires(!std::is_const_v<Cache>) {
     return cache_->try_append(layer_, k, v);

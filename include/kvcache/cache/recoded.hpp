@@ -59,7 +59,7 @@ void append_tokens(const From& from, To& to, index_t first, index_t last) {
 ///
 /// \param from  any kv_cache, or any_cache
 /// \param to    empty, with the same layers, heads and dims; what it is made of decides container and codec
-/// Throws capacity_error if `to` has no room, or refuses a row that is not finite; std::bad_alloc. Numbers beyond what exact
+/// Throws shape_error if they differ; capacity_error if `to` has no room, or refuses a row that is not finite; std::bad_alloc. Numbers beyond what exact
 /// tokens of `to` can be are cut to that.
 template <class From, class To>
 [[nodiscard]] To recoded(const From& from, To to) {

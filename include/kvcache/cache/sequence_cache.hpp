@@ -119,6 +119,7 @@ class sequence_cache {
 
   /// Room for `num_tokens` tokens in all, so that appends up to there cannot fail or allocate.
   /// \return out_of_pages or out_of_memory; then nothing changed
+  /// Invalidates: views of shared blocks; all views where a contiguous cache has to copy.
   [[nodiscard]] status reserve(index_t num_tokens) {
     if (num_tokens > max_tokens) return status::out_of_memory;
     if (num_tokens <= size()) return status::ok;
@@ -126,7 +127,8 @@ class sequence_cache {
   }
 
   /// Forgets every token from `num_tokens` on, in every layer; longer than the sequence is no change.
-  /// Chunks and pages past the end are given back, reserved ones too. Invalidates: views past the end.
+  /// Chunks and pages past the end are given back, reserved ones too. Invalidates: views past the end,
+  /// and, where blocks are sealed, of those that are cut or hold exact tokens again.
   void truncate(index_t num_tokens) noexcept;
 
   /// truncate(0).
@@ -195,6 +197,7 @@ class sequence_cache {
   /// Begins a step in which each layer may append up to `num_tokens` tokens; see cache_step. Where a codec keeps a tail, more
   /// than that may come back from a rollback as the codec stored it.
   /// Room is set aside first, so that those appends cannot run out, unless the sequence is forked meanwhile. Throws capacity_error, then nothing changed.
+  /// Invalidates: as reserve.
   step begin(index_t num_tokens) {
     if (const status s = begin_step(num_tokens); s != status::ok) throw capacity_error("begin", s);
     return step(*this);

@@ -37,7 +37,8 @@ class shape_error : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-/// Thrown by `append`, `begin` and `clone` where their `try_` twins return a status.
+/// Thrown by `append` where `try_append` returns a status, and by `begin`, `clone` and `fork` where their `try_` twins return
+/// nothing; also by what appends or copies: load, recover, recoded.
 class capacity_error : public std::runtime_error {
  public:
   capacity_error(const char* what_failed, status code)

@@ -64,9 +64,9 @@ struct plan_options {
   /// Sequences that are in an open step (`begin`) of more than block_size tokens at a time: behind a tail each keeps a copy.
   index_t long_steps = 0;
   /// Most divergence that is recommended, in multiples of that of int8 behind a bf16 tail; see quality_figures. The default
-  /// leaves out what 2 bits cost.
+  /// leaves out 2 bits but for trellis, as values or centred.
   double worst_kl_ratio = 10;
-  /// Whether trellis is recommended, which loses less and takes some ten times as long to encode (docs/codecs.md).
+  /// Whether trellis is recommended, which loses less and takes 11 to 23 times as long to encode (docs/codecs.md).
   bool slow_encoding = false;
   /// Whether the cache will be told how the model rotates keys, as a rope_config beside the spec or by rope= in it: without,
   /// codecs named centred_ lose more than what was measured, and are not recommended. Goes with default_choices(true).

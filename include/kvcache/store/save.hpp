@@ -155,7 +155,8 @@ index_t longest_layer(const Cache& cache) noexcept {
 /// Saves tokens [first_token, last_token) of every layer, as far as it has them, with their positions.
 ///
 /// \param cache  a sequence_cache of any codec that can be described; see codec/description.hpp
-/// \param who    whose it is; with token ids, one for each token that is saved, or none
+/// \param who    whose it is; with the token ids of the sequence from token 0 up to last_token at least, of which those of the
+///               range are saved, or none
 /// Throws shape_error if the range cannot be saved: one that begins behind the first token begins at a multiple of the
 /// block size, unless the codec is f32, f16 or bf16 without a tail, and has no sinks; write_error if the sink fails.
 /// O(bytes): each is read twice, once for the checksums. Threads: reads the cache only, but for a range of a codec with a
