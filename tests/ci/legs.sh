@@ -76,7 +76,7 @@ leg_clang() {
 # What users get: g++, which at -O1 does not do what it does here.
 leg_optimised() {
   optimised_with optimised g++ codec.klt codec.low_rank cache.sealing cache.keep_tokens store.snapshot
-  if [ "$(uname -m)" != x86_64 ] || ! command -v qemu-x86_64-static >/dev/null; then return; fi
+  if [ "$(uname -m)" != x86_64 ] || ! command -v qemu-x86_64-static >/dev/null; then return 0; fi
   # Processors without AVX, and without AVX-512, emulated: what slipped in of a higher level is an illegal instruction there.
   local cpu
   for cpu in Nehalem Haswell; do
