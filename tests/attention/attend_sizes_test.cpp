@@ -53,12 +53,23 @@ TEST_CASE("groups of any size read their own head", "[attention]") {
   struct heads {
     index_t q, kv;
   };
-  for (const heads h :
-       {heads{1, 1}, {3, 3}, {3, 1}, {6, 2}, {8, 1}, {16, 2}, {17, 1}, {21, 3}, {32, 32}, {48, 1}, {64, 8}}) {
+  for (const heads h : {heads{1, 1},
+                        {3, 3},
+                        {3, 1},
+                        {6, 2},
+                        {8, 1},
+                        {16, 2},
+                        {17, 1},
+                        {21, 3},
+                        {32, 32},
+                        {48, 1},
+                        {64, 8},
+                        {64, 1}}) {
     for (const index_t q_len : {1, 2, 7}) {
       const problem p = make_problem(random, {q_len, 50, h.q, h.kv, 12});
       check<codec::f32>(p, 32);
       check<codec::f16>(p, 32);
+      check<codec::bf16>(p, 32);
     }
   }
 }
@@ -85,6 +96,14 @@ TEST_CASE("long sequences keep to the bound", "[attention]") {
     check<codec::bf16>(p, 256);
     check<codec::f16>(p, 16);
   }
+  // the longest that the bound is stated for
+  const problem longest = make_problem(random, {1, 65536, 2, 1, 16});
+  require_close(computed(longest, filled<kvcache::chunked_cache<codec::f32>>(longest, 256)[0]),
+                expected(longest, "f32"));
+  require_close(computed(longest, filled<kvcache::chunked_cache<codec::f16>>(longest, 64)[0]),
+                expected(longest, "f16"));
+  require_close(computed(longest, filled<kvcache::chunked_cache<codec::bf16>>(longest, 128)[0]),
+                expected(longest, "bf16"));
   problem p = make_problem(random, {3, 5000, 2, 1, 16});
   p.options.window = 2500;
   p.options.sinks = 3;
