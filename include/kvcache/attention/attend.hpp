@@ -158,10 +158,19 @@ class batch_plan {
 /// \param options   what holds for all of them
 /// \param executor  runs the tasks; see core/executor.hpp
 /// Rows that see no key get a zero output and lse = -infinity.
-/// Numerics: float accumulation. Against exact arithmetic on the stored numbers the output is off by less than
-/// 1e-6 * (4 + scale * max|q| * max|k|) * max|v| with Euclidean norms, up to head_dim 512 and kv_len 65536. On AMX,
-/// with bf16 blocks, eight times that: queries and weights enter as two bf16 each. For float operands there, set
-/// options.kernel to &kernel::select(kernel::isa::avx512).
+/// Numerics: float accumulation. Against exact arithmetic on the stored numbers, those that copy_out gives, outputs over blocks
+/// of f32, f16 or bf16 are off by less than 1e-6 * (4 + N) * max|v|, N = scale * max|q| * max|k|, with Euclidean norms, up to
+/// head_dim 512 and kv_len 65536. On AMX, with bf16 blocks, eight times that: queries and weights enter as two bf16 each. For
+/// float operands there, set options.kernel to &kernel::select(kernel::isa::avx512).
+/// Blocks of fewer bits add what is lost where they are multiplied as integers (kernel/table.hpp), at most
+///   int8                                 N * sqrt(head_dim) / 32000 * max|v| + 5e-4 * max|v|
+///   rotated, trellis, channel, balanced  N * sqrt(head_dim) / 250 * max|v| + 0.11 * V
+/// The first term is what queries lose in each score, and lse with it; of outputs it takes 2 * max|v| at most. Its N is of rows
+/// as they are multiplied: keys less their means, if those are given; for channel and balanced q times a block's channel
+/// scales, and k less its offsets, divided by them. The second is what weights lose: V is the norm that the largest codes of a
+/// block's values (less offsets) have with the largest of their scales; for normally distributed rows in 2 bits some 1.2 *
+/// max|v| with 80 dims, 1.8 * max|v| with 16. These are worst cases, and hold where the largest numbers of scaled queries and
+/// of values are 1e-16 or more. None is stated for centred, klt and low_rank, whose scores are sums of several products.
 /// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
 /// Allocates only where a tile's rows (32, or one query's) exceed 96 KiB of working memory, workers share one tile's spans
 /// (then head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32 items, and then from

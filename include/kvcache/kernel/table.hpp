@@ -287,6 +287,10 @@ struct table {
 
   /// The same with half the multiplications: queries of 8 bits, off by at most 1/254 of the row's largest number, weights
   /// (times their tokens' scales) of 8 bits, off by at most 1/510 of the largest of 64 tokens. Elsewhere as int8.
+  ///
+  /// So a score is off by sqrt(head_dim) / 254 * |q| * |k| at most (Cauchy-Schwarz; int8: 32512, not 254), and 64 weights
+  /// together by 63 / (510 + 63) = 0.11 of their sum: the largest not at all, the others by no more than themselves (int8:
+  /// 130560, not 510). attend states both; tests reach 0.57 and 0.89 of its bounds with rows made for it.
   int8_kernels coarse;
 
   low_bit_kernels low_bit;
