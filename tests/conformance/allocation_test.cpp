@@ -5,46 +5,10 @@
 #include <kvcache/attention/attend.hpp>
 #include <kvcache/attention/rope.hpp>
 
+#include "conformance/allocations.hpp"
 #include "conformance/caches.hpp"
 
-#include <atomic>
-#include <cstdlib>
-#include <new>
 #include <span>
-
-namespace {
-
-std::atomic<std::ptrdiff_t> allocations{0};
-
-void* counted(std::size_t bytes) {
-  ++allocations;
-  if (void* p = std::malloc(bytes == 0 ? 1 : bytes)) return p;
-  throw std::bad_alloc();
-}
-
-void* counted(std::size_t bytes, std::align_val_t alignment) {
-  ++allocations;
-  const auto unit = static_cast<std::size_t>(alignment);
-  if (void* p = std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit)) return p;
-  throw std::bad_alloc();
-}
-
-}  // namespace
-
-void* operator new(std::size_t bytes) { return counted(bytes); }
-void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
-void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
-void* operator new[](std::size_t bytes) { return counted(bytes); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) { return counted(bytes, alignment); }
-void* operator new[](std::size_t bytes, std::align_val_t alignment) { return counted(bytes, alignment); }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 
 using namespace conformance;
 
@@ -52,14 +16,6 @@ namespace {
 
 constexpr cache_shape shape{.num_layers = 2, .num_kv_heads = 2, .head_dim = 16, .block_size = 16};
 constexpr index_t num_q_heads = 6;
-
-/// Allocations while `work` runs. Nothing in `work` may be a test macro: those allocate.
-template <class Work>
-std::ptrdiff_t allocations_in(Work work) {
-  const std::ptrdiff_t before = allocations;
-  work();
-  return allocations - before;
-}
 
 /// Says that it has four workers, and has one.
 struct four_workers {

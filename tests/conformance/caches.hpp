@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
-// Every container with every codec, behind one way to make them, and comparison with the model in oracle/.
+// Every container, with codecs as types, behind one way to make them, and comparison with the model in oracle/. Codecs by
+// name: every_codec_test.cpp.
 //
 //   TEMPLATE_TEST_CASE("...", "[conformance]", ALL_CACHES) {
 //     TestType source(shape);             // paged: a pool; else nothing but the settings
 //     auto cache = source.make();         // any number of sequences
 //   }
 //
-// To add a container or a codec, add it to the lists at the end.
+// To add a container, or a codec that encodes token by token, add it to the lists at the end.
 #pragma once
 
 #include <kvcache/cache/chunked.hpp>
@@ -169,7 +170,7 @@ struct paged {
 
 namespace codec = kvcache::codec;
 
-// What TEMPLATE_TEST_CASE is to be given: every container with every codec ...
+// What TEMPLATE_TEST_CASE is to be given: every container with codecs that encode token by token ...
 #define ALL_CACHES                                                                                        \
   contiguous<codec::f32>, contiguous<codec::f16>, contiguous<codec::bf16>, contiguous_small<codec::bf16>, \
       contiguous_in_memory<codec::f32>, chunked<codec::f32>, chunked<codec::f16>, chunked<codec::bf16>,   \
