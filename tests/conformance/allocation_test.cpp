@@ -4,6 +4,7 @@
 
 #include <kvcache/attention/attend.hpp>
 #include <kvcache/attention/rope.hpp>
+#include <kvcache/interop/any_cache.hpp>
 
 #include "conformance/allocations.hpp"
 #include "conformance/caches.hpp"
@@ -217,6 +218,29 @@ TEST_CASE("attend with an executor and a workspace does not allocate once warm",
   many();
   REQUIRE(allocations_in(many) == 0);
   for (std::size_t i = 0; i < outs.size(); ++i) REQUIRE(outs[i] == out[i % out.size()]);
+}
+
+TEST_CASE("a batch of any_cache allocates for as many items of typed caches, and nothing else",
+          "[conformance]") {
+  test::random random;
+  std::vector<kvcache::any_cache> caches;
+  caches.emplace_back("contiguous", contiguous<codec::bf16>(shape).make());
+  caches.emplace_back("chunked", chunked<codec::int8>(shape).make());
+  const std::vector<float> rows = random_rows(random, shape, 40);
+  for (const auto& cache : caches) cache[0].append(rows, rows);
+  const std::vector<float> q = random.floats(num_q_heads * shape.head_dim);
+  std::vector<float> outs(50 * q.size());
+  std::vector<kvcache::attend_item<kvcache::any_layer>> batch;
+  for (std::size_t i = 0; i < 50; ++i)
+    batch.push_back({q, caches[i % 2][0], std::span(outs).subspan(i * q.size(), q.size())});
+  const std::span<const kvcache::attend_item<kvcache::any_layer>> many(batch);
+  REQUIRE(allocations_in([&] { kvcache::attend(many.first(32)); }) == 0);
+  REQUIRE(allocations_in([&] { kvcache::attend(many); }) == 2);  // the offsets of tasks, for each type
+  kvcache::attend_workspace workspace;
+  four_workers executor;
+  const auto warm = [&] { kvcache::attend(many, {.workspace = &workspace}, executor); };
+  warm();
+  REQUIRE(allocations_in(warm) == 0);
 }
 
 TEST_CASE("rotation does not allocate", "[conformance]") {

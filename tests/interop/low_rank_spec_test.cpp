@@ -181,6 +181,30 @@ TEST_CASE("bases are found when a step is over, not within it", "[interop]") {
   t.require_same(random);
 }
 
+TEST_CASE("caches with and without bases are attended over in one batch", "[interop]") {
+  test::random random;
+  std::vector<any_cache> caches;
+  for (const char* by_name : {"chunked/low_rank5,fit=30", "chunked/bf16", "paged/low_rank5,fit=30"}) {
+    for (const index_t tokens : {20, 90}) {
+      caches.push_back(make_cache_with_low_rank(by_name, small));
+      for (index_t layer = 0; layer < small.num_layers; ++layer)
+        caches.back()[layer].append(random.floats(tokens * width), random.floats(tokens * width));
+    }
+  }
+  REQUIRE(caches[0].bytes_per_token() != caches[1].bytes_per_token());
+  const std::vector<float> q = random.floats(2 * width);
+  std::vector<std::vector<float>> out(caches.size(), std::vector<float>(q.size()));
+  std::vector<kvcache::attend_item<kvcache::any_layer>> batch;
+  for (std::size_t i = 0; i < caches.size(); ++i) batch.push_back({q, caches[i][1], out[i]});
+  kvcache::attend(batch);
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    CAPTURE(i);
+    std::vector<float> want(q.size());
+    kvcache::attend(q, caches[i][1], want);
+    CHECK(same_bits(out[i], want));
+  }
+}
+
 TEST_CASE("where there is no memory for both copies tokens stay exact until there are twice as many",
           "[interop]") {
   test::random random;

@@ -30,15 +30,17 @@ namespace detail {
 inline constexpr index_t stack_floats = 768 * tile_rows;
 
 /// The tasks of one call: all tiles of all items, or all their spans.
-template <cache_layer Layer>
+/// \tparam Items  size() and operator[], which may make an item anew each time
+template <cache_layer Layer, class Items = std::span<const attend_item<Layer>>>
 class batch_plan {
  public:
-  batch_plan(std::span<const attend_item<Layer>> batch, const attend_options& options)
+  batch_plan(Items batch, const attend_options& options)
       : batch_(batch),
         options_(&options),
         kernels_(options.kernel != nullptr ? options.kernel : &kernel::best()) {
-    for (const auto& item : batch) {
-      const auto plan = plan_of(item);
+    for (index_t i = 0; i < num_items(); ++i) {
+      const attend_item<Layer>& item = item_at(i);
+      const item_plan<Layer> plan(item, *options_, *kernels_);
       plan.check_outputs();
       num_tiles_ += plan.num_tiles();
       num_parts_ += plan.num_tiles() * plan.num_spans();
@@ -81,10 +83,10 @@ class batch_plan {
   }
 
  private:
-  [[nodiscard]] item_plan<Layer> plan_of(const attend_item<Layer>& item) const noexcept {
-    return item_plan<Layer>(item, *options_, *kernels_);
+  /// To be bound to a reference, which keeps an item made anew.
+  [[nodiscard]] decltype(auto) item_at(index_t i) const noexcept {
+    return batch_[static_cast<std::size_t>(i)];
   }
-
   [[nodiscard]] index_t num_items() const noexcept { return static_cast<index_t>(batch_.size()); }
 
   /// Fills first_tiles_ and first_parts_.
@@ -94,7 +96,8 @@ class batch_plan {
     for (index_t i = 0; i < num_items(); ++i) {
       first_tiles_[i] = tiles;
       first_parts_[i] = parts;
-      const auto plan = plan_of(batch_[static_cast<std::size_t>(i)]);
+      const attend_item<Layer>& item = item_at(i);
+      const item_plan<Layer> plan(item, *options_, *kernels_);
       tiles += plan.num_tiles();
       parts += plan.num_tiles() * plan.num_spans();
     }
@@ -107,9 +110,10 @@ class batch_plan {
 
   /// One span of one tile, into its place among the parts.
   void run_part(index_t task, index_t worker) const {
-    const index_t item = item_of(task, first_parts_);
-    const index_t part = task - first_parts_[item];
-    const auto plan = plan_of(batch_[static_cast<std::size_t>(item)]);
+    const index_t index = item_of(task, first_parts_);
+    const index_t part = task - first_parts_[index];
+    const attend_item<Layer>& item = item_at(index);
+    const item_plan<Layer> plan(item, *options_, *kernels_);
     with_scratch(worker, [&](float* scratch) {
       plan.run_span(part / plan.num_spans(), part % plan.num_spans(), scratch, parts_ + task * part_floats_);
     });
@@ -117,12 +121,13 @@ class batch_plan {
 
   /// A tile from beginning to end, or from the parts that run_part left.
   void run_tile(index_t task, index_t worker, bool from_parts) const {
-    const index_t item = item_of(task, first_tiles_);
-    const index_t tile = task - first_tiles_[item];
-    const auto plan = plan_of(batch_[static_cast<std::size_t>(item)]);
+    const index_t index = item_of(task, first_tiles_);
+    const index_t tile = task - first_tiles_[index];
+    const attend_item<Layer>& item = item_at(index);
+    const item_plan<Layer> plan(item, *options_, *kernels_);
     with_scratch(worker, [&](float* scratch) {
       if (!from_parts) return plan.run_tile(tile, scratch);
-      float* parts = parts_ + (first_parts_[item] + tile * plan.num_spans()) * part_floats_;
+      float* parts = parts_ + (first_parts_[index] + tile * plan.num_spans()) * part_floats_;
       plan.finish_tile(tile, parts, part_floats_, scratch);
     });
   }
@@ -134,7 +139,7 @@ class batch_plan {
     body(reinterpret_cast<float*>(stack.data()));
   }
 
-  std::span<const attend_item<Layer>> batch_;
+  Items batch_;
   const attend_options* options_;
   const kernel::table* kernels_;
   index_t num_tiles_ = 0;
@@ -149,6 +154,12 @@ class batch_plan {
   float* parts_ = nullptr;      // [num_parts, part_floats]
   float* scratches_ = nullptr;  // [num_workers, worker_floats]
 };
+
+inline void check_batch_options([[maybe_unused]] const attend_options& options) noexcept {
+  KVCACHE_ASSERT(options.q_len == 1 && options.mask.empty() && options.q_positions.empty() &&
+                     options.k_positions.empty() && options.lse.empty(),
+                 "attend: in a batch, what is marked [item] in attend_options comes from the items");
+}
 
 }  // namespace detail
 
@@ -179,9 +190,7 @@ class batch_plan {
 template <cache_layer Layer, executor Executor = serial_executor>
 void attend(std::span<const attend_item<Layer>> batch, const attend_options& options = {},
             Executor&& executor = {}) {
-  KVCACHE_ASSERT(options.q_len == 1 && options.mask.empty() && options.q_positions.empty() &&
-                     options.k_positions.empty() && options.lse.empty(),
-                 "attend: in a batch, what is marked [item] in attend_options comes from the items");
+  detail::check_batch_options(options);
   detail::batch_plan<Layer>(batch, options).run(executor);
 }
 

@@ -44,6 +44,8 @@ class item_plan {
     queries_per_tile_ = group_size_ == 0 ? 1 : std::max(tile_rows / group_size_, index_t{1});
     check_sizes();
   }
+  /// The item is referred to.
+  item_plan(const attend_item<Layer>&&, const attend_options&, const kernel::table&) = delete;
 
   /// Of what attend writes.
   void check_outputs() const noexcept {

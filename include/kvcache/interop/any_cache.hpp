@@ -5,7 +5,8 @@
 //   cache[layer].append(k, v);
 //   attend(q, cache[layer], out);
 //
-// One virtual call per append and per attend; blocks are walked by the same code as in the typed containers.
+// One virtual call per append and per attend, one more per task of it; blocks are walked by the same code as in the typed
+// containers.
 #pragma once
 
 #include <kvcache/attention/attend.hpp>
@@ -26,6 +27,7 @@
 #include <kvcache/interop/spec_text.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <iterator>
 #include <memory>
 #include <optional>
@@ -33,10 +35,14 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <typeinfo>
 #include <utility>
 #include <vector>
 
 namespace kvcache::inline v0 {
+
+class any_layer;
 
 namespace detail {
 
@@ -49,8 +55,9 @@ class erased_cache {
   virtual ~erased_cache() = default;
 
   virtual status try_append(index_t layer, std::span<const float> k, std::span<const float> v) = 0;
-  virtual void attend(index_t layer, std::span<const float> q, std::span<float> out,
-                      const attend_options& options, executor_ref executor) const = 0;
+  /// Attends over the items of a batch whose contents() are of the type of this one's; leaves the others alone.
+  virtual void attend(std::span<const attend_item<any_layer>> batch, const attend_options& options,
+                      executor_ref executor) const = 0;
   virtual void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
                                  std::span<float> sums, const attend_options& options,
                                  executor_ref executor) const = 0;
@@ -89,10 +96,8 @@ class erased_cache_of final : public erased_cache {
   status try_append(index_t layer, std::span<const float> k, std::span<const float> v) override {
     return cache_.try_append(layer, k, v);
   }
-  void attend(index_t layer, std::span<const float> q, std::span<float> out, const attend_options& options,
-              executor_ref executor) const override {
-    kvcache::attend(q, cache_[layer], out, options, executor);
-  }
+  void attend(std::span<const attend_item<any_layer>> batch, const attend_options& options,
+              executor_ref executor) const override;
   void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
                          std::span<float> sums, const attend_options& options,
                          executor_ref executor) const override {
@@ -138,8 +143,6 @@ class erased_cache_of final : public erased_cache {
 
 }  // namespace detail
 
-class any_cache;
-
 /// One layer of an any_cache: what layer_ref is to the typed containers, without access to encoded blocks.
 /// Like a pointer it does not pass constness on.
 class any_layer {
@@ -152,6 +155,7 @@ class any_layer {
   void append(std::span<const float> k, std::span<const float> v) const {
     if (const status s = try_append(k, v); s != status::ok) throw capacity_error("append", s);
   }
+  [[nodiscard]] index_t index() const noexcept { return layer_; }
   [[nodiscard]] index_t size() const noexcept { return cache_->layer_size(layer_); }
   [[nodiscard]] const cache_shape& shape() const noexcept { return cache_->shape(); }
   [[nodiscard]] const position_map& positions() const noexcept { return cache_->positions(); }
@@ -163,23 +167,91 @@ class any_layer {
   /// See attend below.
   void attend(std::span<const float> q, std::span<float> out, const attend_options& options,
               executor_ref executor) const {
-    cache_->attend(layer_, q, out, options, executor);
+    const attend_item<any_layer> item{
+        q, *this, out, options.q_len, options.mask, options.q_positions, options.k_positions, options.lse};
+    cache_->attend({&item, 1}, options, executor);
   }
   void add_token_weights(std::span<const float> q, std::span<const float> lse, std::span<float> sums,
                          const attend_options& options, executor_ref executor) const {
     cache_->add_token_weights(layer_, q, lse, sums, options, executor);
   }
 
+  /// See any_cache::contents.
+  [[nodiscard]] const detail::erased_cache& contents() const noexcept { return cache_->contents(); }
+
  private:
   detail::erased_cache* cache_;
   index_t layer_;
 };
+
+namespace detail {
+
+/// A batch for batch_plan, of caches of one type. Items are translated each time they are asked for, so that no memory holds
+/// them; those of other types come without queries, and so without tasks.
+template <kv_cache Cache>
+class items_of {
+ public:
+  using layer = std::remove_cvref_t<decltype(std::declval<const Cache&>()[index_t{}])>;
+
+  /// \param some  any cache of the type
+  items_of(std::span<const attend_item<any_layer>> batch, const Cache& some) noexcept
+      : batch_(batch), some_(&some) {}
+
+  [[nodiscard]] std::size_t size() const noexcept { return batch_.size(); }
+  [[nodiscard]] attend_item<layer> operator[](std::size_t i) const noexcept {
+    const attend_item<any_layer>& item = batch_[i];
+    const erased_cache& cache = item.layer.contents();
+    if (typeid(cache) != typeid(erased_cache_of<Cache>)) return {{}, (*some_)[0], {}, 0};
+    const Cache& typed = static_cast<const erased_cache_of<Cache>&>(cache).cache();
+    return {item.q,    typed[item.layer.index()], item.out,         item.q_len,
+            item.mask, item.q_positions,          item.k_positions, item.lse};
+  }
+
+ private:
+  std::span<const attend_item<any_layer>> batch_;
+  const Cache* some_;
+};
+
+template <kv_cache Cache>
+void erased_cache_of<Cache>::attend(std::span<const attend_item<any_layer>> batch,
+                                    const attend_options& options, executor_ref executor) const {
+  using items = items_of<Cache>;
+  batch_plan<typename items::layer, items>(items(batch, cache_), options).run(executor);
+}
+
+/// A cache of each type in a batch, one type after the other: `last` is the one before, null at first; null after the last.
+inline const erased_cache* next_type(std::span<const attend_item<any_layer>> batch,
+                                     const erased_cache* last) noexcept {
+  const erased_cache* next = nullptr;
+  for (const attend_item<any_layer>& item : batch) {
+    const erased_cache& cache = item.layer.contents();
+    const bool to_come = last == nullptr || typeid(*last).before(typeid(cache));
+    if (to_come && (next == nullptr || typeid(cache).before(typeid(*next)))) next = &cache;
+  }
+  return next;
+}
+
+}  // namespace detail
 
 /// As for the typed containers; see attention/attend.hpp.
 template <executor Executor = serial_executor>
 void attend(std::span<const float> q, const any_layer& layer, std::span<float> out,
             const attend_options& options = {}, Executor&& executor = {}) {
   layer.attend(q, out, options, executor_ref(executor));
+}
+
+/// Attention of a batch of sequences, of different types, shapes, codecs and lengths if need be; see attention/attend.hpp.
+///
+/// Caches of one type, such as all that make_cache made of one container, whatever their codecs, are attended over together:
+/// workers share all their tasks. Types come one after the other, in no particular order. Results are those of single calls and
+/// of typed batches, bit by bit. Allocates what a typed batch of as many items does, and nothing for translating them.
+template <executor Executor = serial_executor>
+void attend(std::span<const attend_item<any_layer>> batch, const attend_options& options = {},
+            Executor&& executor = {}) {
+  detail::check_batch_options(options);
+  const auto* cache = detail::next_type(batch, nullptr);
+  for (; cache != nullptr; cache = detail::next_type(batch, cache))
+    cache->attend(batch, options, executor_ref(executor));
 }
 
 /// As for the typed containers; see attention/weights.hpp.

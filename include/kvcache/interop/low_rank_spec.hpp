@@ -165,9 +165,9 @@ class fitting_cache final : public erased_cache {
     if (s == status::ok && !in_step_) fit_when_due();
     return s;
   }
-  void attend(index_t layer, std::span<const float> q, std::span<float> out, const attend_options& options,
+  void attend(std::span<const attend_item<any_layer>> batch, const attend_options& options,
               executor_ref executor) const override {
-    cache_[layer].attend(q, out, options, executor);
+    contents().attend(batch, options, executor);
   }
   void add_token_weights(index_t layer, std::span<const float> q, std::span<const float> lse,
                          std::span<float> sums, const attend_options& options,
