@@ -139,8 +139,8 @@ leg_neon() {
 
 # Address and undefined-behaviour sanitizers: raw memory, index arithmetic, lifetimes of forks, malformed files. The
 # tests cover what the examples are made of, so the programs themselves, slow to compile, stay out; so do the whole
-# model, tiles that are emulated by plain arrays, what is compiled a second time to see the same bytes, and the longest test
-# on more than one level.
+# model, tiles that are emulated by plain arrays, what is compiled a second time to see the same bytes, and attention once
+# more on AVX2, whose kernels tests/kernel has here as well.
 # Null and short objects are left to the address sanitizer (CMakePresets.json): it sees the access, and checks before
 # every access take a sixth of the compiler's time.
 leg_sanitizers() {
@@ -148,7 +148,7 @@ leg_sanitizers() {
   cmake --preset clang-debug -DKVCACHE_BUILD_EXAMPLES=OFF \
     '-DKVCACHE_SKIP_TESTS=^attention[.]bytes_on_tiles$|^codec[.]stored_bytes_fused$|^examples[.](model|model_threads|quality|stories260k)$'
   cmake --build --preset clang-debug
-  ctest --preset clang-debug -LE 'consumers|emulated_tiles' -E '^conformance[.]every_codec@(portable|avx2)$'
+  ctest --preset clang-debug -LE 'consumers|emulated_tiles' -E '^(attention|conformance)[.].*@avx2$|^conformance[.]every_codec@portable$'
 }
 
 # Thread sanitizer over the tests that use an executor with threads.

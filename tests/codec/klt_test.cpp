@@ -239,14 +239,14 @@ TEST_CASE("output weights make outputs better, and come back from settings", "[c
 TEST_CASE("klt never takes more bits than it was given, and leaves few", "[codec]") {
   test::random random;
   for (const index_t dim : {64, 128}) {
-    for (const index_t block_size : {64, 128, 256}) {
+    for (const index_t block_size : {64, 256}) {
+      if (dim == 128 && block_size == 256) continue;  // calibrating takes long
       const cache_shape shape{.num_layers = 3, .num_kv_heads = 2, .head_dim = dim, .block_size = block_size};
       const auto seen = calibrated(shape, random);
       for (const double bits : {0.7, 1.5, 2.0, 2.75, 3.3, 4.25, 6.0, 8.0}) {
         CAPTURE(dim, block_size, bits);
-        for (const codec::low_rank_layout& layout :
-             {codec::klt_bases(seen, {.bits_per_value = bits})->key_layout(),
-              codec::klt_bases(seen, {.bits_per_value = bits})->value_layout()})
+        const auto even = codec::klt_bases(seen, {.bits_per_value = bits});
+        for (const codec::low_rank_layout& layout : {even->key_layout(), even->value_layout()})
           CHECK(layout.bits5 + layout.bits3 == 0);
         const codec::klt klt(codec::klt_bases(seen, {.bits_per_value = bits, .all_sizes = true}));
         CHECK(bits_used(shape, klt) <= bits + 1e-9);
@@ -451,6 +451,7 @@ TEST_CASE("scores and sums of klt are those of the rows that are read back", "[c
   for (const index_t dim : {4, 20, 64, 72, 128, 131}) {
     for (const index_t block_size : {16, 64, 256}) {
       if (block_size == 256 && dim != 72) continue;  // takes long
+      if (block_size == 64 && dim != 20 && dim != 128) continue;
       const cache_shape shape{.num_layers = 2, .num_kv_heads = 2, .head_dim = dim, .block_size = block_size};
       const auto seen = calibrated(shape, random);
       const auto with_queries = calibrated(shape, random, true);
