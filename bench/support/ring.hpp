@@ -158,7 +158,7 @@ struct ring_slot {
 template <class Layout, class Codec>
 kv_ring<Layout, Codec>& shared_ring(const ring_size& size) {
   const auto& shape = size.shape;
-  std::string name = std::string(Layout::name) + "/" + typeid(Codec).name();  // not its name, which types may share
+  std::string name = std::string(Layout::name) + "/" + typeid(Codec).name();  // Codec::name may be shared
   for (const index_t n : {shape.num_kv_heads, shape.head_dim, shape.block_size, size.kv_len, size.batch})
     name += "/" + std::to_string(n);
   if (size.hot) name += "/hot";

@@ -99,7 +99,7 @@ struct log2_histogram {
 /// Bytes now; see cache_manager and page_pool::bytes(). None is negative.
 struct memory_gauges {
   index_t live = 0;    ///< held by sequences and kept prefixes, those that several refer to once
-  index_t slack = 0;   ///< part of `live` that holds no token; gauges_of: free pages, as unused slots are not known
+  index_t slack = 0;   ///< part of `live` that holds no token; gauges_of: free pages only
   index_t shared = 0;  ///< part of `live` that several sequences refer to
   index_t budget = 0;  ///< most that may be held; 0: no limit
   index_t exact = 0;   ///< what the tokens in `live` would take in bf16; 0: not known

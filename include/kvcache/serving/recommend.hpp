@@ -142,7 +142,7 @@ class recommender {
     if (memory.live > 0) {
       const double slack = static_cast<double>(memory.slack) / static_cast<double>(memory.live);
       if (slack > t_.max_slack)
-        add(advice::smaller_blocks, "give free pages back (release_free), or use a smaller block_size where they are few",
+        add(advice::smaller_blocks, "give free pages back (release_free), or use a smaller block_size",
             percent(slack) + " of the live bytes hold no tokens", slack);
     }
     if (memory.budget > 0 && !under_pressure()) {
