@@ -134,8 +134,10 @@ TEST_CASE("int8 refuses what is not finite and writes nothing", "[codec]") {
 }
 
 TEST_CASE("attention over int8 is attention over what it stored", "[codec]") {
+  // Integer dot products take queries as 15 bits relative to their largest number, weights as 16: on random rows much less
+  // than the bound of attend, next to the half step of 1/254 that the codec itself takes nothing.
   test::random random;
-  for (const problem& p : varied_problems(random)) {
+  for (problem& p : varied_problems(random)) {
     for (const index_t block_size : {16, 64, 256}) {
       const auto cache = filled<kvcache::paged_cache<codec::int8>>(p, block_size);
       problem stored = p;
@@ -143,6 +145,12 @@ TEST_CASE("attention over int8 is attention over what it stored", "[codec]") {
       REQUIRE(stored.k == oracle::stored_rows(p.k, p.n.head_dim, "int8"));
       REQUIRE(stored.v == oracle::stored_rows(p.v, p.n.head_dim, "int8"));
       require_within_bounds(p, cache[0]);
+      for (const auto* kernels : tables()) {
+        CAPTURE(std::string(kvcache::kernel::to_string(kernels->level)), p.n.kv_len, p.n.head_dim,
+                block_size);
+        p.options.kernel = kernels;
+        require_close(computed(p, cache[0]), expected(p, "int8"), 50);
+      }
     }
   }
 }
@@ -182,6 +190,19 @@ TEST_CASE("keys without their mean keep more of what differs between them", "[co
     cache[1].copy_out(0, 50, k, v);
     double sum = 0;
     for (std::size_t i = 0; i < k.size(); ++i) sum += std::pow(double{k[i]} - double{keys[1][i]}, 2);
+
+    // attention and its log-sum-exp are those over the keys that are read back
+    const std::vector<float> q = random.floats(2 * token);
+    std::vector<float> out(q.size());
+    std::vector<float> plain_out(q.size());
+    std::vector<float> lse(4);
+    std::vector<float> plain_lse(4);
+    attend(q, cache[1], out, {.scale = 0.05F, .lse = lse});
+    kvcache::chunked_cache<codec::f32> plain(shape);
+    plain[1].append(k, v);
+    attend(q, plain[1], plain_out, {.scale = 0.05F, .lse = plain_lse});
+    for (std::size_t i = 0; i < out.size(); ++i) CHECK(std::fabs(out[i] - plain_out[i]) < 2e-3);
+    for (std::size_t i = 0; i < lse.size(); ++i) CHECK(std::fabs(lse[i] - plain_lse[i]) < 2e-3);
     return sum;
   };
   CHECK(error(centred) < error(codec::int8{}) / 30);

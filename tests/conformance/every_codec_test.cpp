@@ -333,27 +333,16 @@ bool are_kept(const contents& before, const contents& after, const std::vector<i
   return same(before.k, after.k) && same(before.v, after.v);
 }
 
-/// The typed cache in it, to visit(cache).
-template <class Visit>
-void with_typed(const any_cache& cache, Visit visit) {
-  using codecs = codec::by_layer<kvcache::any_codec>;
-  if (const auto* typed = cache.get_if<kvcache::contiguous_cache<codecs>>()) visit(*typed);
-  if (const auto* typed = cache.get_if<kvcache::chunked_cache<codecs>>()) visit(*typed);
-  if (const auto* typed = cache.get_if<kvcache::paged_cache<codecs>>()) visit(*typed);
-}
-
-/// Attention over layer 1 of several caches of one kind, in one call.
+/// Attention over layer 1 of several caches, in one call.
 std::vector<float> attended_at_once(const std::vector<const any_cache*>& caches, const std::vector<float>& q,
                                     index_t q_len) {
   const auto floats = static_cast<std::size_t>(q_len * num_q_heads * shape.head_dim);
   std::vector<float> all(caches.size() * floats);
-  with_typed(*caches.front(), [&]<class Cache>(const Cache& first) {
-    std::vector<kvcache::attend_item<decltype(first[1])>> batch;
-    for (std::size_t i = 0; i < caches.size(); ++i)
-      batch.push_back({std::span(q).first(floats), (*caches[i]->get_if<Cache>())[1],
-                       std::span(all).subspan(i * floats, floats), q_len});
-    kvcache::attend(std::span<const kvcache::attend_item<decltype(first[1])>>(batch), {}, two_workers{});
-  });
+  std::vector<kvcache::attend_item<kvcache::any_layer>> batch;
+  for (std::size_t i = 0; i < caches.size(); ++i)
+    batch.push_back(
+        {std::span(q).first(floats), (*caches[i])[1], std::span(all).subspan(i * floats, floats), q_len});
+  kvcache::attend(batch, {}, two_workers{});
   return all;
 }
 

@@ -39,8 +39,7 @@ class batch_plan {
         options_(&options),
         kernels_(options.kernel != nullptr ? options.kernel : &kernel::best()) {
     for (index_t i = 0; i < num_items(); ++i) {
-      const attend_item<Layer>& item = item_at(i);
-      const item_plan<Layer> plan(item, *options_, *kernels_);
+      const auto plan = plan_of(i);
       plan.check_outputs();
       num_tiles_ += plan.num_tiles();
       num_parts_ += plan.num_tiles() * plan.num_spans();
@@ -83,10 +82,10 @@ class batch_plan {
   }
 
  private:
-  /// To be bound to a reference, which keeps an item made anew.
-  [[nodiscard]] decltype(auto) item_at(index_t i) const noexcept {
-    return batch_[static_cast<std::size_t>(i)];
+  [[nodiscard]] item_plan<Layer> plan_of(index_t item) const noexcept {
+    return item_plan<Layer>(batch_[static_cast<std::size_t>(item)], *options_, *kernels_);
   }
+
   [[nodiscard]] index_t num_items() const noexcept { return static_cast<index_t>(batch_.size()); }
 
   /// Fills first_tiles_ and first_parts_.
@@ -96,8 +95,7 @@ class batch_plan {
     for (index_t i = 0; i < num_items(); ++i) {
       first_tiles_[i] = tiles;
       first_parts_[i] = parts;
-      const attend_item<Layer>& item = item_at(i);
-      const item_plan<Layer> plan(item, *options_, *kernels_);
+      const auto plan = plan_of(i);
       tiles += plan.num_tiles();
       parts += plan.num_tiles() * plan.num_spans();
     }
@@ -110,10 +108,9 @@ class batch_plan {
 
   /// One span of one tile, into its place among the parts.
   void run_part(index_t task, index_t worker) const {
-    const index_t index = item_of(task, first_parts_);
-    const index_t part = task - first_parts_[index];
-    const attend_item<Layer>& item = item_at(index);
-    const item_plan<Layer> plan(item, *options_, *kernels_);
+    const index_t item = item_of(task, first_parts_);
+    const index_t part = task - first_parts_[item];
+    const auto plan = plan_of(item);
     with_scratch(worker, [&](float* scratch) {
       plan.run_span(part / plan.num_spans(), part % plan.num_spans(), scratch, parts_ + task * part_floats_);
     });
@@ -121,13 +118,12 @@ class batch_plan {
 
   /// A tile from beginning to end, or from the parts that run_part left.
   void run_tile(index_t task, index_t worker, bool from_parts) const {
-    const index_t index = item_of(task, first_tiles_);
-    const index_t tile = task - first_tiles_[index];
-    const attend_item<Layer>& item = item_at(index);
-    const item_plan<Layer> plan(item, *options_, *kernels_);
+    const index_t item = item_of(task, first_tiles_);
+    const index_t tile = task - first_tiles_[item];
+    const auto plan = plan_of(item);
     with_scratch(worker, [&](float* scratch) {
       if (!from_parts) return plan.run_tile(tile, scratch);
-      float* parts = parts_ + (first_parts_[index] + tile * plan.num_spans()) * part_floats_;
+      float* parts = parts_ + (first_parts_[item] + tile * plan.num_spans()) * part_floats_;
       plan.finish_tile(tile, parts, part_floats_, scratch);
     });
   }

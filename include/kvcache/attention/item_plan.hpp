@@ -33,7 +33,7 @@ class item_plan {
  public:
   item_plan(const attend_item<Layer>& item, const attend_options& options,
             const kernel::table& kernels) noexcept
-      : item_(&item),
+      : item_(item),
         options_(&options),
         kernels_(&kernels),
         shape_(item.layer.shape()),
@@ -44,23 +44,20 @@ class item_plan {
     queries_per_tile_ = group_size_ == 0 ? 1 : std::max(tile_rows / group_size_, index_t{1});
     check_sizes();
   }
-  /// The item is referred to.
-  item_plan(const attend_item<Layer>&&, const attend_options&, const kernel::table&) = delete;
 
   /// Of what attend writes.
   void check_outputs() const noexcept {
-    KVCACHE_ASSERT(item_->out.size() == item_->q.size(), "attend: out must have the size of q");
-    KVCACHE_ASSERT(
-        item_->lse.empty() || static_cast<index_t>(item_->lse.size()) == item_->q_len * num_q_heads_,
-        "attend: lse must be [q_len, num_q_heads]");
+    KVCACHE_ASSERT(item_.out.size() == item_.q.size(), "attend: out must have the size of q");
+    KVCACHE_ASSERT(item_.lse.empty() || static_cast<index_t>(item_.lse.size()) == item_.q_len * num_q_heads_,
+                   "attend: lse must be [q_len, num_q_heads]");
   }
 
   [[nodiscard]] index_t num_tiles() const noexcept {
-    return num_q_heads_ == 0 ? 0 : shape_.num_kv_heads * ceil_div(item_->q_len, queries_per_tile_);
+    return num_q_heads_ == 0 ? 0 : shape_.num_kv_heads * ceil_div(item_.q_len, queries_per_tile_);
   }
   [[nodiscard]] index_t num_spans() const noexcept { return ceil_div(kv_len_, span_tokens); }
   [[nodiscard]] index_t max_rows() const noexcept {
-    return std::min(queries_per_tile_, item_->q_len) * group_size_;
+    return std::min(queries_per_tile_, item_.q_len) * group_size_;
   }
 
   /// Floats of a softmax state of one tile, and of everything a worker needs.
@@ -69,7 +66,7 @@ class item_plan {
   }
   [[nodiscard]] index_t worker_floats() const noexcept {
     return positions_floats() + max_rows() * round_up(shape_.head_dim, 16) +
-           span_scratch_floats(item_->layer.codec(), geometry(), max_rows()) + 2 * state_floats();
+           span_scratch_floats(item_.layer.codec(), geometry(), max_rows()) + 2 * state_floats();
   }
 
   /// A whole tile, span by span. \param scratch  [worker_floats()]
@@ -134,30 +131,29 @@ class item_plan {
 
   /// Position of a query: given, or that of the token it belongs to.
   [[nodiscard]] index_t position_of(index_t query) const noexcept {
-    const index_t token = kv_len_ - item_->q_len + query;
-    if (!item_->q_positions.empty()) return item_->q_positions[static_cast<std::size_t>(query)];
-    if (!item_->k_positions.empty() && token >= 0) return item_->k_positions[static_cast<std::size_t>(token)];
-    return item_->layer.positions()[token];
+    const index_t token = kv_len_ - item_.q_len + query;
+    if (!item_.q_positions.empty()) return item_.q_positions[static_cast<std::size_t>(query)];
+    if (!item_.k_positions.empty() && token >= 0) return item_.k_positions[static_cast<std::size_t>(token)];
+    return item_.layer.positions()[token];
   }
 
   void check_sizes() const noexcept {
-    if (item_->q_len == 0) return;
-    KVCACHE_ASSERT(item_->q_len >= 0, "attend: q_len must not be negative");
+    if (item_.q_len == 0) return;
+    KVCACHE_ASSERT(item_.q_len >= 0, "attend: q_len must not be negative");
     KVCACHE_ASSERT(
-        static_cast<index_t>(item_->q.size()) == item_->q_len * num_q_heads_ * shape_.head_dim &&
+        static_cast<index_t>(item_.q.size()) == item_.q_len * num_q_heads_ * shape_.head_dim &&
             num_q_heads_ % shape_.num_kv_heads == 0,
         "attend: q must be [q_len, num_q_heads, head_dim], num_q_heads a multiple of num_kv_heads");
     KVCACHE_ASSERT(
-        item_->q_len <= kv_len_ || !item_->q_positions.empty() || !options_->causal || !item_->mask.empty(),
+        item_.q_len <= kv_len_ || !item_.q_positions.empty() || !options_->causal || !item_.mask.empty(),
         "attend: causal queries are for tokens in the cache; append before you attend");
-    KVCACHE_ASSERT(
-        item_->q_positions.empty() || static_cast<index_t>(item_->q_positions.size()) == item_->q_len,
-        "attend: q_positions must be [q_len]");
-    KVCACHE_ASSERT(item_->k_positions.empty() || static_cast<index_t>(item_->k_positions.size()) == kv_len_,
+    KVCACHE_ASSERT(item_.q_positions.empty() || static_cast<index_t>(item_.q_positions.size()) == item_.q_len,
+                   "attend: q_positions must be [q_len]");
+    KVCACHE_ASSERT(item_.k_positions.empty() || static_cast<index_t>(item_.k_positions.size()) == kv_len_,
                    "attend: k_positions must be [kv_len]");
-    [[maybe_unused]] const auto mask_size = static_cast<index_t>(item_->mask.size());
-    KVCACHE_ASSERT(mask_size == 0 || mask_size == item_->q_len * kv_len_ ||
-                       (mask_size == item_->q_len * item_->q_len && item_->q_len <= kv_len_),
+    [[maybe_unused]] const auto mask_size = static_cast<index_t>(item_.mask.size());
+    KVCACHE_ASSERT(mask_size == 0 || mask_size == item_.q_len * kv_len_ ||
+                       (mask_size == item_.q_len * item_.q_len && item_.q_len <= kv_len_),
                    "attend: mask must be [q_len, q_len] or [q_len, kv_len]");
     KVCACHE_ASSERT(
         options_->alibi_slopes.empty() || static_cast<index_t>(options_->alibi_slopes.size()) == num_q_heads_,
@@ -167,7 +163,7 @@ class item_plan {
   /// Gathers and scales the rows of a tile; takes its memory from the front of `scratch`.
   query_tile make_tile(index_t tile_index, float*& scratch) const noexcept {
     const index_t first_query = tile_index / shape_.num_kv_heads * queries_per_tile_;
-    const index_t num_queries = std::min(queries_per_tile_, item_->q_len - first_query);
+    const index_t num_queries = std::min(queries_per_tile_, item_.q_len - first_query);
     const index_t first_head = tile_index % shape_.num_kv_heads * group_size_;
     const index_t dim = shape_.head_dim;
     const float scale = options_->scale.value_or(1.0F / std::sqrt(static_cast<float>(dim)));
@@ -178,7 +174,7 @@ class item_plan {
     for (index_t i = 0; i < num_queries; ++i) {
       const index_t query = first_query + i;
       positions[i] = position_of(query);
-      const float* from = item_->q.data() + (query * num_q_heads_ + first_head) * dim;
+      const float* from = item_.q.data() + (query * num_q_heads_ + first_head) * dim;
       float* to = queries + i * group_size_ * dim;
       lanes::transform(
           group_size_ * dim, to, [scale](auto x) { return x * scale; }, from);
@@ -216,26 +212,26 @@ class item_plan {
     const index_t num_blocks = ceil_div(tokens.last - tokens.first, shape_.block_size);
     for (index_t b = 0; b < num_blocks + max_blocks_ahead; ++b) {
       const bool exists = (first_block + b) * shape_.block_size < kv_len_;
-      blocks[static_cast<std::size_t>(b)] = exists ? item_->layer.block(head, first_block + b) : nullptr;
+      blocks[static_cast<std::size_t>(b)] = exists ? item_.layer.block(head, first_block + b) : nullptr;
     }
     const span_context context{kernels_,
                                geometry(),
-                               visibility(*options_, item_->q_len, kv_len_, item_->mask, item_->k_positions),
-                               item_->layer.positions().segments(),
+                               visibility(*options_, item_.q_len, kv_len_, item_.mask, item_.k_positions),
+                               item_.layer.positions().segments(),
                                options_->alibi_slopes,
                                options_->rope};
     span_blocks in{{blocks.data(), static_cast<std::size_t>(num_blocks + max_blocks_ahead)}};
-    constexpr bool seals = requires { item_->layer.num_sealed(); }
-    &&sealing_codec<std::remove_cvref_t<decltype(item_->layer.codec())>>;
+    constexpr bool seals = requires { item_.layer.num_sealed(); }
+    &&sealing_codec<std::remove_cvref_t<decltype(item_.layer.codec())>>;
     if constexpr (seals) {
-      in.first_exact = item_->layer.num_sealed() * shape_.block_size;
-      in.exact = {exact_element_of(item_->layer.codec())};
-      in.sinks = item_->layer.sinks(head);
+      in.first_exact = item_.layer.num_sealed() * shape_.block_size;
+      in.exact = {exact_element_of(item_.layer.codec())};
+      in.sinks = item_.layer.sinks(head);
     }
-    if constexpr (requires { item_->layer.codec(head); }) {
-      body(std::bool_constant<seals>{}, item_->layer.codec(head), context, in, tokens);
+    if constexpr (requires { item_.layer.codec(head); }) {
+      body(std::bool_constant<seals>{}, item_.layer.codec(head), context, in, tokens);
     } else {
-      body(std::bool_constant<seals>{}, item_->layer.codec(), context, in, tokens);
+      body(std::bool_constant<seals>{}, item_.layer.codec(), context, in, tokens);
     }
   }
 
@@ -243,13 +239,13 @@ class item_plan {
     for (index_t r = 0; r < tile.num_rows(); ++r) {
       const index_t row = row_of(tile, r);
       const float lse = state.finish(static_cast<std::size_t>(r),
-                                     item_->out.subspan(static_cast<std::size_t>(row * shape_.head_dim),
-                                                        static_cast<std::size_t>(shape_.head_dim)));
-      if (!item_->lse.empty()) item_->lse[static_cast<std::size_t>(row)] = lse;
+                                     item_.out.subspan(static_cast<std::size_t>(row * shape_.head_dim),
+                                                       static_cast<std::size_t>(shape_.head_dim)));
+      if (!item_.lse.empty()) item_.lse[static_cast<std::size_t>(row)] = lse;
     }
   }
 
-  const attend_item<Layer>* item_;
+  attend_item<Layer> item_;
   const attend_options* options_;
   const kernel::table* kernels_;
   cache_shape shape_;
