@@ -16,10 +16,9 @@
 #include "attention/problem.hpp"
 #include "conformance/caches.hpp"
 #include "oracle/rope_oracle.hpp"
+#include "support/heap.hpp"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -32,37 +31,6 @@ using kvcache::index_t;
 using kvcache::keep_positions;
 using kvcache::status;
 namespace codec = kvcache::codec;
-
-// ---- allocation failure: operator new fails from the n-th call on ---------------------------------------------------
-
-namespace {
-std::ptrdiff_t allocations_left = -1;  // -1: no limit
-
-void* limited(std::size_t bytes, std::size_t alignment) {
-  if (allocations_left == 0) throw std::bad_alloc();
-  if (allocations_left > 0) --allocations_left;
-  const std::size_t unit = alignment < 16 ? 16 : alignment;
-  if (void* p = std::aligned_alloc(unit, (bytes + unit) / unit * unit)) return p;
-  throw std::bad_alloc();
-}
-
-// Not inlined: compilers would take this for memory of their own operator new.
-[[gnu::noinline]] void give_back(void* p) noexcept { std::free(p); }
-}  // namespace
-
-void* operator new(std::size_t bytes) { return limited(bytes, 16); }
-void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
-void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
-void* operator new[](std::size_t bytes) { return limited(bytes, 16); }
-void* operator new(std::size_t bytes, std::align_val_t to) {
-  return limited(bytes, static_cast<std::size_t>(to));
-}
-void operator delete(void* p) noexcept { give_back(p); }
-void operator delete[](void* p) noexcept { give_back(p); }
-void operator delete(void* p, std::size_t) noexcept { give_back(p); }
-void operator delete[](void* p, std::size_t) noexcept { give_back(p); }
-void operator delete(void* p, std::align_val_t) noexcept { give_back(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { give_back(p); }
 
 namespace {
 
@@ -378,9 +346,10 @@ TEMPLATE_TEST_CASE("keep_tokens that runs out of memory changes nothing", "[cach
   const kvcache::memory_use use = cache.bytes();
   for (std::ptrdiff_t n = 0;; ++n) {
     REQUIRE(n < 100);
-    allocations_left = n;
-    const auto result = cache.keep_tokens(tokens, keep_positions::consecutive);
-    allocations_left = -1;
+    const auto result = [&] {
+      const heap::failing from_here(n);
+      return cache.keep_tokens(tokens, keep_positions::consecutive);
+    }();
     cache.check();
     if (result.code == status::ok) {
       REQUIRE(n > 2);

@@ -6,8 +6,8 @@
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/interop/any_cache.hpp>
 
-#include "conformance/allocations.hpp"
 #include "conformance/caches.hpp"
+#include "support/heap.hpp"
 
 #include <span>
 
@@ -30,9 +30,10 @@ struct four_workers {
 }  // namespace
 
 TEST_CASE("the counter counts", "[conformance]") {
-  REQUIRE(allocations_in([] { const std::vector<int> x(3); }) == 1);
-  REQUIRE(allocations_in([] { const kvcache::memory_block block(100, kvcache::huge_page_resource()); }) == 1);
-  REQUIRE(allocations_in([] {}) == 0);
+  REQUIRE(heap::allocations_in([] { const std::vector<int> x(3); }) == 1);
+  REQUIRE(heap::allocations_in(
+              [] { const kvcache::memory_block block(100, kvcache::huge_page_resource()); }) == 1);
+  REQUIRE(heap::allocations_in([] {}) == 0);
 }
 
 TEMPLATE_TEST_CASE("append, views, steps and attend do not allocate in reserved room", "[conformance]",
@@ -53,16 +54,16 @@ TEMPLATE_TEST_CASE("append, views, steps and attend do not allocate in reserved 
                                             std::span(v).subspan(t * width, width)) == status::ok;
     for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(k, v);  // many
   };
-  REQUIRE(allocations_in(append) == 0);
+  REQUIRE(heap::allocations_in(append) == 0);
 
-  REQUIRE(allocations_in([&] {
+  REQUIRE(heap::allocations_in([&] {
             auto step = cache.begin(40);
             for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(k, v);
             step.commit();
           }) == 0);
   REQUIRE(cache.size() == 110);
   if (!TestType::shrinks) {  // elsewhere a dropped step may give reserved room back
-    REQUIRE(allocations_in([&] {
+    REQUIRE(heap::allocations_in([&] {
               auto step = cache.begin(40);
               cache[0].append(k, v);
             }) == 0);
@@ -71,7 +72,7 @@ TEMPLATE_TEST_CASE("append, views, steps and attend do not allocate in reserved 
   std::vector<float> k_out(k.size());
   std::vector<float> v_out(v.size());
   index_t seen = 0;
-  REQUIRE(allocations_in([&] {
+  REQUIRE(heap::allocations_in([&] {
             for (index_t layer = 0; layer < 2; ++layer) {
               cache[layer].copy_out(3, 40, k_out, v_out, kv_layout::hnd);
               for (index_t head = 0; head < shape.num_kv_heads; ++head)
@@ -88,8 +89,8 @@ TEMPLATE_TEST_CASE("append, views, steps and attend do not allocate in reserved 
     std::vector<float> lse(static_cast<std::size_t>(q_len * num_q_heads));
     const std::vector<float> slopes(static_cast<std::size_t>(num_q_heads), 0.1F);
     const std::vector<std::uint8_t> mask(static_cast<std::size_t>(q_len * q_len), 1);
-    REQUIRE(allocations_in([&] { kvcache::attend(q, cache[1], out, {.q_len = q_len}); }) == 0);
-    REQUIRE(allocations_in([&] {
+    REQUIRE(heap::allocations_in([&] { kvcache::attend(q, cache[1], out, {.q_len = q_len}); }) == 0);
+    REQUIRE(heap::allocations_in([&] {
               kvcache::attend(q, cache[1], out,
                               {.q_len = q_len,
                                .window = 30,
@@ -114,7 +115,7 @@ TEMPLATE_TEST_CASE("several queries of 128 dims do not allocate either", "[confo
     const std::vector<float> q = random.floats(q_len * group_size * wide.num_kv_heads * wide.head_dim);
     std::vector<float> out(q.size());
     CAPTURE(group_size);
-    REQUIRE(allocations_in([&] { kvcache::attend(q, cache[0], out, {.q_len = q_len}); }) == 0);
+    REQUIRE(heap::allocations_in([&] { kvcache::attend(q, cache[0], out, {.q_len = q_len}); }) == 0);
   }
 }
 
@@ -136,9 +137,9 @@ TEMPLATE_TEST_CASE("decode on and on in a cache that was this long before does n
   };
   decode();
   cache.clear();
-  REQUIRE(allocations_in(decode) == 0);
+  REQUIRE(heap::allocations_in(decode) == 0);
   cache.truncate(7);
-  REQUIRE(allocations_in([&] {
+  REQUIRE(heap::allocations_in([&] {
             for (int t = 0; t < 100; ++t)
               for (index_t layer = 0; layer < 2; ++layer) cache[layer].append(rows, rows);
           }) == 0);
@@ -153,7 +154,7 @@ TEST_CASE("writing to a fork copies its page without allocating when the pool ha
   for (index_t layer = 0; layer < 2; ++layer) parent[layer].append(rows, rows);
   auto child = parent.fork();
   const std::vector<float> row = random_rows(random, shape, 1);
-  REQUIRE(allocations_in([&] { child[0].append(row, row); }) == 0);
+  REQUIRE(heap::allocations_in([&] { child[0].append(row, row); }) == 0);
 }
 
 TEST_CASE("a memory resource is asked once for each slab, chunk or doubling, and never by views",
@@ -190,7 +191,7 @@ TEST_CASE("attend with a workspace allocates for the largest call and no more", 
   kvcache::attend_workspace workspace;
   const auto decode = [&] { kvcache::attend(q, cache[0], out, {.workspace = &workspace}); };
   decode();
-  REQUIRE(allocations_in(decode) == 0);
+  REQUIRE(heap::allocations_in(decode) == 0);
 }
 
 TEST_CASE("attend with an executor and a workspace does not allocate once warm", "[conformance]") {
@@ -205,7 +206,7 @@ TEST_CASE("attend with an executor and a workspace does not allocate once warm",
   four_workers executor;
   const auto split = [&] { kvcache::attend(q, cache[0], out, {.workspace = &workspace}, executor); };
   split();
-  REQUIRE(allocations_in(split) == 0);
+  REQUIRE(heap::allocations_in(split) == 0);
 
   using layer = decltype(cache[0]);
   std::vector<float> outs(50 * out.size());
@@ -216,7 +217,7 @@ TEST_CASE("attend with an executor and a workspace does not allocate once warm",
     kvcache::attend(std::span<const kvcache::attend_item<layer>>(batch), {.workspace = &workspace}, executor);
   };
   many();
-  REQUIRE(allocations_in(many) == 0);
+  REQUIRE(heap::allocations_in(many) == 0);
   for (std::size_t i = 0; i < outs.size(); ++i) REQUIRE(outs[i] == out[i % out.size()]);
 }
 
@@ -234,13 +235,13 @@ TEST_CASE("a batch of any_cache allocates for as many items of typed caches, and
   for (std::size_t i = 0; i < 50; ++i)
     batch.push_back({q, caches[i % 2][0], std::span(outs).subspan(i * q.size(), q.size())});
   const std::span<const kvcache::attend_item<kvcache::any_layer>> many(batch);
-  REQUIRE(allocations_in([&] { kvcache::attend(many.first(32)); }) == 0);
-  REQUIRE(allocations_in([&] { kvcache::attend(many); }) == 2);  // the offsets of tasks, for each type
+  REQUIRE(heap::allocations_in([&] { kvcache::attend(many.first(32)); }) == 0);
+  REQUIRE(heap::allocations_in([&] { kvcache::attend(many); }) == 2);  // the offsets of tasks, for each type
   kvcache::attend_workspace workspace;
   four_workers executor;
   const auto warm = [&] { kvcache::attend(many, {.workspace = &workspace}, executor); };
   warm();
-  REQUIRE(allocations_in(warm) == 0);
+  REQUIRE(heap::allocations_in(warm) == 0);
 }
 
 TEST_CASE("rotation does not allocate", "[conformance]") {
@@ -248,5 +249,5 @@ TEST_CASE("rotation does not allocate", "[conformance]") {
   const kvcache::rope_table table({.head_dim = 16, .pairing = kvcache::rope_pairing::half}, 32);
   std::vector<float> q = random.floats(4 * 6 * 16);
   std::vector<float> k = random.floats(4 * 2 * 16);
-  REQUIRE(allocations_in([&] { kvcache::rope(q, k, 30, table, 4); }) == 0);
+  REQUIRE(heap::allocations_in([&] { kvcache::rope(q, k, 30, table, 4); }) == 0);
 }

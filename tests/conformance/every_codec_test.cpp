@@ -5,8 +5,8 @@
 #include <kvcache/attention/rope.hpp>
 #include <kvcache/interop/any_cache.hpp>
 
-#include "conformance/allocations.hpp"
 #include "conformance/caches.hpp"
+#include "support/heap.hpp"
 
 #include <algorithm>
 #include <array>
@@ -575,7 +575,7 @@ TEST_CASE("neither append in reserved room nor copy_out nor attend once warm all
     any_cache cache = of.in(container);
     REQUIRE(cache.reserve(num_tokens) == status::ok);
     bool all_well = true;
-    CHECK(allocations_in([&] {
+    CHECK(heap::allocations_in([&] {
             all_well &= appended(cache, rows, 0, 60, 1);
             all_well &= appended(cache, rows, 60, num_tokens, num_tokens);
           }) == 0);
@@ -588,6 +588,6 @@ TEST_CASE("neither append in reserved room nor copy_out nor attend once warm all
       }
     };
     read();
-    CHECK(allocations_in(read) == 0);
+    CHECK(heap::allocations_in(read) == 0);
   });
 }

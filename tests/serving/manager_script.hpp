@@ -2,8 +2,8 @@
 // Conversations and random verbs for a cache_manager, and what they prove after each.
 #pragma once
 
-#include "serving/heap.hpp"
 #include "serving/tokens.hpp"
+#include "support/heap.hpp"
 
 #include <kvcache/codec/int8.hpp>
 #include <kvcache/serving/cache_manager.hpp>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-#include "serving/heap.hpp"
 #include "serving/tokens.hpp"
+#include "support/heap.hpp"
 
 #include <kvcache/cache/contiguous.hpp>
 #include <kvcache/codec/int8.hpp>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Replaces the global allocation functions of a test: knows to the byte what is out, and fails on purpose. Include it
-// in one file of an executable.
+// Replaces the global allocation functions of a test: counts allocations, knows to the byte what is out, and fails on
+// purpose. Include it in one file of an executable.
 #pragma once
 
 #include <atomic>
@@ -10,6 +10,7 @@
 
 namespace heap {
 
+inline std::atomic<std::ptrdiff_t> allocations{0};
 inline std::atomic<std::ptrdiff_t> bytes_out{0};
 inline std::atomic<std::ptrdiff_t> most_out{0};  // since it was last set
 inline std::atomic<int> uncounted_depth{0};
@@ -34,7 +35,16 @@ struct failing {
   [[nodiscard]] static bool happened() { return until_failure == 0; }
 };
 
+/// Allocations while `work` runs. Nothing in `work` may be a test macro: those allocate.
+template <class Work>
+std::ptrdiff_t allocations_in(Work work) {
+  const std::ptrdiff_t before = allocations;
+  work();
+  return allocations - before;
+}
+
 inline void* allocate(std::size_t bytes, std::size_t alignment) {
+  ++allocations;
   if (until_failure == 0) throw std::bad_alloc();
   if (until_failure > 0) --until_failure;
   if (alignment < 16) alignment = 16;
