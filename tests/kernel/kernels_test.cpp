@@ -34,6 +34,26 @@ double bound_of(const kernel::table& kernels) {
   return kernels.level == kernel::isa::amx && std::is_same_v<Element, bfloat16> ? 1e-5 : 2e-6;
 }
 
+/// Queries as the kernels of a table take them.
+template <class Element>
+class prepared_queries {
+ public:
+  prepared_queries(const kernel::table& kernels, index_t head_dim, const std::vector<float>& q,
+                   index_t num_rows)
+      : memory_(num_rows * kernel::prepared_element_floats(head_dim) * index_t{sizeof(float)},
+                huge_page_resource()),
+        data_(q.data()) {
+    const auto prepare = kernel::for_element<Element>(kernels).prepare;
+    if (prepare != nullptr)
+      data_ = prepare(head_dim, q.data(), num_rows, reinterpret_cast<float*>(memory_.data()));
+  }
+  [[nodiscard]] const float* data() const { return data_; }
+
+ private:
+  memory_block memory_;
+  const float* data_;
+};
+
 /// One block of random rows, what each element became when stored, and garbage wherever no token is.
 template <class Element>
 struct block {
@@ -71,7 +91,9 @@ std::vector<sizes> awkward_sizes() {
     for (const index_t head_dim : {1, 2, 3, 15, 16, 17, 33, 64, 80, 128, 129, 512}) {
       for (const index_t count :
            {index_t{1}, index_t{15}, index_t{16}, index_t{17}, block_size - 1, block_size}) {
-        if (count <= block_size) all.push_back({block_size, head_dim, count, 1 + (head_dim + count) % 9});
+        const index_t rows = (head_dim + count) % 19;  // 1 to 9, and as AMX multiplies them: 10, 15, ..., 50
+        if (count <= block_size)
+          all.push_back({block_size, head_dim, count, rows < 9 ? 1 + rows : 5 * (rows - 7)});
       }
     }
   }
@@ -123,8 +145,9 @@ void check_scores(const kernel::table& kernels, const sizes& n, test::random& ra
   const block<Element> b(kernels, g, n.count, random);
   const std::vector<float> q = random.floats(n.num_rows * n.head_dim);
   std::vector<float> scores(static_cast<std::size_t>(n.num_rows * n.block_size), not_a_number);
-  kernel::for_element<Element>(kernels).scores(g, b.keys.data(), n.count, q.data(), n.num_rows, scores.data(),
-                                               nullptr);
+  const prepared_queries<Element> prepared(kernels, n.head_dim, q, n.num_rows);
+  kernel::for_element<Element>(kernels).scores(g, b.keys.data(), n.count, prepared.data(), n.num_rows,
+                                               scores.data(), nullptr);
   double worst = 0;
   for (index_t r = 0; r < n.num_rows; ++r) {
     for (index_t t = 0; t < n.count; ++t) {
@@ -229,6 +252,79 @@ TEST_CASE("a value that is NaN or infinite does not leak through a weight of zer
     kernels.f16.accumulate(g, values.data(), 16, weights.data(), 1, sums.data(), nullptr);
     CHECK(std::isnan(sums[0]));
   }
+}
+
+TEST_CASE("many rows at once are scores, softmax and accumulate", "[kernel]") {
+  test::random random;
+  index_t done = 0;
+  for (const kernel::table* level : test::every_table()) {
+    const kernel::element_kernels& bf16 = level->bf16;
+    if (bf16.attend == nullptr) continue;
+    for (const index_t head_dim : {32, 64, 96, 128, 160, 512}) {
+      for (const index_t num_rows : {17, 20, 31, 32, 33, 48, 63, 64, 65, 130}) {
+        CAPTURE(head_dim, num_rows);
+        const block_geometry g{64, head_dim};
+        const block<bfloat16> b(*level, g, 64, random);
+        std::vector<float> q = random.floats(num_rows * head_dim);
+        for (float& x : q) x *= 2 / std::sqrt(static_cast<float>(head_dim));
+        const prepared_queries<bfloat16> prepared(*level, head_dim, q, num_rows);
+        std::vector<float> sums = random.floats(num_rows * head_dim);
+        std::vector<float> want = sums;
+        const auto n = static_cast<std::size_t>(num_rows);
+        std::vector<kernel::softmax_row> rows(n, {-infinity, 0.0F});
+        if (random.chance(0.5))
+          std::fill(rows.begin(), rows.end(), kernel::softmax_row{-20.0F, 3.0F});  // rises
+        if (random.chance(0.3)) std::fill(rows.begin(), rows.end(), kernel::softmax_row{1.0F, 3.0F});
+        if (rows[0].max == -infinity) std::fill(sums.begin(), sums.end(), 0.0F), want = sums;
+        std::vector<kernel::softmax_row> want_rows = rows;
+
+        REQUIRE(bf16.attend(g, b.keys.data(), b.values.data(), prepared.data(), num_rows, rows.data(),
+                            sums.data(), nullptr));
+        ++done;
+        std::vector<float> weights(n * 64);
+        bf16.scores(g, b.keys.data(), 64, prepared.data(), num_rows, weights.data(), nullptr);
+        std::vector<float> rescales(n);
+        for (index_t r = 0; r < num_rows; r += kernel::max_softmax_rows)
+          level->softmax(weights.data() + r * 64, 64, 64, std::min(kernel::max_softmax_rows, num_rows - r),
+                         want_rows.data() + r, rescales.data() + r);
+        for (std::size_t i = 0; i < want.size(); ++i)
+          want[i] *= rescales[i / static_cast<std::size_t>(head_dim)];
+        bf16.accumulate(g, b.values.data(), 64, weights.data(), num_rows, want.data(), nullptr);
+        double worst = 0;  // of averages, in units of the largest value
+        for (std::size_t i = 0; i < want.size(); ++i) {
+          const std::size_t r = i / static_cast<std::size_t>(head_dim);
+          REQUIRE(rows[r].max == want_rows[r].max);
+          worst =
+              std::max(worst, std::abs(double{sums[i]} / rows[r].sum - double{want[i]} / want_rows[r].sum));
+          worst = std::max(worst, std::abs(double{rows[r].sum} / want_rows[r].sum - 1.0));
+        }
+        CHECK(worst < 0.02);
+        CHECK(worst > 0);  // weights are rounded, after all
+      }
+    }
+    // What is not finite shows, for whoever computes again.
+    const block_geometry g{64, 32};
+    block<bfloat16> b(*level, g, 64, random);
+    std::vector<float> q = random.floats(32 * 32);
+    const prepared_queries<bfloat16> prepared(*level, 32, q, 32);
+    std::vector<kernel::softmax_row> rows(32, {-infinity, 0.0F});
+    std::vector<float> sums(32 * 32);
+    reinterpret_cast<bfloat16*>(b.values.data())[5] = from_float<bfloat16>(not_a_number);
+    REQUIRE(bf16.attend(g, b.keys.data(), b.values.data(), prepared.data(), 32, rows.data(), sums.data(),
+                        nullptr));
+    CHECK(std::any_of(sums.begin(), sums.end(), [](float x) { return std::isnan(x); }));
+    reinterpret_cast<bfloat16*>(b.keys.data())[5] = from_float<bfloat16>(not_a_number);
+    REQUIRE(bf16.attend(g, b.keys.data(), b.values.data(), prepared.data(), 32, rows.data(), sums.data(),
+                        nullptr));
+    CHECK(std::isnan(rows[0].sum));
+    CHECK_FALSE(bf16.attend({16, 32}, b.keys.data(), b.values.data(), prepared.data(), 32, rows.data(),
+                            sums.data(), nullptr));
+    CHECK_FALSE(bf16.attend({64, 33}, b.keys.data(), b.values.data(), prepared.data(), 32, rows.data(),
+                            sums.data(), nullptr));
+    CHECK_FALSE(bf16.attend(g, b.keys.data(), b.values.data(), prepared.data(), 16, rows.data(), sums.data(),
+                            nullptr));
+  }
+  CHECK((done > 0 || test::kernels_on_emulated_tiles() == nullptr));
 }
 
 /// Random bits: every exponent, infinities, NaN, subnormals, ties of the narrowing.

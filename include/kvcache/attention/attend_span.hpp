@@ -8,7 +8,8 @@
 //     sums[r, d] += sum_t weights[r, t] v[t, d] codec
 //
 // A row's result depends on the keys it sees, the block size and the span length; not on which other rows are
-// computed beside it, nor on where the blocks lie. That is what makes prefill equal decode bit for bit.
+// computed beside it, nor on where the blocks lie. That is what makes prefill equal decode bit for bit. On AMX there is an
+// exception: how rows are multiplied with bf16 blocks depends on how many of them there are.
 #pragma once
 
 #include <kvcache/attention/rope.hpp>
@@ -45,9 +46,9 @@ constexpr index_t blocks_ahead(index_t block_bytes, index_t num_rows) noexcept {
   return std::clamp(ceil_div(least_bytes, std::max(block_bytes, index_t{1})), index_t{1}, max_blocks_ahead);
 }
 
-/// Rows that are computed at a time where a group has fewer: several queries share a block's way into the first-level cache, and
+/// Rows that are computed at a time where a group has fewer: several queries share a block's way into the caches, and
 /// its unpacking. More rows would make short prompts compute more keys that none of them sees.
-inline constexpr index_t tile_rows = 32;
+inline constexpr index_t tile_rows = 64;
 
 /// Query rows that read one KV head; row = query * group_size + head within the group.
 struct query_tile {
@@ -69,6 +70,7 @@ struct span_context {
   std::span<const position_segment> segments;
   std::span<const float> alibi_slopes;  // [num_q_heads] or empty
   const rope_table* rope;
+  bool at_once = true;  // element_kernels::attend may be taken
 };
 
 /// The blocks of one span and one head.
@@ -151,8 +153,14 @@ template <class Codec>
 void attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
                   const float* queries, const block_tokens& in, float* scores, const softmax_state& state,
                   const span_sums& all_sums, float* sums) {
-  codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
   const bool finished = scores_are_logits(c, tile, in);
+  if constexpr (requires { &Codec::attend; }) {
+    if (c.at_once && finished &&
+        codec.attend(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), state.rows.data(), sums,
+                     in.next_block))
+      return;
+  }
+  codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
   std::array<float, kernel::max_softmax_rows> rescales;
   for (index_t first = 0; first < tile.num_rows(); first += kernel::max_softmax_rows) {
     const index_t num_rows = std::min(tile.num_rows() - first, kernel::max_softmax_rows);
@@ -252,6 +260,7 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
                  token_range span, float* scratch, const softmax_state& state) {
   const block_geometry& g = c.geometry;
   const index_t num_floats = tile.num_rows() * g.head_dim;
+  const kernel::in_use kernels(*c.kernels);
   float* scores = scores_in(scratch, codec, g, tile.num_rows());
   span_sums sums{state.sums.data(), nullptr};
   if (codec.turns_sums()) {
@@ -279,6 +288,7 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
 template <bool Seals, class Codec>
 void weigh_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
                 token_range span, float* scratch, const float* lse, float* weights) {
+  const kernel::in_use kernels(*c.kernels);
   float* scores = scores_in(scratch, codec, c.geometry, tile.num_rows());
   for_each_block<Seals>(
       codec, c, tile, blocks, span, scratch,

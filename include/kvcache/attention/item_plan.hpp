@@ -194,12 +194,17 @@ class item_plan {
 
   void run(const query_tile& tile, index_t tile_index, index_t span, float* scratch,
            const softmax_state& state) const {
-    state.reset();
-    with_span(tile_index, span,
-              [&](auto seals, const auto& codec, const span_context& context, const span_blocks& blocks,
-                  token_range tokens) {
-                attend_span<seals()>(codec, context, tile, blocks, tokens, scratch, state);
-              });
+    const auto attend = [&](bool at_once) {
+      state.reset();
+      with_span(tile_index, span,
+                [&](auto seals, const auto& codec, span_context context, const span_blocks& blocks,
+                    token_range tokens) {
+                  context.at_once = at_once;
+                  attend_span<seals()>(codec, context, tile, blocks, tokens, scratch, state);
+                });
+    };
+    attend(true);
+    if (kernels_->bf16.attend != nullptr && !state.all_finite()) attend(false);
   }
 
   /// Calls body(does it seal, codec, span_context, span_blocks, token_range) for one span of the head of a tile.

@@ -39,6 +39,19 @@ struct softmax_state {
     for (float& x : sums) x = 0.0F;
   }
 
+  /// Whether no sum is NaN or infinite.
+  [[nodiscard]] bool all_finite() const noexcept {
+    float probe = 0.0F;  // NaN once a product with zero was
+    for (const kernel::softmax_row& row : rows) probe += row.sum * 0.0F;
+    lanes::four_floats four{};
+    lanes::for_each(
+        static_cast<index_t>(sums.size()),
+        [&](index_t i) { four += lanes::load_four(&sums[static_cast<std::size_t>(i)]) * 0.0F; },
+        [&](index_t i) { probe += sums[static_cast<std::size_t>(i)] * 0.0F; });
+    for (index_t i = 0; i < lanes::width; ++i) probe += four[i];
+    return probe == 0.0F;
+  }
+
   /// Adds what `other` has seen; the keys must not overlap. \pre same shape
   void merge(const softmax_state& other) const noexcept {
     KVCACHE_ASSERT(rows.size() == other.rows.size() && sums.size() == other.sums.size(),

@@ -29,7 +29,7 @@ namespace kvcache::inline v0 {
 /// \param options  as attend had them, q_len and positions included; `lse` has no meaning here
 /// \param executor runs a task for each KV head, one task where `sums` is [kv_len]; the result is the same
 /// Numerics: the same logits as attend's, masked the same; relative to itself a weight is off by less than 2e-6 * (4 + scale *
-/// max|q| * max|k|), on AMX with bf16 blocks by eight times that, as attend's lse is.
+/// max|q| * max|k|), on AMX with bf16 blocks by eight times that, and by 2^-8 more where attend's lse is.
 /// Complexity: O(q_len * num_q_heads * kv_len * head_dim), values are not read. Allocates only from options.workspace, or where
 /// that is missing, what all workers need at once. Threads: reads the cache only. Throws: what allocation and the executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>

@@ -15,9 +15,12 @@
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/memory.hpp>
+#include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <string_view>
 #include <type_traits>
@@ -31,6 +34,7 @@ inline constexpr std::string_view exact_name = std::is_same_v<Element, float>
 
 template <class Element>
 struct exact_keys : plain_side {
+  static constexpr bool stores_bf16 = std::is_same_v<Element, bfloat16>;
   [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::key_size(g) * index_t{sizeof(Element)}, block_alignment);
@@ -50,15 +54,36 @@ struct exact_keys : plain_side {
                        index_t to_slot) noexcept {
     move_key_row<Element>(g, from, from_slot, to, to_slot);
   }
+  [[nodiscard]] static constexpr index_t prepared_floats(const block_geometry& g) noexcept {
+    return stores_bf16 ? kernel::prepared_element_floats(g.head_dim) : 0;
+  }
+  static const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
+                              index_t num_rows, float* prepared) {
+    const auto prepares = kernel::for_element<Element>(kernels).prepare;
+    return prepares == nullptr ? queries : prepares(g.head_dim, queries, num_rows, prepared);
+  }
   static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                      index_t count, const float* queries, index_t num_rows, float* scores,
                      kernel::upcoming next) {
     kernel::for_element<Element>(kernels).scores(g, section, count, queries, num_rows, scores, next);
   }
+  /// The same of queries as they are, prepared in here: for whoever has few blocks, or few dims of many.
+  static void scores_of_plain(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
+                              index_t count, const float* queries, index_t num_rows, float* out,
+                              kernel::upcoming next) {
+    constexpr index_t rows_at_once = 16;
+    alignas(64) std::array<float, rows_at_once * max_head_dim> prepared;
+    for (index_t first = 0; first < num_rows; first += rows_at_once) {
+      const index_t n = std::min(rows_at_once, num_rows - first);
+      const float* rows = prepare(kernels, g, queries + first * g.head_dim, n, prepared.data());
+      scores(kernels, g, section, count, rows, n, out + first * g.block_size, next);
+    }
+  }
 };
 
 template <class Element>
 struct exact_values : plain_side {
+  static constexpr bool stores_bf16 = std::is_same_v<Element, bfloat16>;
   [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::value_size(g) * index_t{sizeof(Element)}, block_alignment);

@@ -72,10 +72,12 @@ struct exact_tokens {
                   std::byte* to_block, index_t to_slot) const noexcept {
     visit([&](const auto& codec) { codec.move_token(g, from_block, from_slot, to_block, to_slot); });
   }
+  /// \param queries  as they are
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
               const float* queries, index_t num_rows, float* scores, kernel::upcoming next_block) const {
     visit([&](const auto& codec) {
-      codec.scores(kernels, g, block, count, queries, num_rows, scores, next_block);
+      const kernel::upcoming then(next_block.next, block + codec.keys.section_bytes(g));
+      codec.keys.scores_of_plain(kernels, g, block, count, queries, num_rows, scores, then);
     });
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,

@@ -137,25 +137,29 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
     const float* of_group = prepared;
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
       const kernel::upcoming then = next.part(part.offset);
-      if (part.first == 0) {
-        side.scores(kernels, part.geometry, section, count, of_group, num_rows, scores, then);
-      } else {
-        detail::add_scores(kernels, g.block_size, count, num_rows, scores,
-                           [&](index_t first, index_t n, float* out) {
-                             side.scores(kernels, part.geometry, section + part.offset, count,
-                                         of_group + first * row_floats(side, part), n, out, then);
-                           });
-      }
+      const auto score = [&](index_t first, index_t n, float* out) {
+        const float* rows = of_group + first * row_floats(side, part);
+        if constexpr (requires { side.scores_of_plain; })
+          side.scores_of_plain(kernels, part.geometry, section + part.offset, count, rows, n, out, then);
+        else
+          side.scores(kernels, part.geometry, section + part.offset, count, rows, n, out, then);
+      };
+      if (part.first == 0)
+        score(0, num_rows, scores);
+      else
+        detail::add_scores(kernels, g.block_size, count, num_rows, scores, score);
       of_group += num_rows * part_floats(side, part);
     });
   }
 
  private:
-  /// Floats of a row of one group: prepared ones, or the components themselves.
+  /// Floats of a row of one group: prepared ones, or, of exact components, the components themselves.
   template <class Side>
   static index_t row_floats(const Side& side, const group& part) noexcept {
-    const index_t floats = side.prepared_floats(part.geometry);
-    return floats == 0 ? part.geometry.head_dim : floats;
+    if constexpr (requires { side.scores_of_plain; })
+      return part.geometry.head_dim;
+    else
+      return side.prepared_floats(part.geometry);
   }
   /// The same with what keeps the next group aligned.
   template <class Side>
@@ -168,8 +172,10 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
     float* of_group = prepared;
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
       float* to = of_group + index * row_floats(side, part);
-      const float* made = side.prepare(kernels, part.geometry, row + part.first, 1, to);
-      if (made != to) std::copy_n(made, part.geometry.head_dim, to);
+      if constexpr (requires { side.scores_of_plain; })
+        std::copy_n(row + part.first, part.geometry.head_dim, to);
+      else
+        (void)side.prepare(kernels, part.geometry, row + part.first, 1, to);
       of_group += num_rows * part_floats(side, part);
     });
   }

@@ -17,6 +17,16 @@
 
 namespace kvcache::inline v0::codec {
 
+/// Whether a side's sections are those of exact_keys<bfloat16> or exact_values<bfloat16>.
+template <class Side>
+constexpr bool stores_bf16([[maybe_unused]] const Side& side) noexcept {
+  if constexpr (requires { side.stores_bf16; }) {
+    return side.stores_bf16;
+  } else {
+    return false;
+  }
+}
+
 template <key_side Keys, value_side Values>
 struct sides {
   using keys_type = Keys;
@@ -111,6 +121,16 @@ struct sides {
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     values.finish(kernels, g, num_rows, sums);
+  }
+
+  /// kernel::element_kernels::attend. \return false, with nothing done, where there is no such thing for these sides
+  bool attend(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
+              const float* prepared, index_t num_rows, kernel::softmax_row* rows, float* sums,
+              kernel::upcoming next_block) const {
+    if (!stores_bf16(keys) || !stores_bf16(values) || count != g.block_size) return false;
+    const auto at_once = kernels.bf16.attend;
+    return at_once != nullptr &&
+           at_once(g, block, block + keys.section_bytes(g), prepared, num_rows, rows, sums, next_block);
   }
 
   /// Both sides for one head, where either differs between heads.

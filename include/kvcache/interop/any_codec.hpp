@@ -56,6 +56,7 @@ class erased_side {
   [[nodiscard]] virtual std::string_view side_name() const noexcept = 0;
   virtual void put_settings(std::vector<std::byte>& out) const = 0;
   [[nodiscard]] virtual bool needs_whole_blocks() const noexcept = 0;
+  [[nodiscard]] virtual bool stores_bf16() const noexcept = 0;
   [[nodiscard]] virtual index_t section_bytes(head_id where, const block_geometry& g) const noexcept = 0;
   [[nodiscard]] virtual index_t row_bytes(head_id where, const block_geometry& g) const noexcept = 0;
   [[nodiscard]] virtual status accepts(const kernel::table& kernels, const block_geometry& g, index_t count,
@@ -105,6 +106,7 @@ class erased_side_of : public Base {
     if constexpr (!std::is_empty_v<Side>) side_.put_settings(out);
   }
   [[nodiscard]] bool needs_whole_blocks() const noexcept override { return side_.needs_whole_blocks; }
+  [[nodiscard]] bool stores_bf16() const noexcept override { return codec::stores_bf16(side_); }
   [[nodiscard]] index_t section_bytes(head_id where, const block_geometry& g) const noexcept override {
     return size_of(where, [&g](const auto& side) { return side.section_bytes(g); });
   }
@@ -197,6 +199,7 @@ struct any_side {
   std::shared_ptr<const Erased> erased;
   head_id where = {};
   bool needs_whole_blocks = erased->needs_whole_blocks();
+  bool stores_bf16 = erased->stores_bf16();
 
   void validate(const cache_shape& shape) const { erased->validate(shape); }
   [[nodiscard]] index_t settings_bytes() const noexcept { return erased->settings_bytes(); }

@@ -7,10 +7,10 @@
 // Queries and weights are the bytes that avx512_bytes.inl makes of them, one or two rows of A for each. Integers are exact
 // and the few float operations the same, so that results are those of AVX-512 bit by bit, and either may do any part.
 //
-// Which one does is reasoned, not measured. For 64 tokens x 128 dims, scores and sums together, the tiles take 16
-// multiplications of 16 cycles for up to 16 rows of A, and 12 stores of a C; AVX-512 takes 256 dot products for each row of
-// A, two a cycle at best. So tiles begin to pay at about four rows of A. Packed codes multiplied as they are unpacked are
-// unpacked again for every four queries: with more, unpacking to memory once and multiplying in tiles takes half as long.
+// For 64 tokens x 128 dims, scores and sums together, the tiles take 16 multiplications of 16 cycles for up to 16 rows of A, and 12
+// stores of a C; AVX-512 takes 256 dot products for each row of A, two a cycle at best, but reads memory meanwhile, which tiles
+// do not (bench/NOTES.md). So few rows are multiplied by AVX-512, and packed codes, which it multiplies as they are unpacked, up to
+// eight.
 #pragma once
 
 #include <kvcache/block/order.hpp>
@@ -18,6 +18,7 @@
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
+#include <kvcache/kernel/amx_operands.hpp>
 #include <kvcache/kernel/amx_tiles.hpp>
 #include <kvcache/kernel/avx512.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -38,9 +39,8 @@
 namespace kvcache::inline v0::kernel::amx {
 
 inline constexpr index_t line_bytes = 64;      // of a row of a tile
-inline constexpr index_t least_byte_rows = 4;  // rows of A from which on tiles are used
-inline constexpr index_t most_packed_rows =
-    4;  // queries up to which packed codes are multiplied as they are unpacked
+inline constexpr index_t few_byte_rows = 4;    // queries up to which AVX-512 multiplies bytes
+inline constexpr index_t few_packed_rows = 8;  // and packed codes, as they are unpacked
 
 /// Rows of queries or weights of which each takes `Parts` rows of A.
 template <int Parts>
@@ -142,11 +142,6 @@ struct byte_product {
   }
 };
 
-/// Reads ahead of what comes from memory; what was unpacked to the first-level cache has nothing after it.
-inline void fetch_tile(avx512::read_ahead& ahead) noexcept {
-  if (ahead.stride != 0) avx512::fetch<tile_rows>(ahead);
-}
-
 /// int8_kernels::scores in tiles, for any number of rows.
 template <class Tiles, int Parts>
 KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
@@ -156,11 +151,11 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::byte*
   const auto* lines = reinterpret_cast<const std::int8_t*>(keys);
   const index_t packs = block_order<std::int8_t>::key_packs(g);  // lines of a group of 16 tokens
   const index_t num_groups = ceil_div(count, key_lanes);
-  avx512::read_ahead ahead = avx512::ahead_of(next, keys, std::max(ceil_div(num_rows, at_once), index_t{1}));
+  sections_ahead ahead(next, keys, num_groups * packs * line_bytes, ceil_div(num_rows, at_once));
   byte_operand<max_head_dim> q;
   byte_product c;
   byte_tile padded;
-  Tiles::configure();
+  const tiles_in_use<Tiles> in_use(tile_shape::of(tile_rows));
   for (index_t row = 0; row < num_rows; row += at_once) {
     const index_t rows = std::min(num_rows - row, at_once);
     q.template take_queries<Parts>(prepared + row * prepared_query_floats(g.head_dim), rows, g.head_dim);
@@ -174,10 +169,10 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::byte*
           const index_t at = (first + i) * packs + p;
           const index_t rest = num_groups * packs - at;
           const std::int8_t* from = lines + at * line_bytes;
-          Tiles::template load<5>(rest >= tile_rows ? from : padded.fill(from, line_bytes, rest, line_bytes),
+          ahead.fetch();
+          Tiles::template load<6>(rest >= tile_rows ? from : padded.fill(from, line_bytes, rest, line_bytes),
                                   line_bytes);
-          Tiles::template multiply_signed<I, 4, 5>();
-          fetch_tile(ahead);
+          Tiles::template multiply_signed<I, 4, 6>();
         });
       }
       c.end<Tiles>(n);
@@ -194,7 +189,6 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::byte*
       }
     }
   }
-  Tiles::release();
 }
 
 /// sums[d] += scale * x[d] for up to 16 dims, rounded as in AVX-512: once, where there are 16.
@@ -213,12 +207,11 @@ KVCACHE_TARGET inline void sum_bytes(const block_geometry& g, const std::byte* v
                                      const upcoming& next) {
   constexpr index_t at_once = byte_rows_at_once<Parts>;
   const index_t stride = 4 * g.head_dim;  // bytes from four tokens to the next four
-  avx512::read_ahead ahead =
-      avx512::ahead_of(next, values, std::max(ceil_div(num_rows, at_once), index_t{1}));
+  sections_ahead ahead(next, values, round_up(count, 4) * g.head_dim, ceil_div(num_rows, at_once));
   byte_operand<avx512::sum_tokens> w;
   byte_product c;
   byte_tile padded;
-  Tiles::configure();
+  const tiles_in_use<Tiles> in_use(tile_shape::of(tile_rows));
   for (index_t t = 0; t < count; t += avx512::sum_tokens) {
     const index_t num_tokens = std::min(avx512::sum_tokens, count - t);
     const index_t packs = ceil_div(num_tokens, 4);
@@ -234,13 +227,13 @@ KVCACHE_TARGET inline void sum_bytes(const block_geometry& g, const std::byte* v
         byte_product::begin<Tiles>(n);
         for_tiles(n, [&]<int I>(index_t i) {
           const std::int8_t* from = bytes + 4 * (d + i * key_lanes);
+          ahead.fetch();
           if (packs == tile_rows && dims_of(i) == key_lanes) {
-            Tiles::template load<5>(from, stride);
+            Tiles::template load<6>(from, stride);
           } else {
-            Tiles::template load<5>(padded.fill(from, stride, packs, 4 * dims_of(i)), line_bytes);
+            Tiles::template load<6>(padded.fill(from, stride, packs, 4 * dims_of(i)), line_bytes);
           }
-          Tiles::template multiply_unsigned<I, 4, 5>();
-          fetch_tile(ahead);
+          Tiles::template multiply_unsigned<I, 4, 6>();
         });
         c.end<Tiles>(n);
         for (index_t r = 0; r < rows; ++r) {
@@ -253,7 +246,6 @@ KVCACHE_TARGET inline void sum_bytes(const block_geometry& g, const std::byte* v
       }
     }
   }
-  Tiles::release();
 }
 
 // ---- tiles or not ---------------------------------------------------------------------------------------------------
@@ -262,7 +254,7 @@ template <class Tiles, int Parts>
 inline void score_bytes_best(const block_geometry& g, const std::byte* keys, const bfloat16* scales,
                              index_t count, const float* prepared, index_t num_rows, float* out,
                              const upcoming& next) {
-  const bool in_tiles = num_rows * Parts >= least_byte_rows && Tiles::multiply_bytes_here();
+  const bool in_tiles = num_rows > few_byte_rows && Tiles::multiply_bytes_here();
   const auto run = in_tiles ? score_bytes<Tiles, Parts> : avx512::kernels_for_bytes<Parts>.scores;
   run(g, keys, scales, count, prepared, num_rows, out, next);
 }
@@ -271,7 +263,7 @@ template <class Tiles, int Parts>
 inline void sum_bytes_best(const block_geometry& g, const std::byte* values, const bfloat16* scales,
                            index_t count, const float* weights, index_t num_rows, float* sums,
                            const upcoming& next) {
-  const bool in_tiles = num_rows * Parts >= least_byte_rows && Tiles::multiply_bytes_here();
+  const bool in_tiles = num_rows > few_byte_rows && Tiles::multiply_bytes_here();
   const auto run = in_tiles ? sum_bytes<Tiles, Parts> : avx512::kernels_for_bytes<Parts>.accumulate;
   run(g, values, scales, count, weights, num_rows, sums, next);
 }
@@ -281,7 +273,7 @@ template <class Tiles>
 inline bool score_packed_best(const packed_section& section, const block_geometry& g, const bfloat16* scales,
                               index_t count, const float* prepared, index_t num_rows, float* out,
                               const upcoming& next) {
-  if (num_rows > most_packed_rows && Tiles::multiply_bytes_here()) return false;
+  if (num_rows > few_packed_rows && Tiles::multiply_bytes_here()) return false;
   return avx512::kernels_for_packed.scores(section, g, scales, count, prepared, num_rows, out, next);
 }
 
@@ -289,7 +281,7 @@ template <class Tiles>
 inline bool sum_packed_best(const packed_section& section, const block_geometry& g, const bfloat16* scales,
                             index_t count, const float* weights, index_t num_rows, float* sums,
                             const upcoming& next) {
-  if (num_rows > most_packed_rows && Tiles::multiply_bytes_here()) return false;
+  if (num_rows > few_packed_rows && Tiles::multiply_bytes_here()) return false;
   return avx512::kernels_for_packed.accumulate(section, g, scales, count, weights, num_rows, sums, next);
 }
 

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 namespace kvcache::inline v0::kernel::amx {
@@ -50,20 +51,43 @@ inline bool may_use_tiles() noexcept {
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-/// The tile registers: eight of 16 rows of 64 bytes. Kernels take them as a parameter, so that tests can run on
+/// How many rows the tiles of a product have. Up to 16 rows of a left operand are multiplied by four right ones at a time, up
+/// to 32 by two. Multiplying takes a cycle for each row, and no less than eight.
+///
+///   rows        C: tiles 0 to 3           A: tiles 4, 5                           B: tiles 6, 7
+///   up to 16    of four right operands    two left ones, `first` rows each        16 rows
+///   up to 32    0, 1: `first` rows        4: `first` = 16 rows, 5: `second`       16 rows
+///               2, 3: `second` rows
+struct tile_shape {
+  index_t first = 0;
+  index_t second = 0;
+
+  static constexpr tile_shape of(index_t num_rows) noexcept {
+    return num_rows <= tile_rows ? tile_shape{num_rows, 0} : tile_shape{tile_rows, num_rows - tile_rows};
+  }
+  [[nodiscard]] constexpr index_t rows_of(int tile) const noexcept {
+    if (tile > 5) return tile_rows;
+    return second != 0 && (tile == 2 || tile == 3 || tile == 5) ? second : first;
+  }
+  friend constexpr bool operator==(const tile_shape&, const tile_shape&) = default;
+};
+
+/// The tile registers: eight of up to 16 rows of 64 bytes. Kernels take them as a parameter, so that tests can run on
 /// emulated ones anywhere. Instructions are spelled as text because intrinsics want literal tile numbers.
 struct hardware_tiles {
-  static void configure() noexcept {
+  static void configure(const tile_shape& shape) noexcept {
     struct configuration {
       std::uint8_t palette = 1;
       std::uint8_t start_row = 0;
       std::array<std::uint8_t, 14> reserved{};
       std::array<std::uint16_t, 16> row_bytes{64, 64, 64, 64, 64, 64, 64, 64};
-      std::array<std::uint8_t, 16> num_rows{16, 16, 16, 16, 16, 16, 16, 16};
+      std::array<std::uint8_t, 16> num_rows{};
     };
     static_assert(sizeof(configuration) == 64);
-    alignas(64) static constexpr configuration all_full;
-    __asm__ volatile("ldtilecfg %0" : : "m"(all_full));
+    alignas(64) configuration c;
+    for (int tile = 0; tile < 8; ++tile)
+      c.num_rows[static_cast<std::size_t>(tile)] = static_cast<std::uint8_t>(shape.rows_of(tile));
+    __asm__ volatile("ldtilecfg %0" : : "m"(c));
   }
   static void release() noexcept { __asm__ volatile("tilerelease"); }
 
@@ -97,6 +121,39 @@ struct hardware_tiles {
   static void multiply_unsigned() noexcept {
     __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
   }
+};
+
+/// While it lives, this thread's tiles are configured. Configuring takes 45 ns, as long as a tenth of a block: tiles stay as they
+/// are until the last of these is gone, and between enter() and leave(), which attend calls around all blocks of a span.
+template <class Tiles>
+class tiles_in_use {
+ public:
+  explicit tiles_in_use(tile_shape shape) noexcept : shape_(shape) {
+    enter();
+    configure();
+  }
+  tiles_in_use(const tiles_in_use&) = delete;
+  tiles_in_use& operator=(const tiles_in_use&) = delete;
+  ~tiles_in_use() { leave(); }
+
+  /// As this one wants them, after others wanted something else.
+  void configure() const noexcept {
+    if (shape_ == configured) return;
+    Tiles::configure(shape_);
+    configured = shape_;
+  }
+
+  static void enter() noexcept { ++users; }
+  static void leave() noexcept {
+    if (--users > 0 || configured == tile_shape{}) return;
+    Tiles::release();
+    configured = {};
+  }
+
+ private:
+  tile_shape shape_;
+  static constinit inline thread_local tile_shape configured;
+  static constinit inline thread_local int users = 0;
 };
 
 /// Calls f.operator()<i>(i) for i in [0, n), n <= 4.

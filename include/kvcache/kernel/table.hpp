@@ -79,7 +79,7 @@ struct element_kernels {
                         mutable_rows rows);
 
   /// scores[r, t] = sum_d queries[r, d] * keys[t, d] for slots t in [0, round_up(count, 16)).
-  /// \param queries  [num_rows, head_dim]
+  /// \param queries  [num_rows, head_dim], or as `prepare` made them
   /// \param scores   [num_rows, block_size]; slots from `count` on get indeterminate values
   void (*scores)(const block_geometry&, const std::byte* keys, index_t count, const float* queries,
                  index_t num_rows, float* scores, const upcoming& next);
@@ -90,7 +90,26 @@ struct element_kernels {
   /// \param sums     [num_rows, head_dim]
   void (*accumulate)(const block_geometry&, const std::byte* values, index_t count, const float* weights,
                      index_t num_rows, float* sums, const upcoming& next);
+
+  /// Turns queries into what `scores` takes for as many rows, once for many blocks. Null on levels where it takes them as they
+  /// are.
+  /// \param queries   [num_rows, head_dim]
+  /// \param prepared  [num_rows, prepared_element_floats(head_dim)]; 64-byte aligned, for these kernels only
+  /// \return `prepared`, or `queries` where nothing has to be done
+  const float* (*prepare)(index_t head_dim, const float* queries, index_t num_rows,
+                          float* prepared) = nullptr;
+
+  /// `scores`, `table::softmax` and `accumulate` of a whole block in one, for rows that all see all of it. Weights may be rounded
+  /// to bf16, their sum as well. Null on levels that have no such thing.
+  /// \param rows  [num_rows]; sums are rescaled where their max is raised. Where scores or sums are not finite, sums or rows may
+  ///              hold NaN that the three kernels would not give: whoever calls computes again without this
+  /// \return false, with nothing done, for sizes for which there is no such thing
+  bool (*attend)(const block_geometry&, const std::byte* keys, const std::byte* values, const float* prepared,
+                 index_t num_rows, softmax_row* rows, float* sums, const upcoming& next) = nullptr;
 };
+
+/// Floats of one query row prepared for blocks of elements.
+constexpr index_t prepared_element_floats(index_t head_dim) { return round_up(head_dim, 32); }
 
 /// Floats of one prepared query row.
 constexpr index_t prepared_query_floats(index_t head_dim) { return 16 + round_up(head_dim, 16); }
@@ -311,6 +330,27 @@ struct table {
   /// scores[t] = cap * tanh(scores[t] / cap), relative error below 5e-7; NaN stays NaN.
   /// \param scores  [count]; `count` is a multiple of 16
   void (*soft_cap)(float* scores, index_t count, float cap);
+
+  /// What kernels have to set up, and may keep for each other between these two calls on one thread, or null. Without them
+  /// every kernel does it by itself.
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
+};
+
+/// Kernels of a table are called while it lives.
+class in_use {
+ public:
+  explicit in_use(const table& kernels) noexcept : leave_(kernels.leave) {
+    if (kernels.enter != nullptr) kernels.enter();
+  }
+  in_use(const in_use&) = delete;
+  in_use& operator=(const in_use&) = delete;
+  ~in_use() {
+    if (leave_ != nullptr) leave_();
+  }
+
+ private:
+  void (*leave_)();
 };
 
 /// The kernels of a table for one element type: float, half or bfloat16.
