@@ -76,7 +76,7 @@ TEST_CASE("groups of any size read their own head", "[attention]") {
 
 TEST_CASE("working memory beyond the stack changes nothing", "[attention]") {
   test::random random;
-  const problem p = make_problem(random, {2, 300, 40, 1, 512});  // 40 rows of 512: more than 96 KiB
+  const problem p = make_problem(random, {2, 300, 40, 1, 512});  // 40 rows of 512: more than the stack has
   check<codec::f32>(p, 256);
   check<codec::bf16>(p, 64);
   const auto cache = filled<kvcache::contiguous_cache<codec::bf16>>(p, 64);

@@ -302,6 +302,22 @@ TEST_CASE("many rows at once are scores, softmax and accumulate", "[kernel]") {
         CHECK(worst > 0);  // weights are rounded, after all
       }
     }
+    // Large logits that are equal weigh the same.
+    for (const float size : {1e3F, 1e6F, 3e9F, 1e12F, 1e37F}) {
+      CAPTURE(size);
+      const block_geometry g{64, 32};
+      block<bfloat16> b(*level, g, 64, random);
+      std::vector<float> ones(64 * 32, 1.0F);
+      bf16.encode_keys(g, b.keys.data(), 0, 64, {ones.data(), 32});
+      bf16.encode_values(g, b.values.data(), 0, 64, {ones.data(), 32});
+      const prepared_queries<bfloat16> prepared(*level, 32, std::vector<float>(32 * 32, size / 32), 32);
+      std::vector<kernel::softmax_row> rows(32, {-infinity, 0.0F});
+      std::vector<float> sums(32 * 32);
+      REQUIRE(bf16.attend(g, b.keys.data(), b.values.data(), prepared.data(), 32, rows.data(), sums.data(),
+                          nullptr));
+      CHECK(rows[31].sum == 64.0F);
+      CHECK(sums[31 * 32] == 64.0F);
+    }
     // What is not finite shows, for whoever computes again.
     const block_geometry g{64, 32};
     block<bfloat16> b(*level, g, 64, random);

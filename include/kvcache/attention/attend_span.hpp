@@ -149,8 +149,9 @@ inline void rescale_row(const span_sums& sums, index_t head_dim, index_t row, fl
 
 /// \param queries  as the codec prepared them
 /// \param sums     where the codec's weighted sum goes
+/// \return whether element_kernels::attend did it
 template <class Codec>
-void attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
+bool attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
                   const float* queries, const block_tokens& in, float* scores, const softmax_state& state,
                   const span_sums& all_sums, float* sums) {
   const bool finished = scores_are_logits(c, tile, in);
@@ -158,7 +159,7 @@ void attend_block(const Codec& codec, const span_context& c, const block_geometr
     if (c.at_once && finished &&
         codec.attend(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), state.rows.data(), sums,
                      in.next_block))
-      return;
+      return true;
   }
   codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
   std::array<float, kernel::max_softmax_rows> rescales;
@@ -172,6 +173,7 @@ void attend_block(const Codec& codec, const span_context& c, const block_geometr
       rescale_row(all_sums, c.geometry.head_dim, first + r, rescales[static_cast<std::size_t>(r)]);
   }
   codec.accumulate(*c.kernels, g, in.block, in.count(), scores, tile.num_rows(), sums, in.next_block);
+  return false;
 }
 
 /// The blocks of a span that any query of the tile sees, in order: visit(codec, geometry, queries, block_tokens), where
@@ -255,8 +257,9 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
 /// \tparam Seals   as for_each_block
 /// \param codec    as it is for this head
 /// \param scratch  [span_scratch_floats], 64-byte aligned
+/// \return whether element_kernels::attend was taken: then sums that are not finite have to be computed again without it
 template <bool Seals, class Codec>
-void attend_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
+bool attend_span(const Codec& codec, const span_context& c, const query_tile& tile, const span_blocks& blocks,
                  token_range span, float* scratch, const softmax_state& state) {
   const block_geometry& g = c.geometry;
   const index_t num_floats = tile.num_rows() * g.head_dim;
@@ -268,17 +271,19 @@ void attend_span(const Codec& codec, const span_context& c, const query_tile& ti
     std::fill_n(sums.turned, num_floats, 0.0F);
   }
   float* codec_sums = codec.turns_sums() ? sums.turned : sums.plain;
+  bool at_once = false;
   for_each_block<Seals>(
       codec, c, tile, blocks, span, scratch,
       [&](const auto& of, const block_geometry& shape, const float* queries, const block_tokens& in) {
-        attend_block(of, c, shape, tile, queries, in, scores, state, sums,
-                     in.exact ? sums.plain : codec_sums);
+        at_once |= attend_block(of, c, shape, tile, queries, in, scores, state, sums,
+                                in.exact ? sums.plain : codec_sums);
       });
   if (codec.turns_sums()) {
     codec.finish(*c.kernels, g, tile.num_rows(), sums.turned);
     lanes::transform(
         num_floats, sums.plain, [](auto a, auto b) { return a + b; }, sums.plain, sums.turned);
   }
+  return at_once;
 }
 
 /// Adds what the rows of a tile give to each token of a span: weights[t] += sum over rows of exp(logit - lse).

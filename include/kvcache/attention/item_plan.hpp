@@ -195,16 +195,17 @@ class item_plan {
   void run(const query_tile& tile, index_t tile_index, index_t span, float* scratch,
            const softmax_state& state) const {
     const auto attend = [&](bool at_once) {
+      bool used = false;
       state.reset();
       with_span(tile_index, span,
                 [&](auto seals, const auto& codec, span_context context, const span_blocks& blocks,
                     token_range tokens) {
                   context.at_once = at_once;
-                  attend_span<seals()>(codec, context, tile, blocks, tokens, scratch, state);
+                  used = attend_span<seals()>(codec, context, tile, blocks, tokens, scratch, state);
                 });
+      return used;
     };
-    attend(true);
-    if (kernels_->bf16.attend != nullptr && !state.all_finite()) attend(false);
+    if (attend(true) && !state.all_finite()) attend(false);
   }
 
   /// Calls body(does it seal, codec, span_context, span_blocks, token_range) for one span of the head of a tile.

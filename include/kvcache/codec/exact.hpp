@@ -34,7 +34,8 @@ inline constexpr std::string_view exact_name = std::is_same_v<Element, float>
 
 template <class Element>
 struct exact_keys : plain_side {
-  static constexpr bool stores_bf16 = std::is_same_v<Element, bfloat16>;
+  using itself = exact_keys;  // not what derives from it
+  using stored_element = Element;
   [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::key_size(g) * index_t{sizeof(Element)}, block_alignment);
@@ -55,7 +56,7 @@ struct exact_keys : plain_side {
     move_key_row<Element>(g, from, from_slot, to, to_slot);
   }
   [[nodiscard]] static constexpr index_t prepared_floats(const block_geometry& g) noexcept {
-    return stores_bf16 ? kernel::prepared_element_floats(g.head_dim) : 0;
+    return std::is_same_v<Element, bfloat16> ? kernel::prepared_element_floats(g.head_dim) : 0;
   }
   static const float* prepare(const kernel::table& kernels, const block_geometry& g, const float* queries,
                               index_t num_rows, float* prepared) {
@@ -83,7 +84,8 @@ struct exact_keys : plain_side {
 
 template <class Element>
 struct exact_values : plain_side {
-  static constexpr bool stores_bf16 = std::is_same_v<Element, bfloat16>;
+  using itself = exact_values;
+  using stored_element = Element;
   [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::value_size(g) * index_t{sizeof(Element)}, block_alignment);

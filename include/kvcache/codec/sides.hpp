@@ -7,6 +7,7 @@
 #include <kvcache/block/order.hpp>
 #include <kvcache/block/view.hpp>
 #include <kvcache/codec/concepts.hpp>
+#include <kvcache/core/half.hpp>
 #include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -14,13 +15,17 @@
 #include <kvcache/kernel/table.hpp>
 
 #include <cstddef>
+#include <type_traits>
 
 namespace kvcache::inline v0::codec {
 
-/// Whether a side's sections are those of exact_keys<bfloat16> or exact_values<bfloat16>.
+/// Whether a side is exact_keys<bfloat16> or exact_values<bfloat16>, or a choice at run time that holds one.
 template <class Side>
 constexpr bool stores_bf16([[maybe_unused]] const Side& side) noexcept {
-  if constexpr (requires { side.stores_bf16; }) {
+  if constexpr (requires { typename Side::stored_element; }) {
+    return std::is_same_v<Side, typename Side::itself> &&
+           std::is_same_v<typename Side::stored_element, bfloat16>;
+  } else if constexpr (requires { side.stores_bf16; }) {
     return side.stores_bf16;
   } else {
     return false;

@@ -5,7 +5,7 @@
 //   sums     C[rows, 16 dims]   += A[rows, 32 tokens] * B[16 pairs of tokens, 16 dims]
 //
 // A number of C is its row's alone: for each 32 columns the high parts' products are added to it, then the low parts'. So it is
-// the same however many rows are multiplied at a time.
+// the same however many rows are multiplied at a time, as far as tiles multiply them: from nine on.
 #pragma once
 
 #include <kvcache/block/order.hpp>
@@ -135,7 +135,7 @@ template <class Tiles>
   const block_geometry g{avx512::sum_tokens, 64};
   avx512::accumulate<bfloat16>(g, bytes, v.num_tokens, weights, 1, exact.data(), nullptr);
 
-  sections_ahead nothing(nullptr, nullptr, 0, 1);
+  sections_ahead nothing;
   weight_operand w;
   w.take(weights, 1, 0, v.num_tokens);
   v = {visible.data(), 128, v.num_dims, v.num_tokens, avx512::sum_tokens};

@@ -56,16 +56,17 @@ class rounded_weights {
   alignas(64) std::array<std::uint16_t, many_rows * many_tokens> data_;
 };
 
-/// 2^x with a relative error below 3e-6, a hundredth of what rounding it to bf16 costs: x less its floor, a polynomial with least
-/// error on [0, 1), and a power of two.
-KVCACHE_INLINE avx512::vec exp2_roughly(avx512::vec x) {
+/// exp(x) for x up to softmax_slack, within 5e-6 of itself near 1, a hundredth of what rounding it to bf16 costs: 2^y is a
+/// polynomial with least error on [0, 1), of y less its floor, times a power of two.
+KVCACHE_INLINE avx512::vec exp_roughly(avx512::vec x) {
+  const avx512::vec y = avx512::mul(x, avx512::broadcast(1.44269504F));
   constexpr int less_floor = 0x09;  // no fraction bits, rounded down, no exceptions
-  const avx512::vec f = {_mm512_maskz_reduce_ps(avx512::all, x.x, less_floor)};
+  const avx512::vec f = {_mm512_maskz_reduce_ps(avx512::all, y.x, less_floor)};
   avx512::vec p = avx512::fma(f, avx512::broadcast(0.0135341681F), avx512::broadcast(0.0520114603F));
   p = avx512::fma(p, f, avx512::broadcast(0.241442757F));
   p = avx512::fma(p, f, avx512::broadcast(0.693003834F));
   p = avx512::fma(p, f, avx512::broadcast(1.00000259F));
-  return {_mm512_maskz_scalef_ps(avx512::all, p.x, x.x)};
+  return {_mm512_maskz_scalef_ps(avx512::all, p.x, y.x)};
 }
 
 /// Softmax of `Rows` rows of 64 scores into weights; as avx512::softmax_of_rows.
@@ -73,7 +74,6 @@ template <int Rows>
 KVCACHE_TARGET inline void softmax_to_weights(const float* scores, softmax_row* rows, float* rescales,
                                               rounded_weights& weights, index_t first_row) {
   using avx512::vec;
-  constexpr float log2_e = 1.44269504F;
   vec largest[Rows];
   vec probe = avx512::zero();  // NaN once a product with zero was
 #pragma GCC unroll 4
@@ -99,7 +99,7 @@ KVCACHE_TARGET inline void softmax_to_weights(const float* scores, softmax_row* 
   for (int r = 0; r < Rows; ++r) {
     if (rises != 0) [[unlikely]]
       rescales[r] = portable::raise_max(rows[r], avx512::largest_of(largest[r]));
-    shift[r] = avx512::broadcast(-log2_e * portable::softmax_shift(rows[r]));
+    shift[r] = avx512::broadcast(portable::softmax_shift(rows[r]));
     sum[r] = probe;
   }
 #pragma GCC unroll 2
@@ -107,9 +107,8 @@ KVCACHE_TARGET inline void softmax_to_weights(const float* scores, softmax_row* 
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const float* at = scores + r * many_tokens + t;
-      const vec first = exp2_roughly(avx512::fma(avx512::load(at), avx512::broadcast(log2_e), shift[r]));
-      const vec second =
-          exp2_roughly(avx512::fma(avx512::load(at + key_lanes), avx512::broadcast(log2_e), shift[r]));
+      const vec first = exp_roughly(avx512::sub(avx512::load(at), shift[r]));
+      const vec second = exp_roughly(avx512::sub(avx512::load(at + key_lanes), shift[r]));
       sum[r] = weights.put(first_row + r, t, first, second, sum[r]);
     }
   }

@@ -40,23 +40,23 @@ inline constexpr index_t few_rows = 8;  // that AVX-512 multiplies as fast as ti
 /// by equal steps, and tile loads do not (bench/NOTES.md, "Tiles and memory").
 class sections_ahead {
  public:
+  sections_ahead() noexcept = default;  // asks for nothing
   /// \param at_hand    the section that is multiplied
   /// \param num_bytes  of it
   /// \param passes     over it
   sections_ahead(const upcoming& next, const std::byte* at_hand, index_t num_bytes, index_t passes) noexcept
-      : far_(next.next),
-        near_(next.soon != nullptr ? next.soon : next.next),
-        end_(next.next == nullptr ? nullptr : next.next + num_bytes),
-        touched_(at_hand + touched_ahead),
-        touched_end_(at_hand + num_bytes),
-        step_(64 * ceil_div(tile_rows, std::max(passes, index_t{1}))) {
-    if (num_bytes < 2 * touched_ahead)
-      end_ = far_;  // little to wait for, and nothing beyond it may be touched
+      : step_(64 * ceil_div(tile_rows, std::max(passes, index_t{1}))) {
+    if (next.next == nullptr || num_bytes < 2 * touched_ahead) return;  // little to wait for
+    far_ = next.next;
+    near_ = next.soon != nullptr ? next.soon : next.next;
+    end_ = next.next + num_bytes;
+    touched_ = at_hand + touched_ahead;
+    touched_end_ = at_hand + num_bytes;
   }
 
   /// Called before each right operand is loaded.
   [[gnu::always_inline]] void fetch() noexcept {
-    if (far_ >= end_) return;
+    if (far_ == nullptr || far_ >= end_) return;
     if (touched_ + step_ > touched_end_) touched_ = touched_end_ - step_;
     __asm__ volatile(
         "1: prefetcht1 (%0)\n\tprefetcht0 (%1)\n\tmovl (%2), %%eax\n\t"
@@ -69,12 +69,12 @@ class sections_ahead {
  private:
   static constexpr index_t touched_ahead = 2048;  // bytes
 
-  const std::byte* far_;
-  const std::byte* near_;
-  const std::byte* end_;
-  const std::byte* touched_;
-  const std::byte* touched_end_;
-  index_t step_;
+  const std::byte* far_ = nullptr;
+  const std::byte* near_ = nullptr;
+  const std::byte* end_ = nullptr;
+  const std::byte* touched_ = nullptr;
+  const std::byte* touched_end_ = nullptr;
+  index_t step_ = 64 * tile_rows;
 };
 
 // ---- left operands --------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ struct split_rows {
   }
 };
 
-/// The low halves of 32 words, of two times 16.
+/// The high halves of 32 words, of two times 16.
 KVCACHE_INLINE void store_high_halves(std::uint16_t* to, __m512i first, __m512i second) {
   alignas(64) static constexpr std::array<std::int16_t, 32> odd = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                                    23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,

@@ -91,7 +91,7 @@ struct element_kernels {
   void (*accumulate)(const block_geometry&, const std::byte* values, index_t count, const float* weights,
                      index_t num_rows, float* sums, const upcoming& next);
 
-  /// Turns queries into what `scores` takes for as many rows, once for many blocks. Null on levels where it takes them as they
+  /// Turns queries into what `scores` takes for just as many rows, once for many blocks. Null on levels where it takes them as they
   /// are.
   /// \param queries   [num_rows, head_dim]
   /// \param prepared  [num_rows, prepared_element_floats(head_dim)]; 64-byte aligned, for these kernels only
@@ -101,8 +101,10 @@ struct element_kernels {
 
   /// `scores`, `table::softmax` and `accumulate` of a whole block in one, for rows that all see all of it. Weights may be rounded
   /// to bf16, their sum as well. Null on levels that have no such thing.
-  /// \param rows  [num_rows]; sums are rescaled where their max is raised. Where scores or sums are not finite, sums or rows may
-  ///              hold NaN that the three kernels would not give: whoever calls computes again without this
+  /// \param values    behind the keys, as in a block
+  /// \param prepared  as `prepare` made them for num_rows
+  /// \param rows      [num_rows]; sums are rescaled where their max is raised. Where scores or sums are not finite, sums or rows
+  ///                  may hold NaN or infinity that the three kernels would not give: whoever calls computes again without this
   /// \return false, with nothing done, for sizes for which there is no such thing
   bool (*attend)(const block_geometry&, const std::byte* keys, const std::byte* values, const float* prepared,
                  index_t num_rows, softmax_row* rows, float* sums, const upcoming& next) = nullptr;
@@ -332,7 +334,7 @@ struct table {
   void (*soft_cap)(float* scores, index_t count, float cap);
 
   /// What kernels have to set up, and may keep for each other between these two calls on one thread, or null. Without them
-  /// every kernel does it by itself.
+  /// every kernel does it by itself. In between, nobody else may use the tiles of AMX on this thread.
   void (*enter)() = nullptr;
   void (*leave)() = nullptr;
 };
