@@ -54,6 +54,7 @@ struct attention_result {
   std::vector<double>
       max_norms;  // largest |scale| * |q| * |k|, Euclidean: what rounding in the dot product grows with
   std::vector<double> max_value;  // largest |v|
+  double weight_rounding = 0;     // of each weight, relative; set by who knows how they are multiplied
 };
 
 inline attention_result attend(const attention& a) {

@@ -1,29 +1,51 @@
 // SPDX-License-Identifier: MIT
 // The kernels for x86 with AMX (Intel since Sapphire Rapids): bf16 blocks are multiplied in tiles, blocks of bytes too
-// (amx_int8.hpp), everything else is AVX-512. The level needs AMX-BF16; a processor that has it without AMX-INT8, as
+// (amx_int8.inl), everything else is AVX-512. The level needs AMX-BF16; a processor that has it without AMX-INT8, as
 // a virtual machine may show one, multiplies bytes by AVX-512 VNNI, and one that has only AMX-INT8 runs avx512.
 //
 //   query rows    bf16 blocks are multiplied by
 //   up to 8       AVX-512, float operands: a decode step, which waits for memory
-//   up to 16      tiles, queries and weights as the sum of two bf16 each (amx_bf16.hpp)
-//   more          tiles, weights as one bf16 (amx_many_rows.hpp); rows that see a part of a block only: as above
+//   up to 16      tiles, queries and weights as the sum of two bf16 each (amx_bf16.inl)
+//   more          tiles, weights as one bf16 (amx_many_rows.inl); rows that see a part of a block only: as above
 //
 // Accuracy: two bf16 have 16 bits of mantissa, a relative error of 2^-17, one has 2^-8; products are exact, sums are float. The
 // tiles take subnormal numbers for zero: what is below 1.2e-38, in operands and sums. Results that are not finite come from
 // the kernels of AVX-512. Whoever wants float operands, and the same numbers for few rows and many, takes select(isa::avx512).
 #pragma once
 
+#include <kvcache/block/order.hpp>
+#include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
-#include <kvcache/kernel/amx_bf16.hpp>
-#include <kvcache/kernel/amx_int8.hpp>
-#include <kvcache/kernel/amx_many_rows.hpp>
+#include <kvcache/core/lanes.hpp>
+#include <kvcache/core/shape.hpp>
+#include <kvcache/core/types.hpp>
 #include <kvcache/kernel/amx_tiles.hpp>
 #include <kvcache/kernel/avx512.hpp>
+#include <kvcache/kernel/portable.hpp>
 #include <kvcache/kernel/table.hpp>
 
 #if defined(__x86_64__) && defined(__linux__)
 
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]]
+#define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
+
 namespace kvcache::inline v0::kernel::amx {
+
+#include <kvcache/kernel/amx_operands.inl>
+
+// after what they build on
+#include <kvcache/kernel/amx_bf16.inl>
+#include <kvcache/kernel/amx_int8.inl>
+#include <kvcache/kernel/amx_many_rows.inl>
 
 template <class Tiles>
 inline constexpr table kernels_on = {
@@ -52,5 +74,8 @@ inline bool runs_here() noexcept {
 }
 
 }  // namespace kvcache::inline v0::kernel::amx
+
+#undef KVCACHE_TARGET
+#undef KVCACHE_INLINE
 
 #endif

@@ -95,9 +95,10 @@ KVCACHE_INLINE float largest_of(vec a) {
   return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
 }
 
-KVCACHE_INLINE bool all_finite(vec a) {
-  return _mm512_cmp_ps_mask(_mm512_sub_ps(a.x, a.x), _mm512_setzero_ps(), _CMP_EQ_OQ) == all;
+KVCACHE_INLINE __mmask16 finite_lanes(vec a) {
+  return _mm512_cmp_ps_mask(_mm512_sub_ps(a.x, a.x), _mm512_setzero_ps(), _CMP_EQ_OQ);
 }
+KVCACHE_INLINE bool all_finite(vec a) { return finite_lanes(a) == all; }
 
 KVCACHE_INLINE widened<1> widen(const float* p) { return {{load(p)}}; }
 

@@ -16,11 +16,11 @@ KVCACHE_INLINE vec exp_below_slack(vec x) {
   return times_power(p, n, shifted, x);
 }
 
-/// `Rows` rows side by side: what one row waits for, the others fill. Maxima seldom rise; that none does is one branch, and
+/// What is taken off the scores of `Rows` rows before they are weighed. Maxima seldom rise; that none does is one branch, and
 /// nothing waits for it.
 template <int Rows>
-KVCACHE_TARGET inline void softmax_of_rows(float* scores, index_t stride, index_t count, softmax_row* rows,
-                                           float* rescales) {
+KVCACHE_INLINE void softmax_shifts(const float* scores, index_t stride, index_t count, softmax_row* rows,
+                                   float* rescales, vec (&shift)[Rows]) {
   vec largest[Rows];
 #pragma GCC unroll 4
   for (vec& l : largest) l = broadcast(-std::numeric_limits<float>::infinity());
@@ -34,15 +34,23 @@ KVCACHE_TARGET inline void softmax_of_rows(float* scores, index_t stride, index_
     rises |= reaches(largest[r], broadcast(rows[r].max + softmax_slack));  // always where max is -infinity
     rescales[r] = 1.0F;
   }
-  vec shift[Rows];
-  vec sum[Rows];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
     if (rises != 0) [[unlikely]]
       rescales[r] = portable::raise_max(rows[r], largest_of(largest[r]));
     shift[r] = broadcast(portable::softmax_shift(rows[r]));
-    sum[r] = zero();
   }
+}
+
+/// `Rows` rows side by side: what one row waits for, the others fill.
+template <int Rows>
+KVCACHE_TARGET inline void softmax_of_rows(float* scores, index_t stride, index_t count, softmax_row* rows,
+                                           float* rescales) {
+  vec shift[Rows];
+  softmax_shifts<Rows>(scores, stride, count, rows, rescales, shift);
+  vec sum[Rows];
+#pragma GCC unroll 4
+  for (vec& s : sum) s = zero();
   for (index_t t = 0; t < count; t += key_lanes) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {

@@ -10,33 +10,7 @@
 // For 64 tokens x 128 dims, scores and sums together, the tiles take 16 multiplications of 16 cycles for up to 16 rows of A, and 12
 // stores of a C; AVX-512 takes 256 dot products for each row of A, two a cycle at best, but reads memory meanwhile, which tiles
 // do not (bench/NOTES.md). So few rows are multiplied by AVX-512, and packed codes, which it multiplies as they are unpacked, up to
-// eight.
-#pragma once
-
-#include <kvcache/block/order.hpp>
-#include <kvcache/core/checked.hpp>
-#include <kvcache/core/half.hpp>
-#include <kvcache/core/shape.hpp>
-#include <kvcache/core/types.hpp>
-#include <kvcache/kernel/amx_operands.hpp>
-#include <kvcache/kernel/amx_tiles.hpp>
-#include <kvcache/kernel/avx512.hpp>
-#include <kvcache/kernel/table.hpp>
-
-#if defined(__x86_64__) && defined(__linux__)
-
-#include <immintrin.h>
-
-#include <algorithm>
-#include <array>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
-#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]]
-#define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
-
-namespace kvcache::inline v0::kernel::amx {
+// eight. Included by amx.hpp.
 
 inline constexpr index_t line_bytes = 64;      // of a row of a tile
 inline constexpr index_t few_byte_rows = 4;    // queries up to which AVX-512 multiplies bytes
@@ -298,10 +272,3 @@ template <class Tiles>
 inline constexpr low_bit_kernels kernels_for_packed = {
     avx512::kernels_for_packed.unpack, avx512::kernels_for_packed.hadamard,
     avx512::kernels_for_packed.nearest, score_packed_best<Tiles>, sum_packed_best<Tiles>};
-
-}  // namespace kvcache::inline v0::kernel::amx
-
-#undef KVCACHE_TARGET
-#undef KVCACHE_INLINE
-
-#endif

@@ -5,32 +5,8 @@
 //   weights   rounded to bf16 as they come from the softmax; their sum is that of the rounded ones, so that averages stay averages
 //   sums      loaded into tiles, added to there, and stored; nothing looks for NaN in between
 //
-// Accuracy: queries enter as the sum of two bf16, as in amx_bf16.hpp, weights as one: off by up to 2^-8 of themselves.
-#pragma once
-
-#include <kvcache/block/order.hpp>
-#include <kvcache/core/checked.hpp>
-#include <kvcache/core/half.hpp>
-#include <kvcache/core/types.hpp>
-#include <kvcache/kernel/amx_bf16.hpp>
-#include <kvcache/kernel/amx_operands.hpp>
-#include <kvcache/kernel/amx_tiles.hpp>
-#include <kvcache/kernel/avx512.hpp>
-#include <kvcache/kernel/portable.hpp>
-#include <kvcache/kernel/table.hpp>
-
-#if defined(__x86_64__) && defined(__linux__)
-
-#include <algorithm>
-#include <array>
-#include <cstddef>
-#include <cstdint>
-#include <limits>
-
-#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]]
-#define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
-
-namespace kvcache::inline v0::kernel::amx {
+// Accuracy: queries enter as the sum of two bf16, as in amx_bf16.inl, weights as one: off by up to 2^-8 of themselves.
+// Included by amx.hpp.
 
 inline constexpr index_t many_tokens = avx512::sum_tokens;  // of a block that goes this way
 inline constexpr index_t many_rows = 64;  // that share a block's way into the first-level cache
@@ -74,46 +50,27 @@ template <int Rows>
 KVCACHE_TARGET inline void softmax_to_weights(const float* scores, softmax_row* rows, float* rescales,
                                               rounded_weights& weights, index_t first_row) {
   using avx512::vec;
-  vec largest[Rows];
-  vec probe = avx512::zero();  // NaN once a product with zero was
-#pragma GCC unroll 4
-  for (vec& l : largest) l = avx512::broadcast(-std::numeric_limits<float>::infinity());
-#pragma GCC unroll 4
-  for (index_t t = 0; t < many_tokens; t += key_lanes) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const vec x = avx512::load(scores + r * many_tokens + t);
-      largest[r] = avx512::larger(largest[r], x);
-      probe = avx512::fma(x, avx512::zero(), probe);
-    }
-  }
-  std::uint32_t rises = 0;
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    rises |= avx512::reaches(largest[r], avx512::broadcast(rows[r].max + softmax_slack));
-    rescales[r] = 1.0F;
-  }
   vec shift[Rows];
+  avx512::softmax_shifts<Rows>(scores, many_tokens, many_tokens, rows, rescales, shift);
   vec sum[Rows];
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    if (rises != 0) [[unlikely]]
-      rescales[r] = portable::raise_max(rows[r], avx512::largest_of(largest[r]));
-    shift[r] = avx512::broadcast(portable::softmax_shift(rows[r]));
-    sum[r] = probe;
-  }
+  for (vec& s : sum) s = avx512::zero();
+  vec probe = avx512::zero();  // NaN once a product with zero was
 #pragma GCC unroll 2
   for (index_t t = 0; t < many_tokens; t += tile_depth) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const float* at = scores + r * many_tokens + t;
-      const vec first = exp_roughly(avx512::sub(avx512::load(at), shift[r]));
-      const vec second = exp_roughly(avx512::sub(avx512::load(at + key_lanes), shift[r]));
+      const vec scores_of[2] = {avx512::load(at), avx512::load(at + key_lanes)};
+      probe = avx512::fma(scores_of[0], avx512::zero(), probe);
+      probe = avx512::fma(scores_of[1], avx512::zero(), probe);
+      const vec first = exp_roughly(avx512::sub(scores_of[0], shift[r]));
+      const vec second = exp_roughly(avx512::sub(scores_of[1], shift[r]));
       sum[r] = weights.put(first_row + r, t, first, second, sum[r]);
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) rows[r].sum += avx512::sum_of(sum[r]);
+  for (int r = 0; r < Rows; ++r) rows[r].sum += avx512::sum_of(avx512::add(sum[r], probe));
 }
 
 /// A block, and the rows that attend to it.
@@ -159,11 +116,11 @@ KVCACHE_INLINE void weigh_many(const rows_and_block& in, index_t first, index_t 
     }
     for (index_t i = 0; i < count; ++i) {
       const float by = rescales[static_cast<std::size_t>(i)];
-      float* sums = in.sums + (first + r + i) * in.g.head_dim;
       if (by == 1.0F) [[likely]]
         continue;
-      for (index_t d = 0; d < in.g.head_dim; d += key_lanes)
-        avx512::store(sums + d, avx512::mul(avx512::load(sums + d), avx512::broadcast(by)));
+      float* sums = in.sums + (first + r + i) * in.g.head_dim;
+      lanes::transform(
+          in.g.head_dim, sums, [by](auto x) { return x * by; }, sums);
     }
   }
 }
@@ -175,20 +132,11 @@ KVCACHE_INLINE void add_many(const rows_and_block& in, index_t first, index_t n,
   const tile_shape shape = tile_shape::of(n);
   const tiles_in_use<Tiles> in_use(shape);
   const index_t dim = in.g.head_dim;
-  const auto stride = dim * index_t{sizeof(float)};
   const index_t step = most_operands(shape) * key_lanes;
   for (index_t d = 0; d < dim; d += step) {
     const index_t num_operands = std::min(step, dim - d) / key_lanes;
     float* sums = in.sums + first * dim + d;
-    const auto for_sums = [&](auto move) {
-      for_tiles(num_operands, [&]<int I>(index_t i) {
-        move.template operator()<I>(sums + i * key_lanes);
-        if constexpr (I < 2) {
-          if (shape.second != 0) move.template operator()<I + 2>(sums + tile_rows * dim + i * key_lanes);
-        }
-      });
-    };
-    for_sums([&]<int C>(float* of) { Tiles::template load<C>(of, stride); });
+    load_products<Tiles>(shape, num_operands, sums, dim);
     for (index_t t = 0; t < many_tokens; t += tile_depth) {
       const bfloat16* at = reinterpret_cast<const bfloat16*>(in.values) + t * dim + 2 * d;
       Tiles::template load<4>(weights.rows(first, t), weights.stride_bytes);
@@ -203,7 +151,7 @@ KVCACHE_INLINE void add_many(const rows_and_block& in, index_t first, index_t n,
         }
       });
     }
-    for_sums([&]<int C>(float* of) { Tiles::template store<C>(of, stride); });
+    store_products<Tiles>(shape, num_operands, sums, dim);
   }
 }
 
@@ -230,10 +178,3 @@ KVCACHE_TARGET inline bool attend_many(const block_geometry& g, const std::byte*
   }
   return true;
 }
-
-}  // namespace kvcache::inline v0::kernel::amx
-
-#undef KVCACHE_TARGET
-#undef KVCACHE_INLINE
-
-#endif

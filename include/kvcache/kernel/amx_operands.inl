@@ -1,31 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What the tiles of AMX-BF16 multiply: rows as the sum of two bf16 each, pieces of a block as stored, and the memory that is
-// asked for meanwhile.
-#pragma once
-
-#include <kvcache/block/order.hpp>
-#include <kvcache/core/checked.hpp>
-#include <kvcache/core/half.hpp>
-#include <kvcache/core/shape.hpp>
-#include <kvcache/core/types.hpp>
-#include <kvcache/kernel/amx_tiles.hpp>
-#include <kvcache/kernel/avx512.hpp>
-#include <kvcache/kernel/table.hpp>
-
-#if defined(__x86_64__) && defined(__linux__)
-
-#include <immintrin.h>
-
-#include <algorithm>
-#include <array>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
-#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]]
-#define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
-
-namespace kvcache::inline v0::kernel::amx {
+// asked for meanwhile. Included by amx.hpp.
 
 inline constexpr index_t tile_depth = 32;            // bf16 in a row of A
 inline constexpr index_t most_rows = 2 * tile_rows;  // that are multiplied at a time
@@ -56,7 +31,7 @@ class sections_ahead {
 
   /// Called before each right operand is loaded.
   [[gnu::always_inline]] void fetch() noexcept {
-    if (far_ == nullptr || far_ >= end_) return;
+    if (far_ >= end_) return;
     if (touched_ + step_ > touched_end_) touched_ = touched_end_ - step_;
     __asm__ volatile(
         "1: prefetcht1 (%0)\n\tprefetcht0 (%1)\n\tmovl (%2), %%eax\n\t"
@@ -108,10 +83,6 @@ KVCACHE_INLINE avx512::vec high_half(__m512i words) {
   return {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000U))))};
 }
 
-KVCACHE_INLINE __mmask16 finite_lanes(avx512::vec a) {
-  return _mm512_cmp_ps_mask(_mm512_sub_ps(a.x, a.x), _mm512_setzero_ps(), _CMP_EQ_OQ);
-}
-
 /// element_kernels::prepare: queries as split_rows, zeros behind head_dim. What is not finite has no low part; what would round
 /// to infinity is cut off instead.
 KVCACHE_TARGET inline const float* prepare(index_t head_dim, const float* queries, index_t num_rows,
@@ -124,9 +95,9 @@ KVCACHE_TARGET inline const float* prepare(index_t head_dim, const float* querie
       const avx512::vec x =
           i < head_dim ? avx512::load_first(queries + r * head_dim + i, head_dim - i) : avx512::zero();
       avx512::bits high = avx512::narrow<bfloat16>(x);
-      const __mmask16 is_number = finite_lanes(x);
-      const auto too_large =
-          static_cast<__mmask16>(is_number & ~static_cast<unsigned>(finite_lanes(avx512::widen_low(high))));
+      const __mmask16 is_number = avx512::finite_lanes(x);
+      const auto too_large = static_cast<__mmask16>(
+          is_number & ~static_cast<unsigned>(avx512::finite_lanes(avx512::widen_low(high))));
       high.x = _mm512_mask_srli_epi32(high.x, too_large, _mm512_castps_si512(x.x), 16);
       const avx512::vec low = {_mm512_maskz_sub_ps(is_number, x.x, avx512::widen_low(high).x)};
       avx512::store_low_halves(to + i, high);
@@ -228,20 +199,27 @@ KVCACHE_INLINE void multiply_columns(const tile_shape& shape, const split_rows& 
   }
 }
 
-/// Products of all rows with n right operands, 16 columns each.
-template <class Tiles>
-KVCACHE_INLINE void store_products(const tile_shape& shape, index_t n, float* to, index_t stride) noexcept {
-  const index_t stride_bytes = stride * index_t{sizeof(float)};
-  if (shape.second == 0) {
-    for_tiles(n, [&]<int I>(index_t i) { Tiles::template store<I>(to + i * key_lanes, stride_bytes); });
-    return;
-  }
+/// Calls move.operator()<C>(where) for each tile C of products with n right operands, of [rows, stride] numbers at `first`.
+template <class Move>
+KVCACHE_INLINE void for_products(const tile_shape& shape, index_t n, float* first, index_t stride,
+                                 Move move) noexcept {
   for_tiles(n, [&]<int I>(index_t i) {
+    move.template operator()<I>(first + i * key_lanes);
     if constexpr (I < 2) {
-      Tiles::template store<I>(to + i * key_lanes, stride_bytes);
-      Tiles::template store<2 + I>(to + tile_rows * stride + i * key_lanes, stride_bytes);
+      if (shape.second != 0) move.template operator()<I + 2>(first + tile_rows * stride + i * key_lanes);
     }
   });
+}
+
+template <class Tiles>
+KVCACHE_INLINE void load_products(const tile_shape& shape, index_t n, float* from, index_t stride) noexcept {
+  for_products(shape, n, from, stride,
+               [stride]<int C>(float* at) { Tiles::template load<C>(at, stride * index_t{sizeof(float)}); });
+}
+template <class Tiles>
+KVCACHE_INLINE void store_products(const tile_shape& shape, index_t n, float* to, index_t stride) noexcept {
+  for_products(shape, n, to, stride,
+               [stride]<int C>(float* at) { Tiles::template store<C>(at, stride * index_t{sizeof(float)}); });
 }
 
 /// Whether [num_rows, stride] floats are all finite, of which each row has `num_lanes`.
@@ -257,10 +235,3 @@ KVCACHE_TARGET inline bool all_finite(const float* from, index_t num_rows, index
   }
   return avx512::all_finite(avx512::add(probe[0], probe[1]));
 }
-
-}  // namespace kvcache::inline v0::kernel::amx
-
-#undef KVCACHE_TARGET
-#undef KVCACHE_INLINE
-
-#endif

@@ -5,33 +5,7 @@
 //   sums     C[rows, 16 dims]   += A[rows, 32 tokens] * B[16 pairs of tokens, 16 dims]
 //
 // A number of C is its row's alone: for each 32 columns the high parts' products are added to it, then the low parts'. So it is
-// the same however many rows are multiplied at a time, as far as tiles multiply them: from nine on.
-#pragma once
-
-#include <kvcache/block/order.hpp>
-#include <kvcache/core/checked.hpp>
-#include <kvcache/core/half.hpp>
-#include <kvcache/core/shape.hpp>
-#include <kvcache/core/types.hpp>
-#include <kvcache/kernel/amx_operands.hpp>
-#include <kvcache/kernel/amx_tiles.hpp>
-#include <kvcache/kernel/avx512.hpp>
-#include <kvcache/kernel/table.hpp>
-
-#if defined(__x86_64__) && defined(__linux__)
-
-#include <immintrin.h>
-
-#include <algorithm>
-#include <array>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
-#define KVCACHE_TARGET [[gnu::target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]]
-#define KVCACHE_INLINE KVCACHE_TARGET [[gnu::always_inline]] inline
-
-namespace kvcache::inline v0::kernel::amx {
+// the same however many rows are multiplied at a time, as far as tiles multiply them: from nine on. Included by amx.hpp.
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
@@ -200,10 +174,3 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
     }
   }
 }
-
-}  // namespace kvcache::inline v0::kernel::amx
-
-#undef KVCACHE_TARGET
-#undef KVCACHE_INLINE
-
-#endif
