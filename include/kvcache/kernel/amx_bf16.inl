@@ -113,7 +113,7 @@ template <class Tiles>
   weight_operand w;
   w.take(weights, 1, 0, v.num_tokens);
   v = {visible.data(), 128, v.num_dims, v.num_tokens, avx512::sum_tokens};
-  alignas(64) std::array<float, 64> total;
+  alignas(64) std::array<float, 2 * tile_rows * 64> total;  // compilers do not see that one row is stored
   const tile_shape shape = tile_shape::of(1);
   const tiles_in_use<Tiles> in_use(shape);
   for (index_t d = 0; d < v.num_dims; d += 64)
