@@ -23,6 +23,7 @@
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/lanes.hpp>
+#include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
 
@@ -44,6 +45,20 @@ inline constexpr index_t max_blocks_ahead = 4;
 constexpr index_t blocks_ahead(index_t block_bytes, index_t num_rows) noexcept {
   const index_t least_bytes = num_rows > 1 ? index_t{12 * 1024} : index_t{8 * 1024};
   return std::clamp(ceil_div(least_bytes, std::max(block_bytes, index_t{1})), index_t{1}, max_blocks_ahead);
+}
+
+/// Asks for one line of the second of two blocks if it lies elsewhere than behind the first: the address of its page, new to the
+/// processor's table as a rule, is looked up before the rest of it is asked for.
+inline void look_up(const std::byte* const* blocks, index_t block_bytes) noexcept {
+  if (blocks[1] != nullptr && blocks[1] != blocks[0] + block_bytes) prefetch::line(blocks[1]);
+}
+
+/// Whether any of them lies elsewhere than behind the one before it.
+inline bool lie_apart(std::span<const std::byte* const> blocks, index_t block_bytes) noexcept {
+  const auto apart = [block_bytes](const std::byte* a, const std::byte* b) {
+    return b != nullptr && b != a + block_bytes;
+  };
+  return std::adjacent_find(blocks.begin(), blocks.end(), apart) != blocks.end();
 }
 
 /// Rows that are computed at a time where a group has fewer: several queries share a block's way into the caches, and
@@ -76,8 +91,8 @@ struct span_context {
 /// The blocks of one span and one head.
 struct span_blocks {
   std::span<const std::byte* const>
-      data;                        ///< in order, and max_blocks_ahead after them, null where there is none
-  index_t first_exact = 0;         ///< token from which on blocks are exact, not the codec's
+      data;                 ///< in order, and max_blocks_ahead + 1 after them, null where there is none
+  index_t first_exact = 0;  ///< token from which on blocks are exact, not the codec's
   codec::exact_tokens exact = {};  ///< the encoding of these
   exact_sinks_view sinks = {};     ///< exact tokens from token 0 on, in place of those in the first block
 };
@@ -192,6 +207,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
     return static_cast<std::size_t>(blocks_ahead(of.block_bytes(g), num_rows));
   };
   const std::size_t ahead = ahead_in(codec);
+  const bool apart = prefetch::by_levels && lie_apart(blocks.data, codec.block_bytes(g));
   const auto& segments = c.segments;
   const auto starts_later = [](index_t t, const position_segment& s) { return t < s.first_token; };
   auto s = static_cast<std::size_t>(
@@ -230,13 +246,10 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       const auto sees = [&](index_t position) { return c.visible.any(position, in_block, tokens); };
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
-      block_tokens in{blocks.data[b],
-                      {blocks.data[b + ahead], blocks.data[b + 1]},
-                      tokens,
-                      base,
-                      (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes,
-                      in_block,
-                      false};
+      if (apart) look_up(blocks.data.data() + b + ahead, codec.block_bytes(g));
+      const kernel::upcoming next_block(blocks.data[b + ahead], blocks.data[b + 1], apart);
+      const index_t num_scores = (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes;
+      block_tokens in{blocks.data[b], next_block, tokens, base, num_scores, in_block, false};
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;

@@ -213,10 +213,11 @@ class item_plan {
   void with_span(index_t tile_index, index_t span, Body body) const {
     const token_range tokens{span * span_tokens, std::min(kv_len_, (span + 1) * span_tokens)};
     const index_t head = tile_index % shape_.num_kv_heads;
-    std::array<const std::byte*, max_span_blocks + max_blocks_ahead> blocks;
+    std::array<const std::byte*, max_span_blocks + max_blocks_ahead + 1> blocks;
     const index_t first_block = tokens.first / shape_.block_size;
     const index_t num_blocks = ceil_div(tokens.last - tokens.first, shape_.block_size);
-    for (index_t b = 0; b < num_blocks + max_blocks_ahead; ++b) {
+    const index_t num_entries = num_blocks + max_blocks_ahead + 1;
+    for (index_t b = 0; b < num_entries; ++b) {
       const bool exists = (first_block + b) * shape_.block_size < kv_len_;
       blocks[static_cast<std::size_t>(b)] = exists ? item_.layer.block(head, first_block + b) : nullptr;
     }
@@ -226,7 +227,7 @@ class item_plan {
                                item_.layer.positions().segments(),
                                options_->alibi_slopes,
                                options_->rope};
-    span_blocks in{{blocks.data(), static_cast<std::size_t>(num_blocks + max_blocks_ahead)}};
+    span_blocks in{{blocks.data(), static_cast<std::size_t>(num_entries)}};
     constexpr bool seals = requires { item_.layer.num_sealed(); }
     &&sealing_codec<std::remove_cvref_t<decltype(item_.layer.codec())>>;
     if constexpr (seals) {

@@ -36,6 +36,7 @@ template <class Element>
 struct exact_keys : plain_side {
   using itself = exact_keys;  // not what derives from it
   using stored_element = Element;
+  static constexpr bool reads_lines = true;
   [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::key_size(g) * index_t{sizeof(Element)}, block_alignment);
@@ -86,6 +87,7 @@ template <class Element>
 struct exact_values : plain_side {
   using itself = exact_values;
   using stored_element = Element;
+  static constexpr bool reads_lines = true;
   [[nodiscard]] static constexpr std::string_view side_name() noexcept { return exact_name<Element>; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return round_up(block_order<Element>::value_size(g) * index_t{sizeof(Element)}, block_alignment);

@@ -76,8 +76,8 @@ struct exact_tokens {
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
               const float* queries, index_t num_rows, float* scores, kernel::upcoming next_block) const {
     visit([&](const auto& codec) {
-      const kernel::upcoming then(next_block.next, block + codec.keys.section_bytes(g));
-      codec.keys.scores_of_plain(kernels, g, block, count, queries, num_rows, scores, then);
+      codec.keys.scores_of_plain(kernels, g, block, count, queries, num_rows, scores,
+                                 codec.while_keys_are_read(g, block, num_rows, next_block));
     });
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,

@@ -45,6 +45,7 @@ inline bfloat16 byte_scale(const kernel::table& kernels, const float* row, index
 /// What keys and values have in common. \tparam Order  keys_in_order or values_in_order
 template <class Order>
 struct int8_rows : plain_side {
+  static constexpr bool reads_lines = true;
   [[nodiscard]] static constexpr std::string_view side_name() noexcept { return "int8"; }
   [[nodiscard]] static constexpr index_t section_bytes(const block_geometry& g) noexcept {
     return scales_offset(g) + scales_bytes(g);

@@ -32,6 +32,12 @@ constexpr bool stores_bf16([[maybe_unused]] const Side& side) noexcept {
   }
 }
 
+/// Whether a side's kernels read a section line by line once, and fetch as many lines of what comes next meanwhile.
+template <class Side>
+inline constexpr bool reads_lines = requires {
+  requires Side::reads_lines;
+};
+
 template <key_side Keys, value_side Values>
 struct sides {
   using keys_type = Keys;
@@ -102,27 +108,16 @@ struct sides {
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
               const float* prepared, index_t num_rows, float* scores, kernel::upcoming next_block) const {
-    const index_t key_bytes = keys.section_bytes(g);
-    const index_t value_bytes = values.section_bytes(g);
-    const index_t block_bytes = key_bytes + value_bytes;
-    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
-    const std::byte* values_soon =
-        value_bytes < key_bytes ? nullptr : block + key_bytes;  // nothing beyond the block
-    const kernel::upcoming then(far ? next_block.next : block + key_bytes,
-                                block_bytes <= two_in_l1 ? next_block.soon : values_soon);
-    keys.scores(kernels, g, block, count, prepared, num_rows, scores, then);
+    keys.scores(kernels, g, block, count, prepared, num_rows, scores,
+                while_keys_are_read(g, block, num_rows, next_block));
   }
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
                   kernel::upcoming next_block) const {
     const index_t key_bytes = keys.section_bytes(g);
-    const index_t block_bytes = key_bytes + values.section_bytes(g);
-    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
-    const kernel::upcoming values_then = next_block.part(key_bytes);
-    const kernel::upcoming then(far ? values_then.next : next_block.next,
-                                block_bytes <= two_in_l1 ? values_then.soon : next_block.soon);
-    values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums, then);
+    values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums,
+                      while_values_are_read(g, num_rows, next_block));
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     values.finish(kernels, g, num_rows, sums);
@@ -138,6 +133,31 @@ struct sides {
            at_once(g, block, block + keys.section_bytes(g), prepared, num_rows, rows, sums, next_block);
   }
 
+  /// What to fetch meanwhile.
+  [[nodiscard]] kernel::upcoming while_keys_are_read(const block_geometry& g, const std::byte* block,
+                                                     index_t num_rows,
+                                                     const kernel::upcoming& next_block) const noexcept {
+    const index_t key_bytes = keys.section_bytes(g);
+    const index_t value_bytes = values.section_bytes(g);
+    const index_t block_bytes = key_bytes + value_bytes;
+    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
+    const std::byte* values_soon =
+        value_bytes < key_bytes ? nullptr : block + key_bytes;  // nothing beyond the block
+    const kernel::upcoming then(far ? next_block.next : block + key_bytes,
+                                block_bytes <= two_in_l1 ? next_block.soon : values_soon);
+    return far && page_by_page(num_rows, next_block) ? then.in_block(0, block_bytes) : then;
+  }
+  [[nodiscard]] kernel::upcoming while_values_are_read(const block_geometry& g, index_t num_rows,
+                                                       const kernel::upcoming& next_block) const noexcept {
+    const index_t key_bytes = keys.section_bytes(g);
+    const index_t block_bytes = key_bytes + values.section_bytes(g);
+    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
+    const kernel::upcoming values_then = next_block.part(key_bytes);
+    const kernel::upcoming then(far ? values_then.next : next_block.next,
+                                block_bytes <= two_in_l1 ? values_then.soon : next_block.soon);
+    return far && page_by_page(num_rows, next_block) ? then.in_block(key_bytes, block_bytes) : then;
+  }
+
   /// Both sides for one head, where either differs between heads.
   [[nodiscard]] auto at(index_t layer, index_t head) const requires requires(const Keys& k) {
     k.at(layer, head);
@@ -147,6 +167,12 @@ struct sides {
   { return sides{codec_at(keys, layer, head), codec_at(values, layer, head)}; }
 
  private:
+  /// Whether the next block is fetched with its pages beside one another, by both sections in turn. It pays where blocks lie
+  /// apart, and where multiplying takes as long as reading.
+  [[nodiscard]] static bool page_by_page(index_t num_rows, const kernel::upcoming& next_block) noexcept {
+    constexpr index_t many_rows = 8;
+    return reads_lines<Keys> && reads_lines<Values> && (next_block.apart || num_rows >= many_rows);
+  }
   /// Bytes of blocks of which the next one has room in the first-level cache beside the one at hand: what is asked for soon is
   /// the same section of that; of larger ones it is the section behind this one.
   static constexpr index_t two_in_l1 = 12 * 1024;

@@ -43,14 +43,26 @@ inline constexpr index_t max_softmax_rows = 16;
 /// reference: by value it comes as one load of 16 bytes that two stores have just written, which waits for both.
 struct upcoming {
   const std::byte* next;  ///< the one that comes next, or a later one where memory takes longer to answer
-  const std::byte* soon =
-      nullptr;  ///< by levels (core/prefetch.hpp): one that comes sooner, as a rule; `next` is a later one
+  /// By levels (core/prefetch.hpp): one that comes sooner, as a rule; `next` is a later one.
+  const std::byte* soon = nullptr;
+  bool apart = false;  ///< blocks lie elsewhere than behind one another, as a rule in other pages
+  /// Where not 0: `next` lies `offset` bytes in a block of so many, which its sections fetch together, each its share of every page.
+  index_t block_bytes = 0;
+  index_t offset = 0;
 
-  upcoming(const std::byte* then, const std::byte* before_that = nullptr) noexcept
-      : next(then), soon(before_that) {}
-  /// What is `offset` bytes in them.
-  [[nodiscard]] upcoming part(index_t offset) const noexcept {
-    return {next == nullptr ? nullptr : next + offset, soon == nullptr ? nullptr : soon + offset};
+  upcoming(const std::byte* then, const std::byte* before_that = nullptr,
+           bool blocks_lie_apart = false) noexcept
+      : next(then), soon(before_that), apart(blocks_lie_apart) {}
+  /// What is so many bytes in them.
+  [[nodiscard]] upcoming part(index_t num_bytes) const noexcept {
+    return {next == nullptr ? nullptr : next + num_bytes, soon == nullptr ? nullptr : soon + num_bytes};
+  }
+  /// With `next` as a part of such a block.
+  [[nodiscard]] upcoming in_block(index_t section_offset, index_t num_bytes) const noexcept {
+    upcoming result = *this;
+    result.offset = section_offset;
+    result.block_bytes = num_bytes;
+    return result;
   }
   /// The same without looking for null, as a loop does it.
   void go_on(index_t num_bytes) noexcept {
@@ -59,7 +71,10 @@ struct upcoming {
   }
   /// `section` in place of null: at hand, it costs nothing to ask for.
   [[nodiscard]] upcoming or_at_hand(const std::byte* section) const noexcept {
-    return {next == nullptr ? section : next, soon == nullptr ? section : soon};
+    upcoming result = *this;
+    if (next == nullptr) result.next = section;
+    if (soon == nullptr) result.soon = section;
+    return result;
   }
   /// For codecs and kernels that look no nearer.
   operator const std::byte*() const noexcept { return next; }

@@ -149,8 +149,7 @@ KVCACHE_TARGET inline void score_blocks(const block_geometry& g, const std::byte
   const index_t num_groups = ceil_div(count, key_lanes);
   for (index_t i = 0; i < num_groups; i += piece_groups) {
     const Element* behind = group + piece_groups * group_size;
-    ahead.go_on(next, reinterpret_cast<const std::byte*>(group) - keys,
-                i + piece_groups < num_groups ? reinterpret_cast<const std::byte*>(behind) : nullptr);
+    ahead.go_on(next, i + piece_groups < num_groups ? reinterpret_cast<const std::byte*>(behind) : nullptr);
     const index_t groups = std::min(piece_groups, num_groups - i);
     if (groups == 4) {
       score_rows<Element, max_score_rows, 4>(g, group, queries, num_rows, out, ahead);
@@ -316,7 +315,7 @@ KVCACHE_TARGET inline void accumulate(const block_geometry& g, const std::byte* 
   const index_t piece = piece_tokens<Element>(g);
   const index_t row_bytes = g.head_dim * index_t{sizeof(Element)};
   for (index_t t = 0; t < count; t += piece) {
-    ahead.go_on(next, t * row_bytes, t + piece < count ? values + (t + piece) * row_bytes : nullptr);
+    ahead.go_on(next, t + piece < count ? values + (t + piece) * row_bytes : nullptr);
     weighted_values<Element> in{reinterpret_cast<const Element*>(values) + t * g.head_dim, g.head_dim * pack,
                                 ceil_div(std::min(piece, count - t), pack), weights + t, g.block_size};
     index_t d = 0;

@@ -1,26 +1,38 @@
 // SPDX-License-Identifier: MIT
 // Reading ahead; included by vector_kernels.inl.
 
-/// Fetches, while a kernel reads n lines, the n lines at `at` that are wanted next: the memory stays busy during the softmax
-/// and across blocks. `stride` is less than a line where the kernel passes over its own lines more often than once.
+/// Fetches, while a kernel reads n lines, n lines that are wanted next: the memory stays busy during the softmax and across
+/// blocks. `stride` is less than a line where the kernel passes over its own lines more often than once.
 /// By levels (core/prefetch.hpp), those at `at` come into L2, and those at `near`, which are wanted before them, into L1.
+///
+/// In an order that goes around in streams `apart` bytes from one another, one to a page where it can: pages that are new to the
+/// processor's table of addresses, as those of other blocks may be, are then looked up beside each other.
 struct read_ahead {
   const std::byte* at;
   const std::byte* first;
   const std::byte* near;
   index_t stride;
   bool by_levels;
+  index_t apart;
+  const std::byte* end;  ///< of the last stream
+  index_t back;          ///< from there to the line of the first stream that comes next
 
-  /// A piece of the section at hand begins, `offset` bytes in it. \param piece  the one behind it, or null
-  void go_on(const upcoming& then, index_t offset, const std::byte* piece) {
+  /// A piece of the section at hand begins. \param piece  the one behind it, or null
+  void go_on(const upcoming& then, const std::byte* piece) {
     if (stride == 0) return;
     const std::byte* soon = piece != nullptr ? piece : by_levels ? then.soon : then.next;
     if (by_levels) {
-      at = then.next + offset;
       if (soon != nullptr) near = soon;
     } else if (soon != at) {
       at = first = soon;
     }
+  }
+
+  [[gnu::always_inline]] void step() {
+    near += stride;
+    at += apart;
+    if (at >= end) [[unlikely]]
+      at -= back;
   }
 };
 
@@ -40,7 +52,7 @@ template <int Lines, bool Twice = true>
 [[gnu::always_inline]] inline void fetch(read_ahead& next) {
   if (next.by_levels) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Lines; ++i, next.at += next.stride, next.near += next.stride) {
+    for (int i = 0; i < Lines; ++i, next.step()) {
       __builtin_prefetch(next.at, 0, 2);
       __builtin_prefetch(next.near, 0, 3);
     }
@@ -63,11 +75,26 @@ template <int Lines, int Turns, bool Twice>
   if (turn % std::max(Turns / Lines, 1) == 0) fetch<std::max(Lines / Turns, 1), Twice>(next);
 }
 
+/// By levels, a section's share of a block that its sections fetch together: some lines of every page of it.
+inline read_ahead page_beside_page(const upcoming& next, index_t stride) {
+  constexpr index_t page_bytes = 4096;
+  constexpr int most_streams = 3;  // as a power of two
+  const auto num_pages = static_cast<std::size_t>(next.block_bytes / page_bytes);
+  const int streams = std::clamp(static_cast<int>(std::bit_width(num_pages)) - 1, 0, most_streams);
+  const index_t apart = round_up(next.block_bytes >> streams, 64);
+  const std::byte* block = next.next - next.offset;
+  const std::byte* share = block + ((next.offset >> streams) & -64);
+  const index_t around = apart << streams;
+  return {share, block, next.soon, stride, true, apart, block + around, around - stride};
+}
+
 /// `next` may be null; then a line that is at hand anyway is asked for. Unless told otherwise, those at hand are near.
 inline read_ahead ahead_of(upcoming next, const std::byte* at_hand, index_t passes) {
   const index_t stride = next.next == nullptr ? 0 : 64 / passes;
   next = next.or_at_hand(at_hand);
-  return {next.next, next.next, next.soon, stride, prefetch::by_levels};
+  if (prefetch::by_levels && stride != 0 && next.block_bytes != 0) return page_beside_page(next, stride);
+  const auto* never = reinterpret_cast<const std::byte*>(std::numeric_limits<std::intptr_t>::max());
+  return {next.next, next.next, next.soon, stride, prefetch::by_levels, stride, never, 0};
 }
 
 /// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
