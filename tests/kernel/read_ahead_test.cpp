@@ -26,8 +26,8 @@ std::vector<int> times_asked(const std::vector<index_t>& sections, index_t passe
   std::vector<int> asked(static_cast<std::size_t>(block_bytes / 64));
   index_t offset = 0;
   for (const index_t bytes : sections) {
-    const auto next = kernel::upcoming(block.data() + offset).in_block(offset, block_bytes);
-    vectors::read_ahead ahead = vectors::page_beside_page(next, 64 / passes);
+    const std::byte* section = block.data() + offset;
+    auto ahead = vectors::page_beside_page(section, section, offset, block_bytes, 64 / passes);
     for (index_t i = 0; i < bytes / 64 * passes; ++i, ahead.step()) {
       const index_t at = ahead.at - block.data();
       REQUIRE(at >= 0);
@@ -59,8 +59,7 @@ TEST_CASE("sections of other sizes leave out a few lines of a block at most") {
 
 TEST_CASE("pages of a block are asked for beside one another") {
   const std::vector<std::byte> block(32768);
-  const auto next = kernel::upcoming(block.data()).in_block(0, 32768);
-  vectors::read_ahead ahead = vectors::page_beside_page(next, 64);
+  auto ahead = vectors::page_beside_page(block.data(), block.data(), 0, 32768, 64);
   for (const index_t line : {0, 1, 2}) {
     for (index_t page = 0; page < 8; ++page, ahead.step())
       CHECK(ahead.at - block.data() == 4096 * page + 64 * line);

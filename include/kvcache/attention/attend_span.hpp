@@ -247,9 +247,11 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
       if (apart) look_up(blocks.data.data() + b + ahead, codec.block_bytes(g));
-      const kernel::upcoming next_block(blocks.data[b + ahead], blocks.data[b + 1], apart);
       const index_t num_scores = (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes;
-      block_tokens in{blocks.data[b], next_block, tokens, base, num_scores, in_block, false};
+      block_tokens in{blocks.data[b], {blocks.data[b + ahead], blocks.data[b + 1], apart},
+                      tokens,         base,
+                      num_scores,     in_block,
+                      false};
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;

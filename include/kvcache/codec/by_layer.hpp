@@ -169,12 +169,13 @@ class by_layer : public detail::by_layer_options<Codec> {
     return only().prepare(kernels, g, queries, num_rows, prepared);
   }
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
-              const float* prepared, index_t num_rows, float* scores, kernel::upcoming next_block) const {
+              const float* prepared, index_t num_rows, float* scores,
+              const kernel::upcoming& next_block) const {
     only().scores(kernels, g, block, count, prepared, num_rows, scores, next_block);
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  kernel::upcoming next_block) const {
+                  const kernel::upcoming& next_block) const {
     only().accumulate(kernels, g, block, count, weights, num_rows, sums, next_block);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {

@@ -114,7 +114,7 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
   using rows = channel_scaled_rows<Traits, keys_in_order>;
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
-              const float* queries, index_t num_rows, float* scores, kernel::upcoming next) const {
+              const float* queries, index_t num_rows, float* scores, const kernel::upcoming& next) const {
     alignas(64) std::array<float, rows_at_once*(16 + max_head_dim)> prepared;
     std::array<float, rows_at_once> constants;
     rows::fetch_scales(g, next);
@@ -158,7 +158,7 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  kernel::upcoming next) const {
+                  const kernel::upcoming& next) const {
     constexpr index_t rows_at_once = 8;
     alignas(64) std::array<float, rows_at_once * max_head_dim> parts;
     rows::fetch_scales(g, next);

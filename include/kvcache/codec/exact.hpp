@@ -66,13 +66,13 @@ struct exact_keys : plain_side {
   }
   static void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                      index_t count, const float* queries, index_t num_rows, float* scores,
-                     kernel::upcoming next) {
+                     const kernel::upcoming& next) {
     kernel::for_element<Element>(kernels).scores(g, section, count, queries, num_rows, scores, next);
   }
   /// The same of queries as they are, prepared in here: for whoever has few blocks, or few dims of many.
   static void scores_of_plain(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                               index_t count, const float* queries, index_t num_rows, float* out,
-                              kernel::upcoming next) {
+                              const kernel::upcoming& next) {
     constexpr index_t rows_at_once = 16;
     alignas(64) std::array<float, rows_at_once * max_head_dim> prepared;
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
@@ -109,7 +109,7 @@ struct exact_values : plain_side {
   }
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                          index_t count, const float* weights, index_t num_rows, float* sums,
-                         kernel::upcoming next) {
+                         const kernel::upcoming& next) {
     kernel::for_element<Element>(kernels).accumulate(g, section, count, weights, num_rows, sums, next);
   }
 };

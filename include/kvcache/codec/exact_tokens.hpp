@@ -74,7 +74,8 @@ struct exact_tokens {
   }
   /// \param queries  as they are
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
-              const float* queries, index_t num_rows, float* scores, kernel::upcoming next_block) const {
+              const float* queries, index_t num_rows, float* scores,
+              const kernel::upcoming& next_block) const {
     visit([&](const auto& codec) {
       codec.keys.scores_of_plain(kernels, g, block, count, queries, num_rows, scores,
                                  codec.while_keys_are_read(g, block, num_rows, next_block));
@@ -82,7 +83,7 @@ struct exact_tokens {
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  kernel::upcoming next_block) const {
+                  const kernel::upcoming& next_block) const {
     visit([&](const auto& codec) {
       codec.accumulate(kernels, g, block, count, weights, num_rows, sums, next_block);
     });

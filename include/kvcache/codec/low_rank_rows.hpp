@@ -133,7 +133,7 @@ struct low_rank_keys : detail::low_rank_rows<detail::key_groups> {
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
-              const float* prepared, index_t num_rows, float* scores, kernel::upcoming next) const {
+              const float* prepared, index_t num_rows, float* scores, const kernel::upcoming& next) const {
     const float* of_group = prepared;
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
       const kernel::upcoming then = next.part(part.offset);
@@ -197,7 +197,7 @@ struct low_rank_values : detail::low_rank_rows<detail::value_groups> {
   /// Components of row r come to lie in sums[r, 0 .. rank).
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  kernel::upcoming next) const {
+                  const kernel::upcoming& next) const {
     detail::for_each_group<groups>(layout(), g.block_size, [&](const auto& side, const group& part) {
       detail::add_sums(kernels, part.geometry.head_dim, part.geometry.head_dim, g.head_dim, num_rows,
                        sums + part.first, [&](index_t first, index_t n, float* out) {

@@ -117,7 +117,8 @@ struct rotated_rows : plain_side {
  protected:
   [[nodiscard]] static looked_up<Quantiser::bits> codes_of(const kernel::table& kernels,
                                                            const block_geometry& g, const std::byte* section,
-                                                           index_t count, kernel::upcoming next) noexcept {
+                                                           index_t count,
+                                                           const kernel::upcoming& next) noexcept {
     fetch_behind(next, codes::section_bytes(g), section_bytes(g));
     return {kernels, g, section, Quantiser::unpack_book(), count, next};
   }
@@ -149,7 +150,7 @@ struct rotated_keys : rotated_rows<Quantiser, keys_in_order> {
     return prepared;
   }
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
-              const float* prepared, index_t num_rows, float* scores, kernel::upcoming next) const {
+              const float* prepared, index_t num_rows, float* scores, const kernel::upcoming& next) const {
     Quantiser::scores(this->codes_of(kernels, g, section, count, next), this->section_scales(g, section),
                       prepared, num_rows, scores);
   }
@@ -167,7 +168,7 @@ struct rotated_values : rotated_rows<Quantiser, values_in_order> {
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  kernel::upcoming next) const {
+                  const kernel::upcoming& next) const {
     Quantiser::accumulate(this->codes_of(kernels, g, section, count, next), this->section_scales(g, section),
                           weights, num_rows, sums);
   }

@@ -107,14 +107,15 @@ struct sides {
   }
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
-              const float* prepared, index_t num_rows, float* scores, kernel::upcoming next_block) const {
+              const float* prepared, index_t num_rows, float* scores,
+              const kernel::upcoming& next_block) const {
     keys.scores(kernels, g, block, count, prepared, num_rows, scores,
                 while_keys_are_read(g, block, num_rows, next_block));
   }
 
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* block,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  kernel::upcoming next_block) const {
+                  const kernel::upcoming& next_block) const {
     const index_t key_bytes = keys.section_bytes(g);
     values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums,
                       while_values_are_read(g, num_rows, next_block));
@@ -126,7 +127,7 @@ struct sides {
   /// kernel::element_kernels::attend. \return false, with nothing done, where there is no such thing for these sides
   bool attend(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
               const float* prepared, index_t num_rows, kernel::softmax_row* rows, float* sums,
-              kernel::upcoming next_block) const {
+              const kernel::upcoming& next_block) const {
     if (!stores_bf16(keys) || !stores_bf16(values) || count != g.block_size) return false;
     const auto at_once = kernels.bf16.attend;
     return at_once != nullptr &&
@@ -143,9 +144,10 @@ struct sides {
     const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
     const std::byte* values_soon =
         value_bytes < key_bytes ? nullptr : block + key_bytes;  // nothing beyond the block
-    const kernel::upcoming then(far ? next_block.next : block + key_bytes,
-                                block_bytes <= two_in_l1 ? next_block.soon : values_soon);
-    return far && page_by_page(num_rows, next_block) ? then.in_block(0, block_bytes) : then;
+    kernel::upcoming then(far ? next_block.next : block + key_bytes,
+                          block_bytes <= two_in_l1 ? next_block.soon : values_soon);
+    if (far && page_by_page(num_rows, next_block)) then.set_block(0, block_bytes);
+    return then;
   }
   [[nodiscard]] kernel::upcoming while_values_are_read(const block_geometry& g, index_t num_rows,
                                                        const kernel::upcoming& next_block) const noexcept {
@@ -153,9 +155,10 @@ struct sides {
     const index_t block_bytes = key_bytes + values.section_bytes(g);
     const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
     const kernel::upcoming values_then = next_block.part(key_bytes);
-    const kernel::upcoming then(far ? values_then.next : next_block.next,
-                                block_bytes <= two_in_l1 ? values_then.soon : next_block.soon);
-    return far && page_by_page(num_rows, next_block) ? then.in_block(key_bytes, block_bytes) : then;
+    kernel::upcoming then(far ? values_then.next : next_block.next,
+                          block_bytes <= two_in_l1 ? values_then.soon : next_block.soon);
+    if (far && page_by_page(num_rows, next_block)) then.set_block(key_bytes, block_bytes);
+    return then;
   }
 
   /// Both sides for one head, where either differs between heads.

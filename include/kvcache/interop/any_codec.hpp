@@ -80,7 +80,7 @@ class erased_keys : public erased_side {
                                const float* queries, index_t num_rows, float* prepared) const = 0;
   virtual void scores(head_id where, const kernel::table& kernels, const block_geometry& g,
                       const std::byte* section, index_t count, const float* prepared, index_t num_rows,
-                      float* scores, kernel::upcoming next) const = 0;
+                      float* scores, const kernel::upcoming& next) const = 0;
 };
 
 class erased_values : public erased_side {
@@ -88,7 +88,7 @@ class erased_values : public erased_side {
   [[nodiscard]] virtual bool turns_sums() const noexcept = 0;
   virtual void accumulate(head_id where, const kernel::table& kernels, const block_geometry& g,
                           const std::byte* section, index_t count, const float* weights, index_t num_rows,
-                          float* sums, kernel::upcoming next) const = 0;
+                          float* sums, const kernel::upcoming& next) const = 0;
   virtual void finish(head_id where, const kernel::table& kernels, const block_geometry& g, index_t num_rows,
                       float* sums) const = 0;
 };
@@ -171,7 +171,7 @@ class erased_keys_of final : public erased_side_of<erased_keys, Keys> {
   }
   void scores(head_id where, const kernel::table& kernels, const block_geometry& g, const std::byte* section,
               index_t count, const float* prepared, index_t num_rows, float* scores,
-              kernel::upcoming next) const override {
+              const kernel::upcoming& next) const override {
     this->at(where).scores(kernels, g, section, count, prepared, num_rows, scores, next);
   }
 };
@@ -184,7 +184,7 @@ class erased_values_of final : public erased_side_of<erased_values, Values> {
   [[nodiscard]] bool turns_sums() const noexcept override { return this->side().turns_sums; }
   void accumulate(head_id where, const kernel::table& kernels, const block_geometry& g,
                   const std::byte* section, index_t count, const float* weights, index_t num_rows,
-                  float* sums, kernel::upcoming next) const override {
+                  float* sums, const kernel::upcoming& next) const override {
     this->at(where).accumulate(kernels, g, section, count, weights, num_rows, sums, next);
   }
   void finish(head_id where, const kernel::table& kernels, const block_geometry& g, index_t num_rows,
@@ -265,7 +265,7 @@ struct any_keys : kvcache::detail::any_side<kvcache::detail::erased_keys> {
     return erased->prepare(where, kernels, g, queries, num_rows, prepared);
   }
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
-              const float* prepared, index_t num_rows, float* scores, kernel::upcoming next) const {
+              const float* prepared, index_t num_rows, float* scores, const kernel::upcoming& next) const {
     erased->scores(where, kernels, g, section, count, prepared, num_rows, scores, next);
   }
 
@@ -291,7 +291,7 @@ struct any_values : kvcache::detail::any_side<kvcache::detail::erased_values> {
   }
   void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                   index_t count, const float* weights, index_t num_rows, float* sums,
-                  kernel::upcoming next) const {
+                  const kernel::upcoming& next) const {
     erased->accumulate(where, kernels, g, section, count, weights, num_rows, sums, next);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {

@@ -39,8 +39,8 @@ inline constexpr float softmax_slack = 8.0F;
 /// How many rows softmax takes at a time.
 inline constexpr index_t max_softmax_rows = 16;
 
-/// What will be read after the section at hand, fetched meanwhile, as much as it has; either may be null. Kernels take it by
-/// reference: by value it comes as one load of 16 bytes that two stores have just written, which waits for both.
+/// What will be read after the section at hand, fetched meanwhile, as much as it has; either may be null. Taken by reference,
+/// and made where it is used: a copy is one load of what several stores have just written, which waits for all of them.
 struct upcoming {
   const std::byte* next;  ///< the one that comes next, or a later one where memory takes longer to answer
   /// By levels (core/prefetch.hpp): one that comes sooner, as a rule; `next` is a later one.
@@ -57,12 +57,10 @@ struct upcoming {
   [[nodiscard]] upcoming part(index_t num_bytes) const noexcept {
     return {next == nullptr ? nullptr : next + num_bytes, soon == nullptr ? nullptr : soon + num_bytes};
   }
-  /// With `next` as a part of such a block.
-  [[nodiscard]] upcoming in_block(index_t section_offset, index_t num_bytes) const noexcept {
-    upcoming result = *this;
-    result.offset = section_offset;
-    result.block_bytes = num_bytes;
-    return result;
+  /// `next` is a part of such a block.
+  void set_block(index_t section_offset, index_t num_bytes) noexcept {
+    block_bytes = num_bytes;
+    offset = section_offset;
   }
   /// The same without looking for null, as a loop does it.
   void go_on(index_t num_bytes) noexcept {
@@ -71,10 +69,7 @@ struct upcoming {
   }
   /// `section` in place of null: at hand, it costs nothing to ask for.
   [[nodiscard]] upcoming or_at_hand(const std::byte* section) const noexcept {
-    upcoming result = *this;
-    if (next == nullptr) result.next = section;
-    if (soon == nullptr) result.soon = section;
-    return result;
+    return {next == nullptr ? section : next, soon == nullptr ? section : soon};
   }
   /// For codecs and kernels that look no nearer.
   operator const std::byte*() const noexcept { return next; }

@@ -59,8 +59,8 @@ KVCACHE_INLINE vec load_first(const float* p, index_t count) {
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 /// out[r, g * 16 + lane] for `Rows` rows and `Groups` groups of 16 keys. All sums stay in registers.
-/// \tparam Levels  ahead.by_levels: known, it costs no registers
-template <class Element, int Rows, int Groups, bool Levels>
+/// \tparam Way  ahead.way: known, it costs no registers
+template <class Element, int Rows, int Groups, asking Way>
 KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* keys, const_rows queries,
                                       float* out, read_ahead& ahead) {
   using line = line_of<Element>;
@@ -69,7 +69,7 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
   const index_t head_dim = g.head_dim;
   const index_t out_stride = g.block_size;
   read_ahead next = ahead;  // in registers
-  next.by_levels = Levels;
+  next.way = Way;
   vec sum[Rows][Groups][line::num_sums];
 #pragma GCC unroll 16
   for (auto& row : sum) {
@@ -129,10 +129,18 @@ KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* ke
   for (; num_rows >= Rows; num_rows -= Rows, queries.data = queries.row(Rows), out += Rows * g.block_size) {
     for (int i = 0; i < Groups; i += tile_groups) {
       const Element* at = keys + i * block_order<Element>::key_group_size(g);
-      if (next.by_levels)
-        score_tile<Element, Rows, tile_groups, true>(g, at, queries, out + i * key_lanes, next);
-      else
-        score_tile<Element, Rows, tile_groups, false>(g, at, queries, out + i * key_lanes, next);
+      switch (next.way) {
+        case asking::twice:
+          score_tile<Element, Rows, tile_groups, asking::twice>(g, at, queries, out + i * key_lanes, next);
+          break;
+        case asking::by_levels:
+          score_tile<Element, Rows, tile_groups, asking::by_levels>(g, at, queries, out + i * key_lanes,
+                                                                    next);
+          break;
+        case asking::page_by_page:
+          score_tile<Element, Rows, tile_groups, asking::page_by_page>(g, at, queries, out + i * key_lanes,
+                                                                       next);
+      }
     }
   }
   if constexpr (Rows > 1) score_rows<Element, Rows / 2, Groups>(g, keys, queries, num_rows, out, next);
@@ -204,14 +212,14 @@ template <class Element>
 
 /// sums[r, d] += sum_t weights[r, t] * values[t, d] for `Rows` rows and 16 * `Chunks` dims. The inner sum starts
 /// from zero: adding thousands of terms to one number would let its rounding drift.
-template <class Element, int Rows, int Chunks, bool Levels>
+template <class Element, int Rows, int Chunks, asking Way>
 KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* sums, index_t sum_stride,
                                     read_ahead& ahead) {
   using line = line_of<Element>;
   constexpr int pack = line::pack;
   constexpr index_t width = key_lanes * pack;
   read_ahead next = ahead;
-  next.by_levels = Levels;
+  next.way = Way;
   vec sum[Rows][Chunks][line::num_sums];
 #pragma GCC unroll 16
   for (auto& row : sum) {
@@ -276,10 +284,18 @@ KVCACHE_TARGET inline void sum_rows(weighted_values<Element> in, index_t num_row
     for (int c = 0; c < Chunks; c += tile_chunks) {
       weighted_values<Element> tile = in;
       tile.values += c * key_lanes * block_order<Element>::pack;
-      if (next.by_levels)
-        sum_tile<Element, Rows, tile_chunks, true>(tile, sums + c * key_lanes, sum_stride, next);
-      else
-        sum_tile<Element, Rows, tile_chunks, false>(tile, sums + c * key_lanes, sum_stride, next);
+      switch (next.way) {
+        case asking::twice:
+          sum_tile<Element, Rows, tile_chunks, asking::twice>(tile, sums + c * key_lanes, sum_stride, next);
+          break;
+        case asking::by_levels:
+          sum_tile<Element, Rows, tile_chunks, asking::by_levels>(tile, sums + c * key_lanes, sum_stride,
+                                                                  next);
+          break;
+        case asking::page_by_page:
+          sum_tile<Element, Rows, tile_chunks, asking::page_by_page>(tile, sums + c * key_lanes, sum_stride,
+                                                                     next);
+      }
     }
     sums += Rows * sum_stride;
   }
@@ -300,7 +316,7 @@ KVCACHE_TARGET inline void sum_last_dims(weighted_values<Element> in, index_t nu
   for (index_t r = 0; r < num_rows; ++r, in.weights += in.weight_stride, sums += sum_stride) {
     alignas(64) std::array<float, key_lanes> sum{};
     read_ahead nothing = ahead_of(nullptr, reinterpret_cast<const std::byte*>(padded.data()), 1);
-    sum_tile<Element, 1, 1, false>(in, sum.data(), key_lanes, nothing);
+    sum_tile<Element, 1, 1, asking::twice>(in, sum.data(), key_lanes, nothing);
     for (index_t d = 0; d < num_dims; ++d) sums[d] += sum[static_cast<std::size_t>(d)];
   }
 }

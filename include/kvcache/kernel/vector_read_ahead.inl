@@ -1,27 +1,31 @@
 // SPDX-License-Identifier: MIT
 // Reading ahead; included by vector_kernels.inl.
 
+/// How lines are asked for.
+enum class asking {
+  twice,      ///< once more some way back: when the miss buffers are full, processors drop prefetches
+  by_levels,  ///< into L2, and those wanted before them from there into L1 (core/prefetch.hpp)
+  page_by_page,  ///< so, in streams one to a page: pages that are new to the processor's table of addresses, as those of
+                 ///< other blocks may be, are then looked up beside one another
+};
+
 /// Fetches, while a kernel reads n lines, n lines that are wanted next: the memory stays busy during the softmax and across
 /// blocks. `stride` is less than a line where the kernel passes over its own lines more often than once.
-/// By levels (core/prefetch.hpp), those at `at` come into L2, and those at `near`, which are wanted before them, into L1.
-///
-/// In an order that goes around in streams `apart` bytes from one another, one to a page where it can: pages that are new to the
-/// processor's table of addresses, as those of other blocks may be, are then looked up beside each other.
 struct read_ahead {
   const std::byte* at;
-  const std::byte* first;
-  const std::byte* near;
+  const std::byte* first;  ///< asking::twice: nothing before it
+  const std::byte* near;   ///< by levels: wanted before those at `at`
   index_t stride;
-  bool by_levels;
-  index_t apart;
-  const std::byte* end;  ///< of the last stream
-  index_t back;          ///< from there to the line of the first stream that comes next
+  asking way;
+  index_t apart = 0;               ///< bytes from one stream to the next
+  const std::byte* end = nullptr;  ///< of the last one
+  index_t back = 0;                ///< from there to the line of the first stream that comes next
 
   /// A piece of the section at hand begins. \param piece  the one behind it, or null
   void go_on(const upcoming& then, const std::byte* piece) {
     if (stride == 0) return;
-    const std::byte* soon = piece != nullptr ? piece : by_levels ? then.soon : then.next;
-    if (by_levels) {
+    const std::byte* soon = piece != nullptr ? piece : way == asking::twice ? then.next : then.soon;
+    if (way != asking::twice) {
       if (soon != nullptr) near = soon;
     } else if (soon != at) {
       at = first = soon;
@@ -29,10 +33,11 @@ struct read_ahead {
   }
 
   [[gnu::always_inline]] void step() {
-    near += stride;
-    at += apart;
-    if (at >= end) [[unlikely]]
+    if (way != asking::page_by_page) {
+      at += stride;
+    } else if (at += apart; at >= end) {
       at -= back;
+    }
   }
 };
 
@@ -46,13 +51,12 @@ inline index_t piece_tokens(const block_geometry& g) {
   return tokens;
 }
 
-/// `Lines` lines, and, if `Twice`, once more those some way back: when the miss buffers are full, processors drop prefetches.
-/// Few at a time, between multiplications: of many at once always the same ones would be dropped.
+/// `Lines` lines. Few at a time, between multiplications: of many at once always the same ones would be dropped.
 template <int Lines, bool Twice = true>
 [[gnu::always_inline]] inline void fetch(read_ahead& next) {
-  if (next.by_levels) {
+  if (next.way != asking::twice) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Lines; ++i, next.step()) {
+    for (int i = 0; i < Lines; ++i, next.step(), next.near += next.stride) {
       __builtin_prefetch(next.at, 0, 2);
       __builtin_prefetch(next.near, 0, 3);
     }
@@ -62,7 +66,7 @@ template <int Lines, bool Twice = true>
       34 * 64;  // bytes; what was dropped at one place of a turn comes up at another
   const std::byte* again = next.at - std::min(next.at - next.first, second_chance);
 #pragma GCC unroll 16
-  for (int i = 0; i < Lines; ++i, next.at += next.stride, again += next.stride) {
+  for (int i = 0; i < Lines; ++i, next.step(), again += next.stride) {
     __builtin_prefetch(next.at, 0, 3);
     if constexpr (Twice) __builtin_prefetch(again, 0, 3);
   }
@@ -76,25 +80,28 @@ template <int Lines, int Turns, bool Twice>
 }
 
 /// By levels, a section's share of a block that its sections fetch together: some lines of every page of it.
-inline read_ahead page_beside_page(const upcoming& next, index_t stride) {
+/// \param at, offset  the section in that block, and how far in it
+inline read_ahead page_beside_page(const std::byte* at, const std::byte* near, index_t offset,
+                                   index_t block_bytes, index_t stride) {
   constexpr index_t page_bytes = 4096;
   constexpr int most_streams = 3;  // as a power of two
-  const auto num_pages = static_cast<std::size_t>(next.block_bytes / page_bytes);
+  const auto num_pages = static_cast<std::size_t>(block_bytes / page_bytes);
   const int streams = std::clamp(static_cast<int>(std::bit_width(num_pages)) - 1, 0, most_streams);
-  const index_t apart = round_up(next.block_bytes >> streams, 64);
-  const std::byte* block = next.next - next.offset;
-  const std::byte* share = block + ((next.offset >> streams) & -64);
+  const index_t apart = round_up(block_bytes >> streams, 64);
+  const std::byte* block = at - offset;
+  const std::byte* share = block + ((offset >> streams) & -64);
   const index_t around = apart << streams;
-  return {share, block, next.soon, stride, true, apart, block + around, around - stride};
+  return {share, block, near, stride, asking::page_by_page, apart, block + around, around - stride};
 }
 
 /// `next` may be null; then a line that is at hand anyway is asked for. Unless told otherwise, those at hand are near.
-inline read_ahead ahead_of(upcoming next, const std::byte* at_hand, index_t passes) {
+inline read_ahead ahead_of(const upcoming& next, const std::byte* at_hand, index_t passes) {
   const index_t stride = next.next == nullptr ? 0 : 64 / passes;
-  next = next.or_at_hand(at_hand);
-  if (prefetch::by_levels && stride != 0 && next.block_bytes != 0) return page_beside_page(next, stride);
-  const auto* never = reinterpret_cast<const std::byte*>(std::numeric_limits<std::intptr_t>::max());
-  return {next.next, next.next, next.soon, stride, prefetch::by_levels, stride, never, 0};
+  const std::byte* at = next.next == nullptr ? at_hand : next.next;
+  const std::byte* near = next.soon == nullptr ? at_hand : next.soon;
+  if (!prefetch::by_levels) return {at, at, near, stride, asking::twice};
+  if (stride == 0 || next.block_bytes == 0) return {at, at, near, stride, asking::by_levels};
+  return page_beside_page(at, near, next.offset, next.block_bytes, stride);
 }
 
 /// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
