@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The order in which lines of the next block are asked for: every one once, whatever sections share the work.
-#include <kvcache/kernel/tables.hpp>
-
 #include "support/catch.hpp"
+
+#if defined(__x86_64__)
+#include <kvcache/kernel/avx2.hpp>
+#elif defined(__aarch64__)
+#include <kvcache/kernel/neon.hpp>
+#endif
 
 #include <algorithm>
 #include <vector>
