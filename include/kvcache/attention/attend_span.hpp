@@ -47,20 +47,6 @@ constexpr index_t blocks_ahead(index_t block_bytes, index_t num_rows) noexcept {
   return std::clamp(ceil_div(least_bytes, std::max(block_bytes, index_t{1})), index_t{1}, max_blocks_ahead);
 }
 
-/// Asks for one line of the second of two blocks if it lies elsewhere than behind the first: the address of its page, new to the
-/// processor's table as a rule, is looked up before the rest of it is asked for.
-inline void look_up(const std::byte* const* blocks, index_t block_bytes) noexcept {
-  if (blocks[1] != nullptr && blocks[1] != blocks[0] + block_bytes) prefetch::line(blocks[1]);
-}
-
-/// Whether any of them lies elsewhere than behind the one before it.
-inline bool lie_apart(std::span<const std::byte* const> blocks, index_t block_bytes) noexcept {
-  const auto apart = [block_bytes](const std::byte* a, const std::byte* b) {
-    return b != nullptr && b != a + block_bytes;
-  };
-  return std::adjacent_find(blocks.begin(), blocks.end(), apart) != blocks.end();
-}
-
 /// Rows that are computed at a time where a group has fewer: several queries share a block's way into the caches, and
 /// its unpacking. More rows would make short prompts compute more keys that none of them sees.
 inline constexpr index_t tile_rows = 64;
@@ -207,7 +193,14 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
     return static_cast<std::size_t>(blocks_ahead(of.block_bytes(g), num_rows));
   };
   const std::size_t ahead = ahead_in(codec);
-  const bool apart = prefetch::by_levels && lie_apart(blocks.data, codec.block_bytes(g));
+  // Elsewhere than behind the one before, as a rule in another page.
+  const auto lies_apart = [block_bytes = codec.block_bytes(g)](const std::byte* before,
+                                                               const std::byte* block) {
+    return block != nullptr && block != before + block_bytes;
+  };
+  const auto& data = blocks.data;
+  const bool apart =
+      prefetch::by_levels && std::adjacent_find(data.begin(), data.end(), lies_apart) != data.end();
   const auto& segments = c.segments;
   const auto starts_later = [](index_t t, const position_segment& s) { return t < s.first_token; };
   auto s = static_cast<std::size_t>(
@@ -246,16 +239,15 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       const auto sees = [&](index_t position) { return c.visible.any(position, in_block, tokens); };
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
-      if (apart) look_up(blocks.data.data() + b + ahead, codec.block_bytes(g));
-      const index_t num_scores = (tokens.last - base + key_lanes - 1) / key_lanes * key_lanes;
-      block_tokens in{blocks.data[b], {blocks.data[b + ahead], blocks.data[b + 1], apart},
-                      tokens,         base,
-                      num_scores,     in_block,
+      // One line of the block behind those that are fetched: its page, new to the processor's table, is looked up before the rest.
+      if (apart && lies_apart(data[b + ahead], data[b + ahead + 1])) prefetch::line(data[b + ahead + 1]);
+      block_tokens in{data[b], {data[b + ahead], data[b + 1], apart},   tokens,
+                      base,    round_up(tokens.last - base, key_lanes), in_block,
                       false};
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;
-          in.next_block.next = blocks.data[b + ahead_in(blocks.exact)];
+          in.next_block.next = data[b + ahead_in(blocks.exact)];
           if (in_sinks) in.block = blocks.sinks.data;
           visit(blocks.exact, in_sinks ? blocks.sinks.geometry : g, queries, in);
           continue;

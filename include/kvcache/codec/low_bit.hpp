@@ -152,7 +152,7 @@ struct looked_up {
   const std::byte* section;
   const std::int8_t* codebook;
   index_t count;
-  kernel::upcoming next;
+  const kernel::upcoming& next;
 
   /// kernels.coarse.scores. \param scales  [count rounded up to 16]
   void scores(const bfloat16* scales, const float* prepared, index_t num_rows, float* scores) const {

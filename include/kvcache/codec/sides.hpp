@@ -118,7 +118,7 @@ struct sides {
                   const kernel::upcoming& next_block) const {
     const index_t key_bytes = keys.section_bytes(g);
     values.accumulate(kernels, g, block + key_bytes, count, weights, num_rows, sums,
-                      while_values_are_read(g, num_rows, next_block));
+                      in_next_block(g, key_bytes, num_rows, next_block, next_block.next, next_block.soon));
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     values.finish(kernels, g, num_rows, sums);
@@ -134,31 +134,14 @@ struct sides {
            at_once(g, block, block + keys.section_bytes(g), prepared, num_rows, rows, sums, next_block);
   }
 
-  /// What to fetch meanwhile.
+  /// What to fetch while keys are read.
   [[nodiscard]] kernel::upcoming while_keys_are_read(const block_geometry& g, const std::byte* block,
                                                      index_t num_rows,
                                                      const kernel::upcoming& next_block) const noexcept {
     const index_t key_bytes = keys.section_bytes(g);
-    const index_t value_bytes = values.section_bytes(g);
-    const index_t block_bytes = key_bytes + value_bytes;
-    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
-    const std::byte* values_soon =
-        value_bytes < key_bytes ? nullptr : block + key_bytes;  // nothing beyond the block
-    kernel::upcoming then(far ? next_block.next : block + key_bytes,
-                          block_bytes <= two_in_l1 ? next_block.soon : values_soon);
-    if (far && page_by_page(num_rows, next_block)) then.set_block(0, block_bytes);
-    return then;
-  }
-  [[nodiscard]] kernel::upcoming while_values_are_read(const block_geometry& g, index_t num_rows,
-                                                       const kernel::upcoming& next_block) const noexcept {
-    const index_t key_bytes = keys.section_bytes(g);
-    const index_t block_bytes = key_bytes + values.section_bytes(g);
-    const bool far = next_block != nullptr && reads_far_ahead(block_bytes, num_rows);
-    const kernel::upcoming values_then = next_block.part(key_bytes);
-    kernel::upcoming then(far ? values_then.next : next_block.next,
-                          block_bytes <= two_in_l1 ? values_then.soon : next_block.soon);
-    if (far && page_by_page(num_rows, next_block)) then.set_block(key_bytes, block_bytes);
-    return then;
+    const std::byte* own_values = block + key_bytes;
+    const bool beyond_the_block = values.section_bytes(g) < key_bytes;
+    return in_next_block(g, 0, num_rows, next_block, own_values, beyond_the_block ? nullptr : own_values);
   }
 
   /// Both sides for one head, where either differs between heads.
@@ -170,6 +153,18 @@ struct sides {
   { return sides{codec_at(keys, layer, head), codec_at(values, layer, head)}; }
 
  private:
+  /// The section `offset` bytes in the next block, where that is soon enough to ask for.
+  /// \param then  else  \param soon  what comes sooner where the next block does not
+  [[nodiscard]] kernel::upcoming in_next_block(const block_geometry& g, index_t offset, index_t num_rows,
+                                               const kernel::upcoming& next_block, const std::byte* then,
+                                               const std::byte* soon) const noexcept {
+    const index_t bytes = block_bytes(g);
+    const bool far = next_block != nullptr && reads_far_ahead(bytes, num_rows);
+    const kernel::upcoming section = next_block.part(offset);
+    kernel::upcoming result(far ? section.next : then, bytes <= two_in_l1 ? section.soon : soon);
+    if (far && page_by_page(num_rows, next_block)) result.set_block(offset, bytes);
+    return result;
+  }
   /// Whether the next block is fetched with its pages beside one another, by both sections in turn. It pays where blocks lie
   /// apart, and where multiplying takes as long as reading.
   [[nodiscard]] static bool page_by_page(index_t num_rows, const kernel::upcoming& next_block) noexcept {

@@ -129,18 +129,9 @@ KVCACHE_TARGET inline void score_rows(const block_geometry& g, const Element* ke
   for (; num_rows >= Rows; num_rows -= Rows, queries.data = queries.row(Rows), out += Rows * g.block_size) {
     for (int i = 0; i < Groups; i += tile_groups) {
       const Element* at = keys + i * block_order<Element>::key_group_size(g);
-      switch (next.way) {
-        case asking::twice:
-          score_tile<Element, Rows, tile_groups, asking::twice>(g, at, queries, out + i * key_lanes, next);
-          break;
-        case asking::by_levels:
-          score_tile<Element, Rows, tile_groups, asking::by_levels>(g, at, queries, out + i * key_lanes,
-                                                                    next);
-          break;
-        case asking::page_by_page:
-          score_tile<Element, Rows, tile_groups, asking::page_by_page>(g, at, queries, out + i * key_lanes,
-                                                                       next);
-      }
+      with_way_of(next, [&]<asking Way>() {
+        score_tile<Element, Rows, tile_groups, Way>(g, at, queries, out + i * key_lanes, next);
+      });
     }
   }
   if constexpr (Rows > 1) score_rows<Element, Rows / 2, Groups>(g, keys, queries, num_rows, out, next);
@@ -284,18 +275,9 @@ KVCACHE_TARGET inline void sum_rows(weighted_values<Element> in, index_t num_row
     for (int c = 0; c < Chunks; c += tile_chunks) {
       weighted_values<Element> tile = in;
       tile.values += c * key_lanes * block_order<Element>::pack;
-      switch (next.way) {
-        case asking::twice:
-          sum_tile<Element, Rows, tile_chunks, asking::twice>(tile, sums + c * key_lanes, sum_stride, next);
-          break;
-        case asking::by_levels:
-          sum_tile<Element, Rows, tile_chunks, asking::by_levels>(tile, sums + c * key_lanes, sum_stride,
-                                                                  next);
-          break;
-        case asking::page_by_page:
-          sum_tile<Element, Rows, tile_chunks, asking::page_by_page>(tile, sums + c * key_lanes, sum_stride,
-                                                                     next);
-      }
+      with_way_of(next, [&]<asking Way>() {
+        sum_tile<Element, Rows, tile_chunks, Way>(tile, sums + c * key_lanes, sum_stride, next);
+      });
     }
     sums += Rows * sum_stride;
   }

@@ -97,11 +97,23 @@ inline read_ahead page_beside_page(const std::byte* at, const std::byte* near, i
 /// `next` may be null; then a line that is at hand anyway is asked for. Unless told otherwise, those at hand are near.
 inline read_ahead ahead_of(const upcoming& next, const std::byte* at_hand, index_t passes) {
   const index_t stride = next.next == nullptr ? 0 : 64 / passes;
-  const std::byte* at = next.next == nullptr ? at_hand : next.next;
-  const std::byte* near = next.soon == nullptr ? at_hand : next.soon;
-  if (!prefetch::by_levels) return {at, at, near, stride, asking::twice};
-  if (stride == 0 || next.block_bytes == 0) return {at, at, near, stride, asking::by_levels};
-  return page_beside_page(at, near, next.offset, next.block_bytes, stride);
+  const upcoming from = next.or_at_hand(at_hand);
+  if (stride != 0 && prefetch::by_levels && next.block_bytes != 0)
+    return page_beside_page(from.next, from.soon, next.offset, next.block_bytes, stride);
+  return {from.next, from.next, from.soon, stride, prefetch::by_levels ? asking::by_levels : asking::twice};
+}
+
+/// f.operator()<way>() of next.way: as a constant it costs no registers.
+template <class F>
+[[gnu::always_inline]] inline void with_way_of(const read_ahead& next, F f) {
+  switch (next.way) {
+    case asking::twice:
+      return f.template operator()<asking::twice>();
+    case asking::by_levels:
+      return f.template operator()<asking::by_levels>();
+    case asking::page_by_page:
+      return f.template operator()<asking::page_by_page>();
+  }
 }
 
 /// Tiles that `num_rows` rows are cut into: as many of `max_rows` as there are, then smaller powers of two.
