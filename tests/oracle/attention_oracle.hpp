@@ -55,6 +55,7 @@ struct attention_result {
       max_norms;  // largest |scale| * |q| * |k|, Euclidean: what rounding in the dot product grows with
   std::vector<double> max_value;  // largest |v|
   double weight_rounding = 0;     // of each weight, relative; set by who knows how they are multiplied
+  double query_rounding = 0;      // of each number of a query, likewise
 };
 
 inline attention_result attend(const attention& a) {

@@ -5,14 +5,11 @@
 
 #include "support/emulated_tiles.hpp"
 
-#include <algorithm>
-
 #if defined(__x86_64__) && defined(__linux__)
 
 const kvcache::kernel::table* test::kernels_on_emulated_tiles() noexcept {
   namespace kernel = kvcache::kernel;
-  const bool runs = std::ranges::count(kernel::available(), kernel::isa::avx512) > 0;
-  return runs ? &kernel::amx::kernels_on<emulated_tiles> : nullptr;
+  return kernel::amx::has_vectors() ? &kernel::amx::kernels_on<emulated_tiles> : nullptr;
 }
 
 #endif

@@ -168,9 +168,9 @@ inline void check_batch_options([[maybe_unused]] const attend_options& options) 
 /// Numerics: float accumulation. Against exact arithmetic on the stored numbers, those that copy_out gives, outputs over blocks
 /// of f32, f16 or bf16 are off by less than 1e-6 * (4 + N) * max|v|, N = scale * max|q| * max|k|, with Euclidean norms, up to
 /// head_dim 512 and kv_len 65536. On AMX, with bf16 blocks and more than 8 rows at a time (queries x query heads of a KV head, up to
-/// 64), eight times that: queries and weights enter as two bf16 each. With more than 16, weights enter as one in blocks of 64
-/// tokens that all rows see all of: outputs are off by 2^-7 * max|v| more, lse by 2^-8. For float operands there, set
-/// options.kernel to &kernel::select(kernel::isa::avx512).
+/// 128), eight times that: queries and weights enter as two bf16 each. With more than 16, both enter as one in blocks of 64 tokens
+/// that all rows see all of: outputs are off by (2^-7 + N / 500) * max|v| more, lse by 2^-8 + N / 500. For float operands
+/// there, set options.kernel to &kernel::select(kernel::isa::avx512).
 /// Blocks of fewer bits add what is lost where they are multiplied as integers (kernel/table.hpp), at most
 ///   int8                                 N * sqrt(head_dim) / 32000 * max|v| + 5e-4 * max|v|
 ///   rotated, trellis, channel, balanced  N * sqrt(head_dim) / 250 * max|v| + 0.11 * V
@@ -181,9 +181,9 @@ inline void check_batch_options([[maybe_unused]] const attend_options& options) 
 /// max|v| with 80 dims, 1.8 * max|v| with 16. These are worst cases, and hold where the largest numbers of scaled queries and
 /// of values are 1e-16 or more. None is stated for centred, klt and low_rank, whose scores are sums of several products.
 /// Complexity: O(sum of q_len * num_q_heads * kv_len * head_dim); blocks nobody sees are skipped.
-/// Allocates only where a tile's rows (64, or one query's) exceed 224 KiB of working memory, workers share one tile's spans
-/// (then head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32 items, and then from
-/// options.workspace if given. An executor may allocate tasks of its own, as Eigen's pool does. Threads: reads the
+/// Allocates only where a tile's rows (64, on AMX with bf16 blocks 128, or one query's) exceed 224 KiB of working memory, workers
+/// share one tile's spans (then head_dim + 2 floats per query head and 2048 tokens of the batch) or a batch has more than 32
+/// items, and then from options.workspace if given. An executor may allocate tasks of its own, as Eigen's pool does. Threads: reads the
 /// caches only. Throws: what allocation and the executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>
 void attend(std::span<const attend_item<Layer>> batch, const attend_options& options = {},

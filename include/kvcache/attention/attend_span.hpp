@@ -105,6 +105,7 @@ float* scores_in(float* scratch, const Codec& codec, const block_geometry& g, in
 /// Tokens whose keys moved equally far since they were stored, in one block of which slots [0, count) are read.
 struct block_tokens {
   const std::byte* block;
+  const std::byte* const* listed;  ///< where it stands in span_blocks::data
   kernel::upcoming
       next_block;  ///< the one blocks_ahead blocks later, and the one behind this one; may be null
   token_range tokens;
@@ -148,20 +149,13 @@ inline void rescale_row(const span_sums& sums, index_t head_dim, index_t row, fl
   }
 }
 
-/// \param queries  as the codec prepared them
-/// \param sums     where the codec's weighted sum goes
-/// \return whether element_kernels::attend did it
+/// \param queries   as the codec prepared them
+/// \param finished  scores_are_logits
+/// \param sums      where the codec's weighted sum goes
 template <class Codec>
-bool attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
-                  const float* queries, const block_tokens& in, float* scores, const softmax_state& state,
-                  const span_sums& all_sums, float* sums) {
-  const bool finished = scores_are_logits(c, tile, in);
-  if constexpr (requires { &Codec::attend; }) {
-    if (c.at_once && finished &&
-        codec.attend(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), state.rows.data(), sums,
-                     in.next_block))
-      return true;
-  }
+void attend_block(const Codec& codec, const span_context& c, const block_geometry& g, const query_tile& tile,
+                  const float* queries, const block_tokens& in, bool finished, float* scores,
+                  const softmax_state& state, const span_sums& all_sums, float* sums) {
   codec.scores(*c.kernels, g, in.block, in.count(), queries, tile.num_rows(), scores, in.next_block);
   std::array<float, kernel::max_softmax_rows> rescales;
   for (index_t first = 0; first < tile.num_rows(); first += kernel::max_softmax_rows) {
@@ -174,16 +168,59 @@ bool attend_block(const Codec& codec, const span_context& c, const block_geometr
       rescale_row(all_sums, c.geometry.head_dim, first + r, rescales[static_cast<std::size_t>(r)]);
   }
   codec.accumulate(*c.kernels, g, in.block, in.count(), scores, tile.num_rows(), sums, in.next_block);
-  return false;
 }
 
+/// Whole blocks one behind the other that wait to be attended to at once, where the codec has an `attend`.
+template <class Codec>
+class waiting_blocks {
+ public:
+  waiting_blocks(const Codec& codec, const span_context& c, const query_tile& tile,
+                 const softmax_state& state, float* sums) noexcept
+      : codec_(&codec), context_(&c), state_(&state), sums_(sums), num_rows_(tile.num_rows()) {
+    if constexpr (requires { &Codec::attends; })
+      takes_any_ = c.at_once && codec.attends(*c.kernels, c.geometry, num_rows_);
+  }
+  /// \return false for what has to be attended to by itself
+  bool take(const block_tokens& in, const float* queries) {
+    if (!takes_any_ || in.exact || in.count() != context_->geometry.block_size) return false;
+    if (count_ == kernel::max_blocks_at_once || in.listed != blocks_ + count_) attend();
+    if (count_ == 0) blocks_ = in.listed;
+    queries_ = queries;
+    ++count_;
+    return true;
+  }
+  /// Those that wait. To be called before queries are prepared anew, and before a block is attended to by itself.
+  void attend() {
+    if (count_ == 0) return;
+    if constexpr (requires { &Codec::attends; })
+      codec_->attend(*context_->kernels, context_->geometry, blocks_, count_, queries_, num_rows_,
+                     state_->rows.data(), sums_);
+    count_ = 0;
+    attended_ = true;
+  }
+  [[nodiscard]] bool attended() const noexcept { return attended_; }
+
+ private:
+  const Codec* codec_;
+  const span_context* context_;
+  const softmax_state* state_;
+  float* sums_;
+  index_t num_rows_;
+  const std::byte* const* blocks_ = nullptr;
+  const float* queries_ = nullptr;
+  index_t count_ = 0;
+  bool takes_any_ = false;
+  bool attended_ = false;
+};
+
 /// The blocks of a span that any query of the tile sees, in order: visit(codec, geometry, queries, block_tokens), where
-/// codec is blocks.exact for exact blocks, and queries are turned and prepared for it.
+/// codec is blocks.exact for exact blocks, and queries are turned and prepared for it. `queries_end()` before they are anew.
 /// \tparam Seals   some of the blocks may be exact, not the codec's
 /// \param scratch  [num_rows, round_up(head_dim, 16) + codec.prepared_floats], 64-byte aligned
-template <bool Seals, class Codec, class Visit>
+template <bool Seals, class Codec, class Visit, class QueriesEnd>
 void for_each_block(const Codec& codec, const span_context& c, const query_tile& tile,
-                    const span_blocks& blocks, token_range span, float* scratch, Visit visit) {
+                    const span_blocks& blocks, token_range span, float* scratch, Visit visit,
+                    QueriesEnd queries_end) {
   const block_geometry& g = c.geometry;
   const index_t num_rows = tile.num_rows();
   const index_t num_floats = num_rows * g.head_dim;
@@ -241,9 +278,9 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
       // One line of the block behind those that are fetched: its page, new to the processor's table, is looked up before the rest.
       if (apart && lies_apart(data[b + ahead], data[b + ahead + 1])) prefetch::line(data[b + ahead + 1]);
-      block_tokens in{data[b], {data[b + ahead], data[b + 1], apart},   tokens,
-                      base,    round_up(tokens.last - base, key_lanes), in_block,
-                      false};
+      block_tokens in{data[b],  &data[b], {data[b + ahead], data[b + 1], apart},
+                      tokens,   base,     round_up(tokens.last - base, key_lanes),
+                      in_block, false};
       if constexpr (Seals) {
         if (in_sinks || base >= blocks.first_exact) {
           in.exact = true;
@@ -257,6 +294,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       visit(codec, g, codec_queries, in);
     }
     s = end;
+    queries_end();
   }
 }
 
@@ -278,19 +316,23 @@ bool attend_span(const Codec& codec, const span_context& c, const query_tile& ti
     std::fill_n(sums.turned, num_floats, 0.0F);
   }
   float* codec_sums = codec.turns_sums() ? sums.turned : sums.plain;
-  bool at_once = false;
+  waiting_blocks<Codec> waiting(codec, c, tile, state, codec_sums);
   for_each_block<Seals>(
       codec, c, tile, blocks, span, scratch,
       [&](const auto& of, const block_geometry& shape, const float* queries, const block_tokens& in) {
-        at_once |= attend_block(of, c, shape, tile, queries, in, scores, state, sums,
-                                in.exact ? sums.plain : codec_sums);
-      });
+        const bool finished = scores_are_logits(c, tile, in);
+        if (finished && waiting.take(in, queries)) return;
+        waiting.attend();
+        attend_block(of, c, shape, tile, queries, in, finished, scores, state, sums,
+                     in.exact ? sums.plain : codec_sums);
+      },
+      [&] { waiting.attend(); });
   if (codec.turns_sums()) {
     codec.finish(*c.kernels, g, tile.num_rows(), sums.turned);
     lanes::transform(
         num_floats, sums.plain, [](auto a, auto b) { return a + b; }, sums.plain, sums.turned);
   }
-  return at_once;
+  return waiting.attended();
 }
 
 /// Adds what the rows of a tile give to each token of a span: weights[t] += sum over rows of exp(logit - lse).
@@ -316,7 +358,8 @@ void weigh_span(const Codec& codec, const span_context& c, const query_tile& til
           c.kernels->softmax(row, g.block_size, in.num_scores, 1, &all, &rescale);
           for (index_t t = in.tokens.first; t < in.tokens.last; ++t) weights[t] += row[t - in.base] / rescale;
         }
-      });
+      },
+      [] {});
 }
 
 }  // namespace kvcache::inline v0::detail

@@ -14,6 +14,7 @@
 #include <kvcache/core/assert.hpp>
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/lanes.hpp>
+#include <kvcache/core/prefetch.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/types.hpp>
 #include <kvcache/kernel/table.hpp>
@@ -41,7 +42,7 @@ class item_plan {
     const index_t row_size = item.q_len * shape_.head_dim;
     num_q_heads_ = row_size == 0 ? 0 : static_cast<index_t>(item.q.size()) / row_size;
     group_size_ = num_q_heads_ / shape_.num_kv_heads;
-    queries_per_tile_ = group_size_ == 0 ? 1 : std::max(tile_rows / group_size_, index_t{1});
+    queries_per_tile_ = group_size_ == 0 ? 1 : std::max(rows_of_a_tile() / group_size_, index_t{1});
     check_sizes();
   }
 
@@ -53,7 +54,7 @@ class item_plan {
   }
 
   [[nodiscard]] index_t num_tiles() const noexcept {
-    return num_q_heads_ == 0 ? 0 : shape_.num_kv_heads * ceil_div(item_.q_len, queries_per_tile_);
+    return num_q_heads_ == 0 ? 0 : shape_.num_kv_heads * tiles_per_head();
   }
   [[nodiscard]] index_t num_spans() const noexcept { return ceil_div(kv_len_, span_tokens); }
   [[nodiscard]] index_t max_rows() const noexcept {
@@ -119,8 +120,20 @@ class item_plan {
   }
 
  private:
+  /// Rows that are computed at a time where a group has fewer.
+  [[nodiscard]] index_t rows_of_a_tile() const noexcept {
+    if constexpr (requires { item_.layer.codec().attends(*kernels_, geometry(), kernel::many_rows); }) {
+      if (item_.layer.codec().attends(*kernels_, geometry(), kernel::many_rows)) return kernel::many_rows;
+    }
+    return tile_rows;
+  }
+
   /// The positions of a tile's queries; everything that follows stays 64-byte aligned.
   [[nodiscard]] index_t positions_floats() const noexcept { return round_up(2 * max_rows(), 16); }
+
+  /// Tiles of one head come one after the other: what they read is nearer the second time.
+  [[nodiscard]] index_t tiles_per_head() const noexcept { return ceil_div(item_.q_len, queries_per_tile_); }
+  [[nodiscard]] index_t head_of(index_t tile_index) const noexcept { return tile_index / tiles_per_head(); }
 
   [[nodiscard]] block_geometry geometry() const noexcept { return {shape_.block_size, shape_.head_dim}; }
 
@@ -162,9 +175,9 @@ class item_plan {
 
   /// Gathers and scales the rows of a tile; takes its memory from the front of `scratch`.
   query_tile make_tile(index_t tile_index, float*& scratch) const noexcept {
-    const index_t first_query = tile_index / shape_.num_kv_heads * queries_per_tile_;
+    const index_t first_query = tile_index % tiles_per_head() * queries_per_tile_;
     const index_t num_queries = std::min(queries_per_tile_, item_.q_len - first_query);
-    const index_t first_head = tile_index % shape_.num_kv_heads * group_size_;
+    const index_t first_head = head_of(tile_index) * group_size_;
     const index_t dim = shape_.head_dim;
     const float scale = options_->scale.value_or(1.0F / std::sqrt(static_cast<float>(dim)));
     auto* positions = reinterpret_cast<index_t*>(scratch);
@@ -175,12 +188,19 @@ class item_plan {
       const index_t query = first_query + i;
       positions[i] = position_of(query);
       const float* from = item_.q.data() + (query * num_q_heads_ + first_head) * dim;
+      if (i + queries_ahead < num_queries) fetch_rows(from + queries_ahead * num_q_heads_ * dim);
       float* to = queries + i * group_size_ * dim;
       lanes::transform(
           group_size_ * dim, to, [scale](auto x) { return x * scale; }, from);
     }
     return {first_query, num_queries, group_size_, first_head, queries, positions};
   }
+
+  /// Asks for the rows of a query that belong to one tile. They are some KiB, far from those of the next query.
+  void fetch_rows(const float* rows) const noexcept {
+    for (index_t i = 0; i < group_size_ * shape_.head_dim; i += 16) prefetch::line(rows + i);
+  }
+  static constexpr index_t queries_ahead = 4;
 
   /// A softmax state in memory from the front of `floats`.
   softmax_state state_in(float*& floats, index_t num_rows) const noexcept {
@@ -212,7 +232,7 @@ class item_plan {
   template <class Body>
   void with_span(index_t tile_index, index_t span, Body body) const {
     const token_range tokens{span * span_tokens, std::min(kv_len_, (span + 1) * span_tokens)};
-    const index_t head = tile_index % shape_.num_kv_heads;
+    const index_t head = head_of(tile_index);
     std::array<const std::byte*, max_span_blocks + max_blocks_ahead + 1> blocks;
     const index_t first_block = tokens.first / shape_.block_size;
     const index_t num_blocks = ceil_div(tokens.last - tokens.first, shape_.block_size);

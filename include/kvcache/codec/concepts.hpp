@@ -29,8 +29,8 @@ namespace kvcache::inline v0 {
 /// or returns the rows themselves where nothing has to be done. `scores` and `accumulate` are those of
 /// kernel::element_kernels, for this encoding; the last argument is a block that will be read soon, the next one or up to
 /// four later, or null; taken as kernel::upcoming it also says which one comes next. Where `turns_sums` holds, sums are in coordinates of the codec's own until `finish` turns them back, once for many blocks.
-/// Where there is an `attend`, as codec::sides has one, it may take the place of both for whole blocks: who derives from a codec and
-/// replaces them replaces that too.
+/// Where there are `attends` and `attend`, as codec::sides has them, the latter may take the place of both for whole blocks: who
+/// derives from a codec and replaces them replaces those too.
 ///
 /// What differs between heads: `at(layer, head)`, where there is such a member, is the codec for that head. Its blocks are
 /// as large as those of the other heads of the layer; layers may differ, and what the codec itself says of sizes is then the most

@@ -124,14 +124,18 @@ struct sides {
     values.finish(kernels, g, num_rows, sums);
   }
 
-  /// kernel::element_kernels::attend. \return false, with nothing done, where there is no such thing for these sides
-  bool attend(const kernel::table& kernels, const block_geometry& g, const std::byte* block, index_t count,
-              const float* prepared, index_t num_rows, kernel::softmax_row* rows, float* sums,
-              const kernel::upcoming& next_block) const {
-    if (!stores_bf16(keys) || !stores_bf16(values) || count != g.block_size) return false;
-    const auto at_once = kernels.bf16.attend;
-    return at_once != nullptr &&
-           at_once(g, block, block + keys.section_bytes(g), prepared, num_rows, rows, sums, next_block);
+  /// kernel::element_kernels::attends
+  [[nodiscard]] bool attends(const kernel::table& kernels, const block_geometry& g,
+                             index_t num_rows) const noexcept {
+    const auto takes = kernels.bf16.attends;
+    return stores_bf16(keys) && stores_bf16(values) && takes != nullptr && takes(g, num_rows);
+  }
+  /// kernel::element_kernels::attend. \pre attends(kernels, g, num_rows)
+  /// \param blocks  as kernel::block_run::blocks
+  void attend(const kernel::table& kernels, const block_geometry& g, const std::byte* const* blocks,
+              index_t num_blocks, const float* prepared, index_t num_rows, kernel::softmax_row* rows,
+              float* sums) const {
+    kernels.bf16.attend(g, {blocks, num_blocks, keys.section_bytes(g)}, prepared, num_rows, rows, sums);
   }
 
   /// What to fetch while keys are read.

@@ -94,14 +94,16 @@ KVCACHE_TARGET inline const float* prepare(index_t head_dim, const float* querie
     for (index_t i = 0; i < width; i += key_lanes) {
       const avx512::vec x =
           i < head_dim ? avx512::load_first(queries + r * head_dim + i, head_dim - i) : avx512::zero();
-      avx512::bits high = avx512::narrow<bfloat16>(x);
       const __mmask16 is_number = avx512::finite_lanes(x);
-      const auto too_large = static_cast<__mmask16>(
-          is_number & ~static_cast<unsigned>(avx512::finite_lanes(avx512::widen_low(high))));
-      high.x = _mm512_mask_srli_epi32(high.x, too_large, _mm512_castps_si512(x.x), 16);
-      const avx512::vec low = {_mm512_maskz_sub_ps(is_number, x.x, avx512::widen_low(high).x)};
-      avx512::store_low_halves(to + i, high);
-      avx512::store_low_halves(to + width + i, avx512::narrow<bfloat16>(low));
+      const __m512 most = _mm512_set1_ps(0x1.FEp127F);  // what a bf16 holds
+      __m512 in_range = _mm512_mask_min_ps(x.x, is_number, x.x, most);
+      in_range = _mm512_mask_max_ps(in_range, is_number, in_range, -most);
+      const auto high = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(in_range));
+      const __m512i widened = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+      const __m512 low = _mm512_maskz_sub_ps(is_number, x.x, _mm512_castsi512_ps(widened));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), high);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + width + i),
+                          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)));
     }
   }
   return prepared;

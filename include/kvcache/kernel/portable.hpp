@@ -69,7 +69,7 @@ float fold(lane_array& lane, Combine combine) noexcept {
 [[gnu::noinline]] inline float raise_max(softmax_row& row, float largest) noexcept {
   if (!(largest > row.max + softmax_slack)) return 1.0F;
   const bool first = row.max == -std::numeric_limits<float>::infinity();
-  const float rescale = first ? 0.0F : exp_below_slack(row.max - largest);
+  const float rescale = first ? 1.0F : exp_below_slack(row.max - largest);  // all sums are zero so far
   row.max = largest;
   row.sum *= rescale;
   return rescale;

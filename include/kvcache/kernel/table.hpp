@@ -11,6 +11,7 @@
 #include <kvcache/core/checked.hpp>
 #include <kvcache/core/half.hpp>
 #include <kvcache/core/types.hpp>
+#include <kvcache/kernel/upcoming.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -39,40 +40,16 @@ inline constexpr float softmax_slack = 8.0F;
 /// How many rows softmax takes at a time.
 inline constexpr index_t max_softmax_rows = 16;
 
-/// What will be read after the section at hand, fetched meanwhile, as much as it has; either may be null. Taken by reference,
-/// and made where it is used: a copy is one load of what several stores have just written, which waits for all of them.
-struct upcoming {
-  const std::byte* next;  ///< the one that comes next, or a later one where memory takes longer to answer
-  /// By levels (core/prefetch.hpp): one that comes sooner, as a rule; `next` is a later one.
-  const std::byte* soon = nullptr;
-  bool apart = false;  ///< blocks lie elsewhere than behind one another, as a rule in other pages
-  /// Where not 0: `next` lies `offset` bytes in a block of so many, which its sections fetch together, each its share of every page.
-  index_t block_bytes = 0;
-  index_t offset = 0;
+/// How many blocks `attend` takes at once, and for how many query rows it is best called where there is one.
+inline constexpr index_t max_blocks_at_once = 4;
+inline constexpr index_t many_rows = 128;
 
-  upcoming(const std::byte* then, const std::byte* before_that = nullptr,
-           bool blocks_lie_apart = false) noexcept
-      : next(then), soon(before_that), apart(blocks_lie_apart) {}
-  /// What is so many bytes in them.
-  [[nodiscard]] upcoming part(index_t num_bytes) const noexcept {
-    return {next == nullptr ? nullptr : next + num_bytes, soon == nullptr ? nullptr : soon + num_bytes};
-  }
-  /// `next` is a part of such a block.
-  void set_block(index_t section_offset, index_t num_bytes) noexcept {
-    block_bytes = num_bytes;
-    offset = section_offset;
-  }
-  /// The same without looking for null, as a loop does it.
-  void go_on(index_t num_bytes) noexcept {
-    next += num_bytes;
-    soon += num_bytes;
-  }
-  /// `section` in place of null: at hand, it costs nothing to ask for.
-  [[nodiscard]] upcoming or_at_hand(const std::byte* section) const noexcept {
-    return {next == nullptr ? section : next, soon == nullptr ? section : soon};
-  }
-  /// For codecs and kernels that look no nearer.
-  operator const std::byte*() const noexcept { return next; }
+/// Whole blocks that are read one after the other.
+struct block_run {
+  const std::byte* const*
+      blocks;     ///< [2 * count]: these, and as many that come next, fetched meanwhile, which may be null
+  index_t count;  ///< at most max_blocks_at_once
+  index_t values_offset;  ///< where values begin in a block: bytes of its keys
 };
 
 /// Arithmetic on blocks of one stored element type.
@@ -109,15 +86,16 @@ struct element_kernels {
   const float* (*prepare)(index_t head_dim, const float* queries, index_t num_rows,
                           float* prepared) = nullptr;
 
-  /// `scores`, `table::softmax` and `accumulate` of a whole block in one, for rows that all see all of it. Weights may be rounded
-  /// to bf16, their sum as well. Null on levels that have no such thing.
-  /// \param values    behind the keys, as in a block
+  /// `scores`, `table::softmax` and `accumulate` of whole blocks in one, for rows that all see all of them. Queries and weights may be
+  /// rounded to bf16, the sums of weights as well. Null on levels that have no such thing.
   /// \param prepared  as `prepare` made them for num_rows
   /// \param rows      [num_rows]; sums are rescaled where their max is raised. Where scores or sums are not finite, sums or rows
   ///                  may hold NaN or infinity that the three kernels would not give: whoever calls computes again without this
-  /// \return false, with nothing done, for sizes for which there is no such thing
-  bool (*attend)(const block_geometry&, const std::byte* keys, const std::byte* values, const float* prepared,
-                 index_t num_rows, softmax_row* rows, float* sums, const upcoming& next) = nullptr;
+  /// \pre attends(geometry, num_rows)
+  void (*attend)(const block_geometry&, const block_run&, const float* prepared, index_t num_rows,
+                 softmax_row* rows, float* sums) = nullptr;
+  /// Whether there is an `attend` for such blocks and so many rows; null where there is none.
+  bool (*attends)(const block_geometry&, index_t num_rows) = nullptr;
 };
 
 /// Floats of one query row prepared for blocks of elements.
