@@ -276,8 +276,9 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       const auto sees = [&](index_t position) { return c.visible.any(position, in_block, tokens); };
       if (std::none_of(tile.positions, tile.positions + tile.num_queries, sees)) continue;
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
-      // One line of the block behind those that are fetched: its page, new to the processor's table, is looked up before the rest.
-      if (apart && lies_apart(data[b + ahead], data[b + ahead + 1])) prefetch::line(data[b + ahead + 1]);
+      // The block behind those that are fetched: its pages, new to the processor's table, are looked up before the rest.
+      if (apart && lies_apart(data[b + ahead], data[b + ahead + 1]))
+        prefetch::first_pages(data[b + ahead + 1], codec.block_bytes(g));
       block_tokens in{data[b],  &data[b], {data[b + ahead], data[b + 1], apart},
                       tokens,   base,     round_up(tokens.last - base, key_lanes),
                       in_block, false};

@@ -197,7 +197,7 @@ class item_plan {
   }
 
   /// Asks for the rows of a query that belong to one tile. They are some KiB, far from those of the next query.
-  void fetch_rows(const float* rows) const noexcept {
+  [[gnu::always_inline]] void fetch_rows(const float* rows) const noexcept {
     for (index_t i = 0; i < group_size_ * shape_.head_dim; i += 16) prefetch::line(rows + i);
   }
   static constexpr index_t queries_ahead = 4;

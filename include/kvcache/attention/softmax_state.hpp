@@ -14,6 +14,7 @@
 #include <kvcache/kernel/table.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -43,13 +44,16 @@ struct softmax_state {
   [[nodiscard]] bool all_finite() const noexcept {
     float probe = 0.0F;  // NaN once a product with zero was
     for (const kernel::softmax_row& row : rows) probe += row.sum * 0.0F;
-    lanes::four_floats four{};
-    lanes::for_each(
-        static_cast<index_t>(sums.size()),
-        [&](index_t i) { four += lanes::load_four(&sums[static_cast<std::size_t>(i)]) * 0.0F; },
-        [&](index_t i) { probe += sums[static_cast<std::size_t>(i)] * 0.0F; });
-    for (index_t i = 0; i < lanes::width; ++i) probe += four[i];
-    return probe == 0.0F;
+    std::array<lanes::four_floats, 4> probes{};  // side by side: an addition waits for the one before it
+    constexpr std::size_t step = 4 * lanes::width;
+    std::size_t i = 0;
+    for (; i + step <= sums.size(); i += step) {
+      for (std::size_t p = 0; p < probes.size(); ++p)
+        probes[p] += lanes::load_four(&sums[i + p * lanes::width]) * 0.0F;
+    }
+    for (; i < sums.size(); ++i) probe += sums[i] * 0.0F;
+    const lanes::four_floats all = (probes[0] + probes[1]) + (probes[2] + probes[3]);
+    return probe + ((all[0] + all[1]) + (all[2] + all[3])) == 0.0F;
   }
 
   /// Adds what `other` has seen; the keys must not overlap. \pre same shape
