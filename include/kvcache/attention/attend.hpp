@@ -25,8 +25,8 @@ namespace kvcache::inline v0 {
 
 namespace detail {
 
-/// 224 KiB on the stack of the thread that runs a task (kernels and codecs take up to 160 KiB more), enough for a tile of exact
-/// codecs of 128 dims in blocks of 64 tokens; larger shapes take their memory from the workspace.
+/// 224 KiB on the stack of the thread that runs a task (kernels and codecs take up to 160 KiB more), enough for 64 rows of exact
+/// codecs of 128 dims in blocks of 64 tokens; larger shapes, and the 128 rows that AMX takes of prompts, have theirs in the workspace.
 inline constexpr index_t stack_floats = 896 * tile_rows;
 
 /// The tasks of one call: all tiles of all items, or all their spans.

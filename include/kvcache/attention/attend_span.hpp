@@ -48,7 +48,8 @@ constexpr index_t blocks_ahead(index_t block_bytes, index_t num_rows) noexcept {
 }
 
 /// Rows that are computed at a time where a group has fewer: several queries share a block's way into the caches, and
-/// its unpacking. More rows would make short prompts compute more keys that none of them sees.
+/// its unpacking. More rows would make short prompts compute more keys that none of them sees; kernel::many_rows are worth that
+/// where tiles compute them.
 inline constexpr index_t tile_rows = 64;
 
 /// Query rows that read one KV head; row = query * group_size + head within the group.

@@ -25,11 +25,12 @@ namespace kvcache::inline v0 {
 /// \param q        queries as attend had them, [q_len, num_q_heads, head_dim]
 /// \param lse      what attend said of them, [q_len, num_q_heads], natural logarithm; rows with -infinity add nothing
 /// \param sums     added to: [num_kv_heads, kv_len], the sums over all queries and the query heads of a group; or [kv_len], those over
-///                 all heads. Over its keys each row adds up to 1.
+///                 all heads. Over its keys each row adds up to 1, as exactly as weights and lse are.
 /// \param options  as attend had them, q_len and positions included; `lse` has no meaning here
 /// \param executor runs a task for each KV head, one task where `sums` is [kv_len]; the result is the same
-/// Numerics: the same logits as attend's, masked the same; relative to itself a weight is off by less than 2e-6 * (4 + scale *
-/// max|q| * max|k|), on AMX with bf16 blocks by eight times that, and by 2^-8 more where attend's lse is.
+/// Numerics: attend's logits, masked the same; relative to itself a weight is off by less than 2e-6 * (4 + N), N = scale * max|q| *
+/// max|k|, on AMX with bf16 blocks by eight times that. Where attend takes queries as one bf16 they are two here: all weights of
+/// a row are off by what its lse is, 2^-8 + N / 500 (a factor of up to exp(N / 500) where that is large).
 /// Complexity: O(q_len * num_q_heads * kv_len * head_dim), values are not read. Allocates only from options.workspace, or where
 /// that is missing, what all workers need at once. Threads: reads the cache only. Throws: what allocation and the executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>

@@ -7,7 +7,7 @@
 //   query rows    bf16 blocks are multiplied by
 //   up to 8       AVX-512, float operands: a decode step, which waits for memory
 //   up to 16      tiles, queries and weights as the sum of two bf16 each (amx_bf16.inl)
-//   more          tiles, both as one bf16 (amx_many_rows.inl); of blocks that not all rows see all of: as above
+//   more          tiles, both as one bf16 (amx_many_rows.inl), of 64 tokens and a multiple of 32 dims that all rows see; else as above
 //
 // Accuracy: two bf16 have 16 bits of mantissa, a relative error of 2^-17, one has 2^-9; products are exact, sums are float. The
 // tiles take subnormal numbers for zero: what is below 1.2e-38, in operands and sums. Results that are not finite come from
