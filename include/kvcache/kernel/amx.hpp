@@ -9,7 +9,7 @@
 //   up to 16      tiles, queries and weights as the sum of two bf16 each (amx_bf16.inl)
 //   more          tiles, both as one bf16 (amx_many_rows.inl), of 64 tokens and a multiple of 32 dims that all rows see; else as above
 //
-// Accuracy: two bf16 have 16 bits of mantissa, a relative error of 2^-17, one has 2^-9; products are exact, sums are float. The
+// Accuracy: two bf16 have 16 bits of mantissa, a relative error of 2^-17, one has 2^-8; products are exact, sums are float. The
 // tiles take subnormal numbers for zero: what is below 1.2e-38, in operands and sums. Results that are not finite come from
 // the kernels of AVX-512. Whoever wants float operands, and the same numbers for few rows and many, takes select(isa::avx512).
 #pragma once

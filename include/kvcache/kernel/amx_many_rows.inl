@@ -10,7 +10,7 @@
 // that averages stay averages. What tiles load comes from the second-level cache as fast as they multiply; the blocks that come
 // next are asked for while vectors work.
 //
-// Accuracy: queries and weights enter as one bf16 each: off by up to 2^-9 of themselves. Included by amx.hpp.
+// Accuracy: queries and weights enter as one bf16 each: off by up to 2^-8 of themselves. Included by amx.hpp.
 
 inline constexpr index_t many_tokens = avx512::sum_tokens;  // of a block that goes this way
 
@@ -42,7 +42,7 @@ class rounded_weights {
   alignas(64) std::array<std::uint16_t, max_blocks_at_once * most_rows * many_tokens> data_;
 };
 
-/// exp(x) for x up to softmax_slack, within 1e-4 of itself near 1, a twentieth of what rounding it to bf16 costs: 2^y is a
+/// exp(x) for x up to softmax_slack, within 1e-4 of itself near 1, a fortieth of what rounding it to bf16 costs: 2^y is a
 /// polynomial with least error on [0, 1), of y less its floor, times a power of two.
 KVCACHE_INLINE avx512::vec exp_roughly(avx512::vec x) {
   const avx512::vec y = avx512::mul(x, avx512::broadcast(1.44269504F));
@@ -72,6 +72,8 @@ KVCACHE_TARGET inline void softmax_to_weights(const float* scores, softmax_row* 
   using avx512::vec;
   vec shift[Rows];
   avx512::softmax_shifts<Rows>(scores, many_tokens, many_tokens, rows, rescales, shift);
+  vec probe = avx512::
+      zero();  // NaN once a score is not finite: tiles may overflow to -infinity, which weighs nothing
   vec sum[Rows];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r)
@@ -81,13 +83,16 @@ KVCACHE_TARGET inline void softmax_to_weights(const float* scores, softmax_row* 
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const float* at = scores + r * many_tokens + t;
-      const vec first = exp_roughly(avx512::sub(avx512::load(at), shift[r]));
-      const vec second = exp_roughly(avx512::sub(avx512::load(at + key_lanes), shift[r]));
+      const vec scores_of[2] = {avx512::load(at), avx512::load(at + key_lanes)};
+      probe = avx512::fma(scores_of[0], avx512::zero(), probe);
+      probe = avx512::fma(scores_of[1], avx512::zero(), probe);
+      const vec first = exp_roughly(avx512::sub(scores_of[0], shift[r]));
+      const vec second = exp_roughly(avx512::sub(scores_of[1], shift[r]));
       sum[r].x = to.weights.put(block, first_row + r, t, first.x, second.x, sum[r].x);
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) avx512::store(to.sum_of_row(first_row + r), sum[r]);
+  for (int r = 0; r < Rows; ++r) avx512::store(to.sum_of_row(first_row + r), avx512::add(sum[r], probe));
 }
 
 /// Rows that attend to blocks. Up to 32 of them are a pass.

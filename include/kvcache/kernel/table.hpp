@@ -87,7 +87,7 @@ struct element_kernels {
                           float* prepared) = nullptr;
 
   /// `scores`, `table::softmax` and `accumulate` of whole blocks in one, for rows that all see all of them. Queries and weights may be
-  /// rounded to bf16, the sums of weights as well. Null on levels that have no such thing.
+  /// rounded to bf16; sums are of rounded weights. Null on levels that have no such thing.
   /// \param prepared  as `prepare` made them for num_rows
   /// \param rows      [num_rows]; sums are rescaled where their max is raised. Where scores or sums are not finite, sums or rows
   ///                  may hold NaN or infinity that the three kernels would not give: whoever calls computes again without this
