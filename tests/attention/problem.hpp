@@ -185,8 +185,8 @@ inline oracle::attention_result expected(const problem& p, std::string_view code
 
 /// The largest error in units of the bound that attend states, 1e-6 * (4 + scale * max|q| * max|k|) * max|v|,
 /// eight times that on AMX, where ALiBi's share of a logit counts as well; twice that, without the value, for lse. Where AMX may
-/// multiply more than 16 rows at a time, (2^-7 + N / 250) * max|v| for outputs and 2^-8 + N / 250 for lse on top of it, N as above. `slack` multiplies the bound. Rows
-/// that see nothing must be exactly zero and -infinity.
+/// multiply more than 16 rows at a time, (2^-7 + N / 250) * max|v| for outputs and 2^-8 + N / 250 for lse on top of it, N =
+/// scale * max|q| * max|k|. `slack` multiplies the bound. Rows that see nothing must be exactly zero and -infinity.
 inline double worst_error(const answer& got, const oracle::attention_result& want, double slack = 1) {
   if (kernels_under_test().level == kvcache::kernel::isa::amx) slack *= 8;
   const std::size_t rows = want.lse.size();

@@ -22,6 +22,13 @@ namespace {
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr index_t tokens = 64;  // of a block
 
+/// Those of the levels that run here that have an `attend`.
+std::vector<const kernel::table*> levels() {
+  auto all = test::every_table();
+  std::erase_if(all, [](const kernel::table* level) { return level->bf16.attend == nullptr; });
+  return all;
+}
+
 /// Blocks one after the other, the stored numbers beside them.
 class run_of_blocks {
  public:
@@ -150,8 +157,7 @@ void check_row(const std::vector<const run_of_blocks*>& seen, const float* q, co
 TEST_CASE("many rows attend to several blocks at once", "[kernel]") {
   test::random random;
   index_t done = 0;
-  for (const kernel::table* level : test::every_table()) {
-    if (level->bf16.attend == nullptr) continue;
+  for (const kernel::table* level : levels()) {
     for (const index_t head_dim : {32, 96, 128, 160, 512}) {
       for (const index_t num_rows : {17, 20, 31, 32, 33, 48, 63, 64, 65, 127, 130}) {
         const index_t count = 1 + (done++ + num_rows) % kernel::max_blocks_at_once;
@@ -178,8 +184,7 @@ TEST_CASE("many rows attend to several blocks at once", "[kernel]") {
 
 TEST_CASE("a row is the same whatever rows are beside it, as long as they are many", "[kernel]") {
   test::random random;
-  for (const kernel::table* level : test::every_table()) {
-    if (level->bf16.attend == nullptr) continue;
+  for (const kernel::table* level : levels()) {
     const run_of_blocks blocks(*level, 64, 3, 4.0F, random);
     const std::vector<float> q = random.floats(70 * 64);
     state all(70, 64);
@@ -202,8 +207,7 @@ TEST_CASE("a row is the same whatever rows are beside it, as long as they are ma
 
 TEST_CASE("many rows average, and large logits that are equal weigh the same", "[kernel]") {
   test::random random;
-  for (const kernel::table* level : test::every_table()) {
-    if (level->bf16.attend == nullptr) continue;
+  for (const kernel::table* level : levels()) {
     run_of_blocks blocks(*level, 32, 4, 1.0F, random);
     std::fill(blocks.v.begin(), blocks.v.end(), 1.0F);
     blocks.store();
@@ -227,8 +231,7 @@ TEST_CASE("many rows average, and large logits that are equal weigh the same", "
 
 TEST_CASE("a score that only overflows in tiles shows as well", "[kernel]") {
   test::random random;
-  for (const kernel::table* level : test::every_table()) {
-    if (level->bf16.attend == nullptr) continue;
+  for (const kernel::table* level : levels()) {
     run_of_blocks blocks(*level, 32, 1, 1.0F, random);
     std::fill(blocks.k.begin(), blocks.k.end(), 0.0F);
     for (std::size_t i = 0; i < blocks.k.size(); i += 32) blocks.k[i] = -0x1.FEp127F;
@@ -244,8 +247,7 @@ TEST_CASE("a score that only overflows in tiles shows as well", "[kernel]") {
 TEST_CASE("what is not finite shows in many rows, for whoever computes again", "[kernel]") {
   test::random random;
   const float not_a_number = std::numeric_limits<float>::quiet_NaN();
-  for (const kernel::table* level : test::every_table()) {
-    if (level->bf16.attend == nullptr) continue;
+  for (const kernel::table* level : levels()) {
     const auto shows = [](const state& s) {
       const auto finite = [](float x) { return std::isfinite(x); };
       return !std::all_of(s.sums.begin(), s.sums.end(), finite) ||

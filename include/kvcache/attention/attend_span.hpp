@@ -232,8 +232,8 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
   };
   const std::size_t ahead = ahead_in(codec);
   // Elsewhere than behind the one before, as a rule in another page.
-  const auto lies_apart = [block_bytes = codec.block_bytes(g)](const std::byte* before,
-                                                               const std::byte* block) {
+  const index_t block_bytes = codec.block_bytes(g);
+  const auto lies_apart = [block_bytes](const std::byte* before, const std::byte* block) {
     return block != nullptr && block != before + block_bytes;
   };
   const auto& data = blocks.data;
@@ -279,7 +279,7 @@ void for_each_block(const Codec& codec, const span_context& c, const query_tile&
       const auto b = static_cast<std::size_t>(index - span.first / g.block_size);
       // The block behind those that are fetched: its pages, new to the processor's table, are looked up before the rest.
       if (apart && lies_apart(data[b + ahead], data[b + ahead + 1]))
-        prefetch::first_pages(data[b + ahead + 1], codec.block_bytes(g));
+        prefetch::first_pages(data[b + ahead + 1], block_bytes);
       block_tokens in{data[b],  &data[b], {data[b + ahead], data[b + 1], apart},
                       tokens,   base,     round_up(tokens.last - base, key_lanes),
                       in_block, false};

@@ -8,11 +8,12 @@
 // Processors do not use their vector units and their tiles at the same time (bench/NOTES.md), so whatever vectors do beside the
 // exponentials is left out or done once: nothing looks for NaN in sums, and a row's weights are added up as they are rounded, so
 // that averages stay averages. What tiles load comes from the second-level cache as fast as they multiply; the blocks that come
-// next are asked for while vectors work.
+// next are asked for all along.
 //
 // Accuracy: queries and weights enter as one bf16 each: off by up to 2^-8 of themselves. Included by amx.hpp.
 
 inline constexpr index_t many_tokens = avx512::sum_tokens;  // of a block that goes this way
+inline constexpr index_t rows_side_by_side = 4;             // that are weighed
 
 /// Weights of 32 rows for the tokens of some blocks as left operands, in bf16.
 class rounded_weights {
@@ -54,56 +55,6 @@ KVCACHE_INLINE avx512::vec exp_roughly(avx512::vec x) {
   return {_mm512_maskz_scalef_ps(avx512::all, p.x, y.x)};
 }
 
-/// What the softmax of a pass, up to 32 rows, leaves: weights, and their sums in lanes, added up at the end.
-struct pass_weights {
-  rounded_weights weights;
-  alignas(64) std::array<float, most_rows * key_lanes> sums{};
-
-  [[nodiscard]] float* sum_of_row(index_t row) noexcept {
-    return &sums[static_cast<std::size_t>(row * key_lanes)];
-  }
-};
-
-/// Softmax of `Rows` rows of 64 scores, from `first_row` of a pass on, into its weights of a block; as avx512::softmax_of_rows, but
-/// that sums stay in `to`.
-template <int Rows>
-KVCACHE_TARGET inline void softmax_to_weights(const float* scores, softmax_row* rows, float* rescales,
-                                              pass_weights& to, index_t block, index_t first_row) {
-  using avx512::vec;
-  vec shift[Rows];
-  avx512::softmax_shifts<Rows>(scores, many_tokens, many_tokens, rows, rescales, shift);
-  vec probe = avx512::
-      zero();  // NaN once a score is not finite: tiles may overflow to -infinity, which weighs nothing
-  vec sum[Rows];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r)
-    sum[r] = avx512::mul(avx512::load(to.sum_of_row(first_row + r)), avx512::broadcast(rescales[r]));
-#pragma GCC unroll 2
-  for (index_t t = 0; t < many_tokens; t += tile_depth) {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const float* at = scores + r * many_tokens + t;
-      const vec scores_of[2] = {avx512::load(at), avx512::load(at + key_lanes)};
-      probe = avx512::fma(scores_of[0], avx512::zero(), probe);
-      probe = avx512::fma(scores_of[1], avx512::zero(), probe);
-      const vec first = exp_roughly(avx512::sub(scores_of[0], shift[r]));
-      const vec second = exp_roughly(avx512::sub(scores_of[1], shift[r]));
-      sum[r].x = to.weights.put(block, first_row + r, t, first.x, second.x, sum[r].x);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) avx512::store(to.sum_of_row(first_row + r), avx512::add(sum[r], probe));
-}
-
-/// Rows that attend to blocks. Up to 32 of them are a pass.
-struct rows_and_blocks {
-  block_geometry g;
-  block_run blocks;
-  split_rows queries;  // of which the high parts are taken
-  softmax_row* rows;
-  float* sums;  // [rows, head_dim]
-};
-
 /// The blocks of the next run on their way into the second-level cache: each pass asks for its share of each of them, a few lines at
 /// a time all along, since processors have room for few lines that are asked for at once.
 class run_ahead {
@@ -114,8 +65,9 @@ class run_ahead {
     share_bytes_ = ceil_div(block_bytes / 64, num_passes) * 64;
     offset_ = std::min(pass * share_bytes_, block_bytes);
     share_bytes_ = std::min(share_bytes_, block_bytes - offset_);
-    // Tiles that are loaded for a block, and rows of softmax, four at a time.
-    const index_t num_steps = 4 * g.head_dim / tile_depth * 2 + most_rows / 4;
+    // Tiles that are loaded of a block, and groups of rows that are weighed.
+    const index_t num_steps =
+        2 * many_tokens * g.head_dim / (tile_rows * tile_depth) + most_rows / rows_side_by_side;
     step_bytes_ = ceil_div(share_bytes_ / 64, num_steps) * 64;
     begin_block();
   }
@@ -164,103 +116,136 @@ KVCACHE_INLINE void multiply_rounded(const tile_shape& shape, const void* rows, 
   });
 }
 
-/// scores[r, t] of the rows of a pass for one block. \param queries  of the pass
-template <class Tiles>
-KVCACHE_INLINE void score_many(const block_geometry& g, const std::byte* keys, split_rows queries,
-                               const tile_shape& shape, float* scores, run_ahead& ahead) noexcept {
-  const index_t group_bytes = block_order<bfloat16>::key_group_size(g) * index_t{sizeof(bfloat16)};
-  const index_t at_once = most_operands(shape);
-  for (index_t group = 0; group < many_tokens / key_lanes; group += at_once) {
-    const std::byte* of_group = keys + group * group_bytes;
-    begin_products<Tiles>();
-    for (index_t d = 0; d < g.head_dim; d += tile_depth)
-      multiply_rounded<Tiles>(shape, queries.part(d, false), queries.row(tile_rows).part(d, false),
-                              queries.stride_bytes(), of_group + d * 2 * tile_rows, group_bytes, 64, at_once,
-                              ahead);
-    store_products<Tiles>(shape, at_once, scores + group * key_lanes, many_tokens);
-  }
-}
-
-/// Adds weighted values of blocks [from, to) to the sums of a pass, which stay in tiles meanwhile.
-template <class Tiles>
-KVCACHE_INLINE void add_many(const rows_and_blocks& in, index_t first, const tile_shape& shape,
-                             const rounded_weights& weights, index_t from, index_t to,
-                             run_ahead& ahead) noexcept {
-  const index_t dim = in.g.head_dim;
-  const index_t step = most_operands(shape) * key_lanes;
-  for (index_t d = 0; d < dim; d += step) {
-    const index_t num_operands = std::min(step, dim - d) / key_lanes;
-    float* sums = in.sums + first * dim + d;
-    load_products<Tiles>(shape, num_operands, sums, dim);
-    for (index_t b = from; b < to; ++b) {
-      const std::byte* values = in.blocks.blocks[b] + in.blocks.values_offset;
-      for (index_t t = 0; t < many_tokens; t += tile_depth)
-        multiply_rounded<Tiles>(shape, weights.rows(b, 0, t), weights.rows(b, tile_rows, t),
-                                rounded_weights::stride_bytes, values + 2 * t * dim + 4 * d, 4 * key_lanes,
-                                4 * dim, num_operands, ahead);
-    }
-    store_products<Tiles>(shape, num_operands, sums, dim);
-  }
-}
-
-/// Rows [first, first + n), n <= 32, over all blocks.
+/// Up to 32 rows that attend to the blocks of a run.
 template <class Tiles>
 class row_pass {
  public:
-  row_pass(const rows_and_blocks& in, index_t first, index_t n, index_t num_rows) noexcept
-      : in_(in),
-        first_(first),
-        num_rows_(n),
-        shape_(tile_shape::of(n)),
-        ahead_(in.blocks, in.g, first / most_rows, ceil_div(num_rows, most_rows)) {}
+  /// \param queries  of which the high parts are taken; these, rows and sums from the pass's first row on
+  row_pass(const block_geometry& g, const block_run& blocks, split_rows queries, index_t num_rows,
+           softmax_row* rows, float* sums, const run_ahead& ahead) noexcept
+      : g_(g),
+        blocks_(blocks),
+        queries_(queries),
+        num_rows_(num_rows),
+        rows_(rows),
+        sums_(sums),
+        shape_(tile_shape::of(num_rows)),
+        ahead_(ahead) {}
 
   KVCACHE_TARGET void attend() noexcept {
     const tiles_in_use<Tiles> in_use(shape_);
-    alignas(64) std::array<float, most_rows * many_tokens> scores;
-    const index_t whole = num_rows_ - num_rows_ % side_by_side;
-    for (index_t b = 0; b < in_.blocks.count; ++b) {
-      score_many<Tiles>(in_.g, in_.blocks.blocks[b], in_.queries.row(first_), shape_, scores.data(), ahead_);
-      for (index_t r = 0; r < whole; r += side_by_side) weigh<side_by_side>(scores.data(), b, r);
-      for (index_t r = whole; r < num_rows_; ++r) weigh<1>(scores.data(), b, r);
+    const index_t whole = num_rows_ - num_rows_ % rows_side_by_side;
+    for (index_t b = 0; b < blocks_.count; ++b) {
+      score(b);
+      for (index_t r = 0; r < whole; r += rows_side_by_side) weigh<rows_side_by_side>(b, r);
+      for (index_t r = whole; r < num_rows_; ++r) weigh<1>(b, r);
     }
-    add(in_.blocks.count);
-    for (index_t r = 0; r < num_rows_; ++r)
-      in_.rows[first_ + r].sum += avx512::sum_of(avx512::load(weights_.sum_of_row(r)));
+    add(blocks_.count);
+    for (index_t r = 0; r < num_rows_; ++r) rows_[r].sum += avx512::sum_of(avx512::load(weight_sums_of(r)));
   }
 
  private:
-  static constexpr index_t side_by_side = 4;  // rows of softmax
+  [[nodiscard]] float* scores_of(index_t row) noexcept {
+    return &scores_[static_cast<std::size_t>(row * many_tokens)];
+  }
+  [[nodiscard]] float* weight_sums_of(index_t row) noexcept {
+    return &weight_sums_[static_cast<std::size_t>(row * key_lanes)];
+  }
 
-  /// Rows [row, row + Rows) of this pass for block b.
+  /// Scores of block b.
+  KVCACHE_INLINE void score(index_t b) noexcept {
+    const index_t group_bytes = block_order<bfloat16>::key_group_size(g_) * index_t{sizeof(bfloat16)};
+    const index_t at_once = most_operands(shape_);
+    for (index_t group = 0; group < many_tokens / key_lanes; group += at_once) {
+      const std::byte* keys = blocks_.blocks[b] + group * group_bytes;
+      begin_products<Tiles>();
+      for (index_t d = 0; d < g_.head_dim; d += tile_depth)
+        multiply_rounded<Tiles>(shape_, queries_.part(d, false), queries_.row(tile_rows).part(d, false),
+                                queries_.stride_bytes(), keys + d * 2 * tile_rows, group_bytes, 64, at_once,
+                                ahead_);
+      store_products<Tiles>(shape_, at_once, scores_.data() + group * key_lanes, many_tokens);
+    }
+  }
+
+  /// Scores of rows [row, row + Rows) to weights of block b; as avx512::softmax_of_rows, but that sums of weights stay in lanes.
   template <int Rows>
-  KVCACHE_INLINE void weigh(const float* scores, index_t b, index_t row) noexcept {
+  KVCACHE_TARGET void softmax_to_weights(index_t b, index_t row, float* rescales) noexcept {
+    using avx512::vec;
+    const float* scores = scores_of(row);
+    vec shift[Rows];
+    avx512::softmax_shifts<Rows>(scores, many_tokens, many_tokens, rows_ + row, rescales, shift);
+    // NaN once a score is not finite: tiles may overflow to -infinity where others do not, and it would weigh nothing
+    vec probe = avx512::zero();
+    vec sum[Rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+      sum[r] = avx512::mul(avx512::load(weight_sums_of(row + r)), avx512::broadcast(rescales[r]));
+#pragma GCC unroll 2
+    for (index_t t = 0; t < many_tokens; t += tile_depth) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const float* at = scores + r * many_tokens + t;
+        const vec scores_of_row[2] = {avx512::load(at), avx512::load(at + key_lanes)};
+        probe = avx512::fma(scores_of_row[0], avx512::zero(), probe);
+        probe = avx512::fma(scores_of_row[1], avx512::zero(), probe);
+        const vec first = exp_roughly(avx512::sub(scores_of_row[0], shift[r]));
+        const vec second = exp_roughly(avx512::sub(scores_of_row[1], shift[r]));
+        sum[r].x = weights_.put(b, row + r, t, first.x, second.x, sum[r].x);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) avx512::store(weight_sums_of(row + r), avx512::add(sum[r], probe));
+  }
+
+  /// The same, and what has to be done where the maximum of a row has risen.
+  template <int Rows>
+  KVCACHE_INLINE void weigh(index_t b, index_t row) noexcept {
     std::array<float, Rows> rescales;
-    softmax_to_weights<Rows>(scores + row * many_tokens, in_.rows + first_ + row, rescales.data(), weights_,
-                             b, row);
-    for (const float& by : rescales) {
+    softmax_to_weights<Rows>(b, row, rescales.data());
+    for (std::size_t r = 0; r < Rows; ++r) {
+      const float by = rescales[r];
       if (by == 1.0F) [[likely]]
         continue;
-      add(b);  // what was weighed before the maximum rose
-      float* sums = in_.sums + (first_ + row + (&by - rescales.data())) * in_.g.head_dim;
+      add(b);  // what was weighed before it rose
+      float* sums = sums_ + (row + static_cast<index_t>(r)) * g_.head_dim;
       lanes::transform(
-          in_.g.head_dim, sums, [by](auto x) { return x * by; }, sums);
+          g_.head_dim, sums, [by](auto x) { return x * by; }, sums);
     }
     ahead_.fetch();
   }
 
-  /// Values of the blocks before `end` that are not in the sums yet.
+  /// Adds weighted values of the blocks before `end` that are not in the sums yet. These stay in tiles meanwhile.
   KVCACHE_TARGET void add(index_t end) noexcept {
-    if (added_ < end) add_many<Tiles>(in_, first_, shape_, weights_.weights, added_, end, ahead_);
+    if (added_ >= end) return;
+    const index_t dim = g_.head_dim;
+    const index_t step = most_operands(shape_) * key_lanes;
+    for (index_t d = 0; d < dim; d += step) {
+      const index_t num_operands = std::min(step, dim - d) / key_lanes;
+      load_products<Tiles>(shape_, num_operands, sums_ + d, dim);
+      for (index_t b = added_; b < end; ++b) {
+        const std::byte* values = blocks_.blocks[b] + blocks_.values_offset;
+        for (index_t t = 0; t < many_tokens; t += tile_depth)
+          multiply_rounded<Tiles>(shape_, weights_.rows(b, 0, t), weights_.rows(b, tile_rows, t),
+                                  rounded_weights::stride_bytes, values + 2 * t * dim + 4 * d, 4 * key_lanes,
+                                  4 * dim, num_operands, ahead_);
+      }
+      store_products<Tiles>(shape_, num_operands, sums_ + d, dim);
+    }
     added_ = end;
   }
 
-  rows_and_blocks in_;
-  index_t first_;
+  block_geometry g_;
+  block_run blocks_;
+  split_rows queries_;
   index_t num_rows_;
+  softmax_row* rows_;
+  float* sums_;  // [num_rows, head_dim]
   tile_shape shape_;
   run_ahead ahead_;
-  index_t added_ = 0;  // blocks
-  pass_weights weights_;
+  index_t added_ = 0;                                                   // blocks whose values are in sums_
+  alignas(64) std::array<float, most_rows * key_lanes> weight_sums_{};  // folded at the end
+  alignas(64) std::array<float, most_rows * many_tokens> scores_;       // of one block
+  rounded_weights weights_;
 };
 
 /// element_kernels::attends
@@ -273,7 +258,11 @@ template <class Tiles>
 inline void attend_many(const block_geometry& g, const block_run& blocks, const float* prepared,
                         index_t num_rows, softmax_row* rows, float* sums) {
   const split_rows queries{reinterpret_cast<const std::uint16_t*>(prepared), g.head_dim};
-  const rows_and_blocks in{g, blocks, queries, rows, sums};
-  for (index_t first = 0; first < num_rows; first += most_rows)
-    row_pass<Tiles>(in, first, std::min(num_rows - first, most_rows), num_rows).attend();
+  const index_t num_passes = ceil_div(num_rows, most_rows);
+  for (index_t pass = 0; pass < num_passes; ++pass) {
+    const index_t first = pass * most_rows;
+    row_pass<Tiles>(g, blocks, queries.row(first), std::min(num_rows - first, most_rows), rows + first,
+                    sums + first * g.head_dim, {blocks, g, pass, num_passes})
+        .attend();
+  }
 }

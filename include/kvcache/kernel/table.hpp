@@ -312,7 +312,7 @@ struct table {
   /// Replaces each score by exp(score - max of its row) (relative error below 2e-7; under 1e-38 becomes zero).
   /// \param scores    the first `count` of each row, [num_rows, stride]; `count` is a multiple of 16
   /// \param rows      [num_rows], at most max_softmax_rows
-  /// \param rescales  [num_rows]: what the sums gathered so far must be multiplied by
+  /// \param rescales  [num_rows]: what the sums gathered so far must be multiplied by; 1 before the first score, where they are zero
   /// Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
   void (*softmax)(float* scores, index_t stride, index_t count, index_t num_rows, softmax_row* rows,
                   float* rescales);
