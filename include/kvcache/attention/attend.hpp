@@ -169,7 +169,7 @@ inline void check_batch_options([[maybe_unused]] const attend_options& options) 
 /// of f32, f16 or bf16 are off by less than 1e-6 * (4 + N) * max|v|, N = scale * max|q| * max|k|, with Euclidean norms, up to
 /// head_dim 512 and kv_len 65536. On AMX, with bf16 blocks and more than 8 rows at a time (queries x query heads of a KV head, up to
 /// 128), eight times that: queries and weights enter as two bf16 each. With more than 16, both enter as one in blocks of 64 tokens
-/// that all rows see all of: outputs are off by (2^-7 + N / 250) * max|v| more, lse by 2^-8 + N / 250, and numbers below
+/// that all rows see all of: outputs are off by (2^-6 + N / 250) * max|v| more, lse by 2^-7 + N / 250, and numbers below
 /// 1.2e-38 count as zero. For float operands there, set options.kernel to &kernel::select(kernel::isa::avx512).
 /// Blocks of fewer bits add what is lost where they are multiplied as integers (kernel/table.hpp), at most
 ///   int8                                 N * sqrt(head_dim) / 32000 * max|v| + 5e-4 * max|v|

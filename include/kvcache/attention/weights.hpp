@@ -30,7 +30,7 @@ namespace kvcache::inline v0 {
 /// \param executor runs a task for each KV head, one task where `sums` is [kv_len]; the result is the same
 /// Numerics: attend's logits, masked the same; relative to itself a weight is off by less than 2e-6 * (4 + N), N = scale * max|q| *
 /// max|k|, on AMX with bf16 blocks by eight times that. Where attend takes queries as one bf16 they are two here: all weights of
-/// a row are off by what its lse is, 2^-8 + N / 250 (a factor of up to exp(N / 250) where that is large).
+/// a row are off by what its lse is, 2^-7 + N / 250 (a factor of up to exp(N / 250) where that is large).
 /// Complexity: O(q_len * num_q_heads * kv_len * head_dim), values are not read. Allocates only from options.workspace, or where
 /// that is missing, what all workers need at once. Threads: reads the cache only. Throws: what allocation and the executor throw.
 template <cache_layer Layer, executor Executor = serial_executor>

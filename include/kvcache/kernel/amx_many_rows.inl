@@ -2,15 +2,16 @@
 // Attention of many query rows over whole bf16 blocks, several of them at once: element_kernels::attend. For 32 rows:
 //
 //   for each block    scores = queries * keys^T          tiles
-//                     weights = exp(scores - max)        512-bit vectors, rounded to bf16 as they are made
+//                     weights = exp(scores - max)        512-bit vectors, 32 at a time, as bf16
 //   then              sums += weights * values           tiles, of all blocks: sums are loaded and stored once
 //
 // Processors do not use their vector units and their tiles at the same time (bench/NOTES.md), so whatever vectors do beside the
-// exponentials is left out or done once: nothing looks for NaN in sums, and a row's weights are added up as they are rounded, so
-// that averages stay averages. What tiles load comes from the second-level cache as fast as they multiply; the blocks that come
+// exponentials is left out or done once: nothing looks for NaN in sums, maxima are looked for only where a score is larger than
+// they leave room for, and a row's weights are added up as they are multiplied, so that averages stay averages. What tiles load comes from the second-level cache as fast as they multiply; the blocks that come
 // next are asked for all along.
 //
-// Accuracy: queries and weights enter as one bf16 each: off by up to 2^-8 of themselves. Included by amx.hpp.
+// Accuracy: queries and weights enter as one bf16 each: queries off by up to 2^-8 of themselves, weights by 0.0061. Included by
+// amx.hpp.
 
 inline constexpr index_t many_tokens = avx512::sum_tokens;  // of a block that goes this way
 inline constexpr index_t rows_side_by_side = 4;             // that are weighed
@@ -20,13 +21,12 @@ class rounded_weights {
  public:
   static constexpr index_t stride_bytes = 2 * many_tokens;
 
-  /// 32 weights of one row, from token `t` of a block on. \return sum + what they are rounded to: what sums are divided by
-  KVCACHE_INLINE __m512 put(index_t block, index_t row, index_t t, __m512 first, __m512 second,
-                            __m512 sum) noexcept {
-    const __m512bh weights = _mm512_cvtne2ps_pbh(second, first);
+  /// 32 weights of one row, from token `t` of a block on. \return sum + all of them, in lanes
+  KVCACHE_INLINE avx512::vec put(index_t block, index_t row, index_t t, __m512i weights,
+                                 avx512::vec sum) noexcept {
     const auto one = _mm512_set1_epi32(0x3F803F80);  // two bf16
-    _mm512_store_si512(at(block, row, t), reinterpret_cast<__m512i>(weights));
-    return _mm512_dpbf16_ps(sum, weights, reinterpret_cast<__m512bh>(one));
+    _mm512_store_si512(at(block, row, t), weights);
+    return {_mm512_dpbf16_ps(sum.x, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(one))};
   }
   [[nodiscard]] const void* rows(index_t block, index_t first, index_t t) const noexcept {
     return &data_[index_of(block, first, t)];
@@ -43,17 +43,50 @@ class rounded_weights {
   alignas(64) std::array<std::uint16_t, max_blocks_at_once * most_rows * many_tokens> data_;
 };
 
-/// exp(x) for x up to softmax_slack, within 1e-4 of itself near 1, a fortieth of what rounding it to bf16 costs: 2^y is a
-/// polynomial with least error on [0, 1), of y less its floor, times a power of two.
-KVCACHE_INLINE avx512::vec exp_roughly(avx512::vec x) {
-  const avx512::vec y = avx512::mul(x, avx512::broadcast(1.44269504F));
-  constexpr int less_floor = 0x09;  // no fraction bits, rounded down, no exceptions
-  const avx512::vec f = {_mm512_maskz_reduce_ps(avx512::all, y.x, less_floor)};
-  avx512::vec p = avx512::fma(f, avx512::broadcast(0.0780245227F), avx512::broadcast(0.226067155F));
-  p = avx512::fma(p, f, avx512::broadcast(0.695833541F));
-  p = avx512::fma(p, f, avx512::broadcast(0.999925219F));
-  return {_mm512_maskz_scalef_ps(avx512::all, p.x, y.x)};
-}
+/// exp(score - max) as bf16, in integers of 16 bits: the steps, 1/256 of an octave, that a score lies below the maximum, taken off
+/// those of one, are a bf16 and a bit more, as if powers of two lay on straight lines between the whole ones. A table bends them.
+/// Off by at most 0.0061 of itself, 0.0019 in the mean square; rounding exact powers is off by 0.0039 and 0.0017.
+struct exponentials {
+  static constexpr float steps = 256.0F * 1.44269504F;  // for a score lower by one
+  static constexpr float steps_of_max = 12 * 256;       // so many for scores up to 8.3 above the maximum
+  static constexpr int least_steps = static_cast<int>(steps_of_max - softmax_slack * steps) + 1;
+  static constexpr int bend_of_one = 39;
+  static constexpr int steps_of_zero = 256 * (12 + 127) - bend_of_one - 1;
+  /// For the upper six bits of what is left of an octave, as found by trying all: the least worst error.
+  alignas(64) static constexpr std::array<std::uint8_t, 64> bends{
+      39, 37, 36, 35, 33, 32, 31, 30, 29, 27, 27, 26, 25, 24, 23, 23, 22, 21, 21, 20, 20, 19,
+      19, 19, 18, 18, 18, 18, 18, 17, 17, 18, 18, 18, 18, 18, 18, 19, 19, 19, 20, 20, 21, 21,
+      22, 22, 23, 24, 24, 25, 26, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 38, 39};
+
+  /// Steps of 16 scores; fewer than `least_steps` where there are too few, too many or none to count.
+  KVCACHE_INLINE static __m512i steps_below(avx512::vec max, const float* scores) noexcept {
+    return _mm512_maskz_cvtps_epi32(avx512::all, uncounted(max, scores).x);
+  }
+  /// The same, but as many as fit where there are too many to count, or none.
+  KVCACHE_INLINE static __m512i steps_below_in_range(avx512::vec max, const float* scores) noexcept {
+    const __m512 most = avx512::broadcast(65535.0F).x;
+    return _mm512_maskz_cvtps_epi32(avx512::all,
+                                    _mm512_maskz_min_ps(avx512::all, uncounted(max, scores).x, most));
+  }
+  /// Steps of 32 scores in order.
+  KVCACHE_INLINE static __m512i together(__m512i first, __m512i second) noexcept {
+    const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_maskz_permutexvar_epi64(0xFF, in_order, _mm512_packus_epi32(first, second));
+  }
+  KVCACHE_INLINE static __m512i of(__m512i n) noexcept {
+    constexpr __mmask64 low_bytes = 0x5555555555555555;
+    const __m512i bend =
+        _mm512_maskz_permutexvar_epi8(low_bytes, _mm512_srli_epi16(n, 2), _mm512_load_si512(bends.data()));
+    const __m512i straight = _mm512_subs_epu16(_mm512_set1_epi16(static_cast<short>(steps_of_zero)), n);
+    return _mm512_avg_epu16(straight, bend);
+  }
+
+ private:
+  KVCACHE_INLINE static avx512::vec uncounted(avx512::vec max, const float* scores) noexcept {
+    return avx512::fma(avx512::sub(avx512::load(scores), max), avx512::broadcast(-steps),
+                       avx512::broadcast(steps_of_max));
+  }
+};
 
 /// The blocks of the next run on their way into the second-level cache: each pass asks for its share of each of them, a few lines at
 /// a time all along, since processors have room for few lines that are asked for at once.
@@ -167,50 +200,66 @@ class row_pass {
     }
   }
 
-  /// Scores of rows [row, row + Rows) to weights of block b; as avx512::softmax_of_rows, but that sums of weights stay in lanes.
-  template <int Rows>
-  KVCACHE_TARGET void softmax_to_weights(index_t b, index_t row, float* rescales) noexcept {
-    using avx512::vec;
-    const float* scores = scores_of(row);
-    vec shift[Rows];
-    avx512::softmax_shifts<Rows>(scores, many_tokens, many_tokens, rows_ + row, rescales, shift);
-    // NaN once a score is not finite: tiles may overflow to -infinity where others do not, and it would weigh nothing
-    vec probe = avx512::zero();
-    vec sum[Rows];
+  /// Scores of rows [row, row + Rows) to weights of block b, less the maxima as they are.
+  /// \param sum  what weights of the rows add up to with those before
+  /// \return whether the weights are right: not where a score is above its maximum by more than softmax_slack, or is not finite,
+  ///         or where there is no maximum yet. In range they are if maxima have risen since
+  template <int Rows, bool InRange>
+  KVCACHE_INLINE bool softmax_to_weights(index_t b, index_t row, avx512::vec (&sum)[Rows]) noexcept {
+    avx512::vec max[Rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r)
-      sum[r] = avx512::mul(avx512::load(weight_sums_of(row + r)), avx512::broadcast(rescales[r]));
+    for (int r = 0; r < Rows; ++r) {
+      max[r] = avx512::broadcast(rows_[row + r].max);
+      sum[r] = avx512::load(weight_sums_of(row + r));
+    }
+    __m512i least = _mm512_set1_epi16(-1);
 #pragma GCC unroll 2
     for (index_t t = 0; t < many_tokens; t += tile_depth) {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const float* at = scores + r * many_tokens + t;
-        const vec scores_of_row[2] = {avx512::load(at), avx512::load(at + key_lanes)};
-        probe = avx512::fma(scores_of_row[0], avx512::zero(), probe);
-        probe = avx512::fma(scores_of_row[1], avx512::zero(), probe);
-        const vec first = exp_roughly(avx512::sub(scores_of_row[0], shift[r]));
-        const vec second = exp_roughly(avx512::sub(scores_of_row[1], shift[r]));
-        sum[r].x = weights_.put(b, row + r, t, first.x, second.x, sum[r].x);
+        const float* scores = scores_of(row + r) + t;
+        constexpr auto steps_below = InRange ? exponentials::steps_below_in_range : exponentials::steps_below;
+        const __m512i n =
+            exponentials::together(steps_below(max[r], scores), steps_below(max[r], scores + key_lanes));
+        least = _mm512_min_epu16(least, n);
+        sum[r] = weights_.put(b, row + r, t, exponentials::of(n), sum[r]);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) avx512::store(weight_sums_of(row + r), avx512::add(sum[r], probe));
+    return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(exponentials::least_steps)) == 0;
   }
 
-  /// The same, and what has to be done where the maximum of a row has risen.
+  /// Raises the maxima of rows [row, row + Rows), and rescales what was weighed with those before.
   template <int Rows>
-  KVCACHE_INLINE void weigh(index_t b, index_t row) noexcept {
+  KVCACHE_TARGET [[gnu::noinline]] void raise_maxima(index_t b, index_t row) noexcept {
     std::array<float, Rows> rescales;
-    softmax_to_weights<Rows>(b, row, rescales.data());
-    for (std::size_t r = 0; r < Rows; ++r) {
-      const float by = rescales[r];
-      if (by == 1.0F) [[likely]]
-        continue;
+    avx512::vec max[Rows];
+    avx512::softmax_shifts<Rows>(scores_of(row), many_tokens, many_tokens, rows_ + row, rescales.data(), max);
+    for (index_t r = row; r < row + Rows; ++r) {
+      // NaN once a score is not finite: tiles may overflow to -infinity where others do not, and it would weigh nothing
+      avx512::vec probe = avx512::zero();
+      for (index_t t = 0; t < many_tokens; t += key_lanes)
+        probe = avx512::fma(avx512::load(scores_of(r) + t), avx512::zero(), probe);
+      const float by = rescales[static_cast<std::size_t>(r - row)];
+      float* weight_sums = weight_sums_of(r);
+      avx512::store(weight_sums, avx512::fma(avx512::load(weight_sums), avx512::broadcast(by), probe));
+      if (by == 1.0F) continue;
       add(b);  // what was weighed before it rose
-      float* sums = sums_ + (row + static_cast<index_t>(r)) * g_.head_dim;
+      float* sums = sums_ + r * g_.head_dim;
       lanes::transform(
           g_.head_dim, sums, [by](auto x) { return x * by; }, sums);
     }
+  }
+
+  /// Weights of rows [row, row + Rows) for block b.
+  template <int Rows>
+  KVCACHE_TARGET void weigh(index_t b, index_t row) noexcept {
+    avx512::vec sum[Rows];
+    if (!softmax_to_weights<Rows, false>(b, row, sum)) [[unlikely]] {
+      raise_maxima<Rows>(b, row);
+      softmax_to_weights<Rows, true>(b, row, sum);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) avx512::store(weight_sums_of(row + r), sum[r]);
     ahead_.fetch();
   }
 
