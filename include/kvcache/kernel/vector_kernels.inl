@@ -89,7 +89,7 @@ KVCACHE_TARGET inline void score_tile(const block_geometry& g, const Element* ke
     for (int j = 0; j < line::num_factors; ++j) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
-        fetch_at<Groups, line::num_factors * Rows, (Rows > 1)>(j * Rows + r, next);
+        fetch_at<Groups, line::num_factors * Rows, (Rows > 1), asks_near<Element, Way>>(j * Rows + r, next);
         const vec q = line::factor(column.row(r), j);
 #pragma GCC unroll 16
         for (int i = 0; i < Groups; ++i) line::add_products(sum[r][i], q, k[i], j);
@@ -230,7 +230,7 @@ KVCACHE_TARGET inline void sum_tile(const weighted_values<Element>& in, float* s
     for (int j = 0; j < line::num_factors; ++j) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
-        fetch_at<Chunks, line::num_factors * Rows, (Rows > 1)>(j * Rows + r, next);
+        fetch_at<Chunks, line::num_factors * Rows, (Rows > 1), asks_near<Element, Way>>(j * Rows + r, next);
         const vec w = line::factor(weights.row(r), j);
 #pragma GCC unroll 16
         for (int c = 0; c < Chunks; ++c) line::add_products(sum[r][c], w, v[c], j);

@@ -51,14 +51,19 @@ inline index_t piece_tokens(const block_geometry& g) {
   return tokens;
 }
 
+/// Whether lines wanted before those that are asked for are asked into L1 as well. Not by streams in 16-bit blocks: between few
+/// multiplications a line these are waited for longer than they save (bench/NOTES.md, "Blocks that lie apart, once more").
+template <class Element, asking Way>
+inline constexpr bool asks_near = Way != asking::page_by_page || sizeof(Element) != 2;
+
 /// `Lines` lines. Few at a time, between multiplications: of many at once always the same ones would be dropped.
-template <int Lines, bool Twice = true>
+template <int Lines, bool Twice = true, bool Near = true>
 [[gnu::always_inline]] inline void fetch(read_ahead& next) {
   if (next.way != asking::twice) {
 #pragma GCC unroll 16
     for (int i = 0; i < Lines; ++i, next.step(), next.near += next.stride) {
       __builtin_prefetch(next.at, 0, 2);
-      __builtin_prefetch(next.near, 0, 3);
+      if constexpr (Near) __builtin_prefetch(next.near, 0, 3);
     }
     return;
   }
@@ -73,10 +78,10 @@ template <int Lines, bool Twice = true>
 }
 
 /// The share of turn `turn` where `Lines` lines are fetched in `Turns` turns.
-template <int Lines, int Turns, bool Twice>
+template <int Lines, int Turns, bool Twice, bool Near>
 [[gnu::always_inline]] inline void fetch_at(int turn, read_ahead& next) {
   static_assert(Lines % Turns == 0 || Turns % Lines == 0);
-  if (turn % std::max(Turns / Lines, 1) == 0) fetch<std::max(Lines / Turns, 1), Twice>(next);
+  if (turn % std::max(Turns / Lines, 1) == 0) fetch<std::max(Lines / Turns, 1), Twice, Near>(next);
 }
 
 /// By levels, a section's share of a block that its sections fetch together: some lines of every page of it.
