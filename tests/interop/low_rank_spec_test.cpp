@@ -155,6 +155,26 @@ TEST_CASE("a cache finds its bases in its first tokens and goes on with low_rank
   }
 }
 
+TEST_CASE("components by energy and by bits are those that options say", "[interop]") {
+  test::random random;
+  twins t{make_cache_with_low_rank("paged/k=low_rank92.5%,v=low_rank3.5bit,fit=50", small),
+          kvcache::make_cache("chunked/bf16", small)};
+  t.append(50, random);
+  codec::low_rank_keys keys;
+  codec::low_rank_values values;
+  keys.bases = codec::low_rank_bases::fit_from(
+      t.other, {.energy = 0.925}, {.bits_per_value = 3.5, .store = codec::component_store::allocated});
+  values.bases = keys.bases;
+  any_codec both;
+  both.keys = codec::any_keys::of(keys);
+  both.values = codec::any_values::of(values);
+  any_cache made("expected", kvcache::chunked_cache<any_codec>(small, both));
+  t.other = kvcache::recoded(t.other, std::move(made));
+  t.append(40, random);
+  t.require_same(random);
+  CHECK(t.cache.bytes_per_token() < 2 * 2 * (20 + 2 + 9));  // keys at most all components and a scale
+}
+
 TEST_CASE("bases are found when a step is over, not within it", "[interop]") {
   test::random random;
   twins t{make_cache_with_low_rank(std::string("chunked") + spec, small),
@@ -231,7 +251,7 @@ TEST_CASE("a cache is saved before and after it has bases, and goes on as it wou
   for (const std::string text :
        {"chunked/k=low_rank12,v=low_rank20,fit=40,tail=20", "chunked/low_rank8,fit=40,tail=20,exact=f16",
         "paged/low_rank8,fit=40,tail=20,exact=f32", "paged/low_rank8,first=1:int8,fit=40",
-        "contiguous/low_rank8,fit=40"}) {
+        "paged/k=low_rank4bit,v=low_rank90%,fit=40", "contiguous/low_rank8,fit=40"}) {
     for (const index_t before : {0, 30, 59, 60, 90}) {
       CAPTURE(text, before);
       any_cache saved = make_cache_with_low_rank(text, small);
@@ -321,6 +341,11 @@ TEST_CASE("specs of low_rank that cannot be are refused with what there is", "[i
   for (const char* text :
        {"chunked/low_rank", "chunked/low_rank0", "chunked/k=low_rank-1", "chunked/low_rank4x"})
     refused(text, {"low_rank48", "rotated4", "int8"});
+  for (const char* text : {"chunked/low_rank0%", "chunked/low_rankinf%", "chunked/low_rank-3bit",
+                           "chunked/low_rank3bits", "chunked/low_rank%", "chunked/low_rank1.5"})
+    refused(text, {"low_rank99%", "low_rank3bit", "int8"});
+  refused("chunked/low_rank101%", {"low_rank101%", "energy", "at most 1"});
+  refused("chunked/k=int8,v=low_rank0.1bit", {"low_rank0.1bit", "bits_per_value", "too little"});
   refused("chunked/low_rank21", {"low_rank21", "head_dim", "20"});
   refused("chunked/int8,first=1:low_rank21", {"low_rank21", "head_dim", "20"});
   refused("chunked/low_rank4,first=3:int8", {"first=3:int8", "do not exist"});

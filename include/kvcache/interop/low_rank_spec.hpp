@@ -6,8 +6,13 @@
 //   tokens  |   0 .. fit + tail: all exact          |   then: bases from tokens 0 .. fit, everything older than the tail
 //                                                       in them, once, and on from there like any low_rank cache
 //
-// "low_rank48": the 48 components with the most energy, 8 bits each (codec/low_rank.hpp); wherever a codec may stand, also in
-// first=, last=, layers=. `fit` is 512 unless given. The append, or the end of the step, that makes the last layer long enough
+// Wherever a codec may stand, also in first=, last=, layers=:
+//
+//   low_rank48      the 48 components with the most energy, 8 bits each (codec/low_rank.hpp)
+//   low_rank99.5%   as many as hold so much of the energy in every head
+//   low_rank3bit    3 bits to a number of the head, scales included, in components of 8, 4, 2 or no bits as fits best
+//
+// `fit` is 512 unless given. The append, or the end of the step, that makes the last layer long enough
 // takes the time of two eigenvalue problems of head_dim for each head, and memory for both copies. Where that memory is not
 // to be had the tokens stay exact, and it is tried again when there are twice as many. Forks made before that each find
 // bases of their own, and share no pages with one another afterwards.
@@ -32,6 +37,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstddef>
 #include <memory>
 #include <new>
@@ -57,46 +63,85 @@ inline std::optional<index_t> positive_number(std::string_view text) {
   return number;
 }
 
-/// What a reader of specs knows, and low_rank<rank>: from a calibration, or, while there is none, bf16 in its place.
+/// What a reader of specs knows, and low_rank: from a calibration, or, while there is none, bf16 in its place.
 class low_rank_source : public known_codec_source {
  public:
   static constexpr std::string_view more_options = ", fit=";
 
   low_rank_source() = default;
-  explicit low_rank_source(index_t head_dim) : head_dim_(head_dim) {}
+  explicit low_rank_source(const cache_shape& shape) : shape_(shape) {}
   explicit low_rank_source(const codec::low_rank_calibration& calibration) : calibration_(&calibration) {}
 
   [[nodiscard]] std::optional<codec::any_keys> keys(std::string_view name) const {
-    const auto rank = rank_in(name);
-    if (!rank) return known_codec_source::keys(name);
+    const auto options = options_in(name);
+    if (!options) return known_codec_source::keys(name);
     if (calibration_ == nullptr) return codec::any_keys{};
     codec::low_rank_keys keys;
-    keys.bases = calibration_->bases({.rank = *rank}, {.left_out = true});
+    keys.bases = calibration_->bases(*options, {.left_out = true});
     return codec::any_keys::of(keys);
   }
   [[nodiscard]] std::optional<codec::any_values> values(std::string_view name) const {
-    const auto rank = rank_in(name);
-    if (!rank) return known_codec_source::values(name);
+    const auto options = options_in(name);
+    if (!options) return known_codec_source::values(name);
     if (calibration_ == nullptr) return codec::any_values{};
     codec::low_rank_values values;
-    values.bases = calibration_->bases({.left_out = true}, {.rank = *rank});
+    values.bases = calibration_->bases({.left_out = true}, *options);
     return codec::any_values::of(values);
   }
-  [[nodiscard]] static std::string names() { return list() + ", low_rank<rank> as in low_rank48"; }
-
- private:
-  /// Throws shape_error if there are not so many components.
-  [[nodiscard]] std::optional<index_t> rank_in(std::string_view name) const {
-    constexpr std::string_view prefix = codec::low_rank::name;
-    if (name.substr(0, prefix.size()) != prefix) return {};
-    const auto rank = positive_number(name.substr(prefix.size()));
-    if (rank && calibration_ == nullptr && *rank > head_dim_)
-      throw shape_error("kvcache: '" + shown(name) + "': the rank must be 1 to head_dim, which is " +
-                        std::to_string(head_dim_));
-    return rank;
+  [[nodiscard]] static std::string names() {
+    return list() + ", low_rank<rank>, <energy>% or <bits>bit as in low_rank48, low_rank99%, low_rank3bit";
   }
 
-  index_t head_dim_ = 0;
+ private:
+  /// Throws shape_error where they cannot be for the shape.
+  [[nodiscard]] std::optional<codec::low_rank_options> options_in(std::string_view name) const {
+    constexpr std::string_view prefix = codec::low_rank::name;
+    if (name.substr(0, prefix.size()) != prefix) return {};
+    const std::string_view amount = name.substr(prefix.size());
+    codec::low_rank_options options;
+    if (const auto rank = positive_number(amount)) {
+      options.rank = *rank;
+    } else if (const auto percent = positive_number_before("%", amount)) {
+      options.energy = *percent / 100;
+    } else if (const auto bits = positive_number_before("bit", amount)) {
+      options.bits_per_value = *bits;
+      options.store = codec::component_store::allocated;
+    } else {
+      return {};
+    }
+    if (calibration_ == nullptr) try_out(options, name);
+    return options;
+  }
+
+  /// Such a number with `unit` behind it.
+  static std::optional<double> positive_number_before(std::string_view unit, std::string_view text) {
+    double number = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    const std::string_view rest(end, static_cast<std::size_t>(text.data() + text.size() - end));
+    if (error != std::errc{} || rest != unit || !std::isfinite(number) || number <= 0) return {};
+    return number;
+  }
+
+  /// Finds bases for one head that has a number in each component: what cannot be is refused here, not when there are rows.
+  void try_out(const codec::low_rank_options& options, std::string_view name) const {
+    cache_shape one = shape_;
+    one.num_layers = one.num_kv_heads = 1;
+    std::vector<float> rows(static_cast<std::size_t>(one.head_dim * one.head_dim), 0.0F);
+    for (std::size_t i = 0; i < rows.size(); i += static_cast<std::size_t>(one.head_dim) + 1) rows[i] = 1.0F;
+    codec::low_rank_calibration calibration(one);
+    calibration.add(0, rows, rows);
+    try {
+      (void)calibration.bases(options, {.left_out = true});
+    } catch (const shape_error& error) {
+      constexpr std::string_view who = "kvcache: low_rank: ";
+      std::string_view what = error.what();
+      if (what.substr(0, who.size()) == who) what.remove_prefix(who.size());
+      throw shape_error("kvcache: '" + shown(name) + "', head_dim " + std::to_string(one.head_dim) + ": " +
+                        std::string(what));
+    }
+  }
+
+  cache_shape shape_;
   const codec::low_rank_calibration* calibration_ = nullptr;
 };
 
@@ -129,9 +174,9 @@ struct low_rank_plan {
     }
     if (!parts.codec.empty() && parts.codec.back() == ',') codec.append(",");  // for the reader to refuse
     validate(shape);
-    const auto in_place = codec_spec_reader<low_rank_source>(codec, shape.num_layers, shape.head_dim,
-                                                             low_rank_source(shape.head_dim))
-                              .read_by_layer();
+    const auto in_place =
+        codec_spec_reader<low_rank_source>(codec, shape.num_layers, shape.head_dim, low_rank_source(shape))
+            .read_by_layer();
     tail_tokens = in_place.tail_tokens;
     exact = {in_place.exact_as};
     (void)make_container(spec, container, in_place, shape);  // whatever else it would refuse later
@@ -272,7 +317,7 @@ class fitting_cache final : public erased_cache {
 
 }  // namespace detail
 
-/// \param spec  as for make_cache, with "low_rank<rank>" among the codecs and fit=<tokens>; one without is make_cache's
+/// \param spec  as for make_cache, with low_rank as above among the codecs and fit=<tokens>; one without is make_cache's
 /// Throws std::invalid_argument that lists what there is, and shape_error.
 inline any_cache make_cache_with_low_rank(const std::string& spec, const cache_shape& shape) {
   if (spec.find(codec::low_rank::name) == std::string::npos) return make_cache(spec, shape);
