@@ -106,13 +106,15 @@ struct byte_product {
   }
   template <class Tiles>
   static void begin(index_t num_tiles) noexcept {
-    for_tiles(num_tiles, []<int I>(index_t) { Tiles::template zero<I>(); });
+    for_tiles(
+        num_tiles, []<int I>(index_t) __attribute__((always_inline)) { Tiles::template zero<I>(); });
   }
   template <class Tiles>
   void end(index_t num_tiles) noexcept {
-    for_tiles(num_tiles, [this]<int I>(index_t i) {
-      Tiles::template store<I>(&c[static_cast<std::size_t>(i * tile_rows * tile_rows)], line_bytes);
-    });
+    for_tiles(
+        num_tiles, [this]<int I>(index_t i) __attribute__((always_inline)) {
+          Tiles::template store<I>(&c[static_cast<std::size_t>(i * tile_rows * tile_rows)], line_bytes);
+        });
   }
 };
 
@@ -138,16 +140,17 @@ KVCACHE_TARGET inline void score_bytes(const block_geometry& g, const std::byte*
       byte_product::begin<Tiles>(n);
       for (index_t p = 0; p < packs; p += tile_rows) {
         Tiles::template load<4>(q.tile(p / tile_rows), line_bytes);
-        for_tiles(n, [&]<int I>(index_t i) {
-          // Lines of the next group do no harm: they meet zeros of the query. Behind the last group is nothing of ours.
-          const index_t at = (first + i) * packs + p;
-          const index_t rest = num_groups * packs - at;
-          const std::int8_t* from = lines + at * line_bytes;
-          ahead.fetch();
-          Tiles::template load<6>(rest >= tile_rows ? from : padded.fill(from, line_bytes, rest, line_bytes),
-                                  line_bytes);
-          Tiles::template multiply_signed<I, 4, 6>();
-        });
+        for_tiles(
+            n, [&]<int I>(index_t i) __attribute__((always_inline)) {
+              // Lines of the next group do no harm: they meet zeros of the query. Behind the last group is nothing of ours.
+              const index_t at = (first + i) * packs + p;
+              const index_t rest = num_groups * packs - at;
+              const std::int8_t* from = lines + at * line_bytes;
+              ahead.fetch();
+              Tiles::template load<6>(
+                  rest >= tile_rows ? from : padded.fill(from, line_bytes, rest, line_bytes), line_bytes);
+              Tiles::template multiply_signed<I, 4, 6>();
+            });
       }
       c.end<Tiles>(n);
       for (index_t i = 0; i < n; ++i) {
@@ -199,16 +202,17 @@ KVCACHE_TARGET inline void sum_bytes(const block_geometry& g, const std::byte* v
         const index_t n = std::min(index_t{4}, ceil_div(g.head_dim - d, key_lanes));
         const auto dims_of = [&](index_t i) { return std::min(key_lanes, g.head_dim - d - i * key_lanes); };
         byte_product::begin<Tiles>(n);
-        for_tiles(n, [&]<int I>(index_t i) {
-          const std::int8_t* from = bytes + 4 * (d + i * key_lanes);
-          ahead.fetch();
-          if (packs == tile_rows && dims_of(i) == key_lanes) {
-            Tiles::template load<6>(from, stride);
-          } else {
-            Tiles::template load<6>(padded.fill(from, stride, packs, 4 * dims_of(i)), line_bytes);
-          }
-          Tiles::template multiply_unsigned<I, 4, 6>();
-        });
+        for_tiles(
+            n, [&]<int I>(index_t i) __attribute__((always_inline)) {
+              const std::int8_t* from = bytes + 4 * (d + i * key_lanes);
+              ahead.fetch();
+              if (packs == tile_rows && dims_of(i) == key_lanes) {
+                Tiles::template load<6>(from, stride);
+              } else {
+                Tiles::template load<6>(padded.fill(from, stride, packs, 4 * dims_of(i)), line_bytes);
+              }
+              Tiles::template multiply_unsigned<I, 4, 6>();
+            });
         c.end<Tiles>(n);
         for (index_t r = 0; r < rows; ++r) {
           float* to = sums + (row + r) * g.head_dim + d;

@@ -139,14 +139,15 @@ KVCACHE_INLINE void multiply_rounded(const tile_shape& shape, const void* rows, 
                                      index_t right_stride, index_t n, run_ahead& ahead) noexcept {
   Tiles::template load<4>(rows, stride);
   if (shape.second != 0) Tiles::template load<5>(second_rows, stride);
-  for_tiles(n, [&]<int I>(index_t i) {
-    ahead.fetch();
-    Tiles::template load<6 + I % 2>(right + i * step, right_stride);
-    Tiles::template multiply<I, 4, 6 + I % 2>();
-    if constexpr (I < 2) {
-      if (shape.second != 0) Tiles::template multiply<I + 2, 5, 6 + I % 2>();
-    }
-  });
+  for_tiles(
+      n, [&]<int I>(index_t i) __attribute__((always_inline)) {
+        ahead.fetch();
+        Tiles::template load<6 + I % 2>(right + i * step, right_stride);
+        Tiles::template multiply<I, 4, 6 + I % 2>();
+        if constexpr (I < 2) {
+          if (shape.second != 0) Tiles::template multiply<I + 2, 5, 6 + I % 2>();
+        }
+      });
 }
 
 /// Up to 32 rows that attend to the blocks of a run.

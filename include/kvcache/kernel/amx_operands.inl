@@ -166,7 +166,8 @@ constexpr index_t most_operands(const tile_shape& shape) noexcept { return shape
 
 template <class Tiles>
 inline void begin_products() noexcept {
-  for_tiles(4, []<int I>(index_t) { Tiles::template zero<I>(); });
+  for_tiles(
+      4, []<int I>(index_t) __attribute__((always_inline)) { Tiles::template zero<I>(); });
 }
 
 /// C += A * B: 32 columns of all rows times n right operands, operand(i).
@@ -177,20 +178,22 @@ KVCACHE_INLINE void multiply_columns(const tile_shape& shape, const split_rows& 
   if (shape.second == 0) {
     Tiles::template load<4>(rows.part(column, false), stride);
     Tiles::template load<5>(rows.part(column, true), stride);
-    for_tiles(n, [&]<int I>(index_t i) {
-      const right_operand b = operand(i);
-      ahead.fetch();
-      Tiles::template load<6 + I % 2>(b.lines, b.stride_bytes);
-      Tiles::template multiply<I, 4, 6 + I % 2>();
-      Tiles::template multiply<I, 5, 6 + I % 2>();
-    });
+    for_tiles(
+        n, [&]<int I>(index_t i) __attribute__((always_inline)) {
+          const right_operand b = operand(i);
+          ahead.fetch();
+          Tiles::template load<6 + I % 2>(b.lines, b.stride_bytes);
+          Tiles::template multiply<I, 4, 6 + I % 2>();
+          Tiles::template multiply<I, 5, 6 + I % 2>();
+        });
     return;
   }
-  for_tiles(n, [&]<int I>(index_t i) {
-    const right_operand b = operand(i);
-    ahead.fetch();
-    Tiles::template load<6 + I % 2>(b.lines, b.stride_bytes);
-  });
+  for_tiles(
+      n, [&]<int I>(index_t i) __attribute__((always_inline)) {
+        const right_operand b = operand(i);
+        ahead.fetch();
+        Tiles::template load<6 + I % 2>(b.lines, b.stride_bytes);
+      });
   for (const bool low : {false, true}) {
     Tiles::template load<4>(rows.part(column, low), stride);
     Tiles::template multiply<0, 4, 6>();
@@ -205,23 +208,28 @@ KVCACHE_INLINE void multiply_columns(const tile_shape& shape, const split_rows& 
 template <class Move>
 KVCACHE_INLINE void for_products(const tile_shape& shape, index_t n, float* first, index_t stride,
                                  Move move) noexcept {
-  for_tiles(n, [&]<int I>(index_t i) {
-    move.template operator()<I>(first + i * key_lanes);
-    if constexpr (I < 2) {
-      if (shape.second != 0) move.template operator()<I + 2>(first + tile_rows * stride + i * key_lanes);
-    }
-  });
+  for_tiles(
+      n, [&]<int I>(index_t i) __attribute__((always_inline)) {
+        move.template operator()<I>(first + i * key_lanes);
+        if constexpr (I < 2) {
+          if (shape.second != 0) move.template operator()<I + 2>(first + tile_rows * stride + i * key_lanes);
+        }
+      });
 }
 
 template <class Tiles>
 KVCACHE_INLINE void load_products(const tile_shape& shape, index_t n, float* from, index_t stride) noexcept {
-  for_products(shape, n, from, stride,
-               [stride]<int C>(float* at) { Tiles::template load<C>(at, stride * index_t{sizeof(float)}); });
+  for_products(
+      shape, n, from, stride, [stride]<int C>(float* at) __attribute__((always_inline)) {
+        Tiles::template load<C>(at, stride * index_t{sizeof(float)});
+      });
 }
 template <class Tiles>
 KVCACHE_INLINE void store_products(const tile_shape& shape, index_t n, float* to, index_t stride) noexcept {
-  for_products(shape, n, to, stride,
-               [stride]<int C>(float* at) { Tiles::template store<C>(at, stride * index_t{sizeof(float)}); });
+  for_products(
+      shape, n, to, stride, [stride]<int C>(float* at) __attribute__((always_inline)) {
+        Tiles::template store<C>(at, stride * index_t{sizeof(float)});
+      });
 }
 
 /// Whether [num_rows, stride] floats are all finite, of which each row has `num_lanes`.

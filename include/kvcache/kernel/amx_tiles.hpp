@@ -158,7 +158,7 @@ class tiles_in_use {
 
 /// Calls f.operator()<i>(i) for i in [0, n), n <= 4.
 template <class F>
-inline void for_tiles(index_t n, F f) {
+[[gnu::always_inline]] inline void for_tiles(index_t n, F f) {
   f.template operator()<0>(0);
   if (n > 1) f.template operator()<1>(1);
   if (n > 2) f.template operator()<2>(2);
