@@ -162,7 +162,7 @@ double bound(const norms& seen, const split_attention::model_shape& shape, index
   const double scores = seen.q * seen.k / std::sqrt(static_cast<double>(shape.head_dim));
   const double levels = n == 1 ? 0 : std::ceil(std::log2(static_cast<double>(n))) + 1;
   const bool on_amx = kvcache::kernel::best().level == kvcache::kernel::isa::amx;
-  const double attends = (on_amx ? 8 : 1) * 1e-6 * (4 + scores) + (on_amx ? 0x1p-7 : 0);
+  const double attends = (on_amx ? 8 : 1) * 1e-6 * (4 + scores) + (on_amx ? 0x1p-6 + scores / 250 : 0);
   const double merges = levels * 1e-7 * (3 + scores + std::log(static_cast<double>(longest)));
   return (2 * attends + merges) * seen.v;
 }

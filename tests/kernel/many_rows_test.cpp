@@ -234,9 +234,7 @@ TEST_CASE("a row is the same whatever rows are beside it, as long as they are ma
         REQUIRE(part.rows[r].max == all.rows[in_all].max);
         REQUIRE(part.rows[r].sum == all.rows[in_all].sum);
       }
-      REQUIRE(std::abs(part.sums[16 * 64] / part.rows[16].sum -
-                       all.sums[static_cast<std::size_t>(first + 16) * 64] /
-                           all.rows[static_cast<std::size_t>(first) + 16].sum) < 1e-5F);
+      REQUIRE(std::equal(part.sums.begin(), part.sums.end(), all.sums.begin() + first * 64));
     }
   }
 }
@@ -265,6 +263,62 @@ TEST_CASE("many rows average, and large logits that are equal weigh the same", "
   }
 }
 
+TEST_CASE("a maximum rises where floats are so far apart that it and the room above it round to a score",
+          "[kernel]") {
+  test::random random;
+  for (const kernel::table* level : levels()) {
+    run_of_blocks blocks(*level, 32, 1, 1.0F, random);
+    std::fill(blocks.k.begin(), blocks.k.end(), 0.0F);
+    std::fill(blocks.v.begin(), blocks.v.end(), 0.0F);
+    for (std::size_t t = 0; t < 64; ++t) {
+      blocks.k[t * 32] = 0x1p27F;
+      blocks.k[t * 32 + 1] = t == 40 ? 32.0F : 16.0F;
+      blocks.v[t * 32 + t % 32] = 1.0F;
+    }
+    blocks.store();
+    state s(17, 32);
+    for (kernel::softmax_row& row : s.rows) row.max = 0x1p27F + 16;
+    attend(*level, blocks, std::vector<float>(17 * 32, 1.0F), s);
+    CHECK(s.rows[16].max == 0x1p27F + 32);
+    CHECK(std::abs(s.rows[16].sum - 1.0F) < 1e-4F);
+    std::vector<float> scores(64, 0x1p27F + 16);
+    scores[40] += 16;
+    kernel::softmax_row row{0x1p27F + 16, 0.0F};
+    float rescale = 0;
+    level->softmax(scores.data(), 64, 64, 1, &row, &rescale);
+    CHECK(row.max == 0x1p27F + 32);
+  }
+}
+
+TEST_CASE("each step of an octave becomes the bf16 that is nearest, but for what a table of 64 leaves",
+          "[kernel]") {
+  test::random random;
+  for (const kernel::table* level : levels()) {
+    run_of_blocks blocks(*level, tokens, 4, 1.0F, random);
+    std::fill(blocks.k.begin(), blocks.k.end(), 0.0F);
+    std::fill(blocks.v.begin(), blocks.v.end(), 0.0F);
+    for (std::size_t t = 0; t < 64; ++t) blocks.v[t * 64 + t] = 1.0F;  // of the first block
+    std::vector<float> q(20 * 64, 0.0F);
+    for (std::size_t r = 0; r < 20; ++r) q[r * 64] = q[r * 64 + 1] = 1.0F;
+    for (std::size_t first = 0; first < 256; first += 63) {
+      for (std::size_t t = 0; t < 256; ++t) {
+        const float score = t < 64 ? -static_cast<float>(first + t) * 0.693147181F / 256 : -100.0F;
+        blocks.k[t * 64] = to_float(from_float<bfloat16>(score));
+        blocks.k[t * 64 + 1] = to_float(from_float<bfloat16>(score - blocks.k[t * 64]));
+      }
+      blocks.k[0] = blocks.k[1] = 0.0F;  // the maximum
+      blocks.store();
+      state s(20, 64);
+      attend(*level, blocks, q, s);
+      for (std::size_t t = 1; t < 64; ++t) {
+        const double want = std::exp2(-static_cast<double>(first + t) / 256);
+        CAPTURE(first, t);
+        REQUIRE(std::abs(double{s.sums[18 * 64 + t]} / want - 1) < 0.00475);
+      }
+    }
+  }
+}
+
 TEST_CASE("a score that only overflows in tiles shows as well", "[kernel]") {
   test::random random;
   for (const kernel::table* level : levels()) {
@@ -284,17 +338,22 @@ TEST_CASE("what is not finite shows in many rows, for whoever computes again", "
   test::random random;
   const float not_a_number = std::numeric_limits<float>::quiet_NaN();
   for (const kernel::table* level : levels()) {
-    const auto shows = [](const state& s) {
-      const auto finite = [](float x) { return std::isfinite(x); };
-      return !std::all_of(s.sums.begin(), s.sums.end(), finite) ||
-             !std::all_of(s.rows.begin(), s.rows.end(), [&](const auto& r) { return finite(r.sum); });
+    const auto shows = [](const state& s) {  // in every row
+      for (std::size_t r = 0; r < s.rows.size(); ++r) {
+        bool finite = std::isfinite(s.rows[r].sum);
+        for (std::size_t d = 0; d < 32; ++d) finite = finite && std::isfinite(s.sums[r * 32 + d]);
+        if (finite) return false;
+      }
+      return true;
     };
     const std::vector<float> q = random.floats(32 * 32);
-    for (const float bad : {not_a_number, infinity}) {
+    for (int i = 0; i < 24; ++i) {
+      const float bad = i % 2 == 0 ? not_a_number : infinity;
       for (const bool in_keys : {false, true}) {
-        CAPTURE(bad, in_keys);
+        const auto token = static_cast<std::size_t>(random.between(0, 191));
+        CAPTURE(bad, in_keys, token);
         run_of_blocks blocks(*level, 32, 3, 1.0F, random);
-        (in_keys ? blocks.k : blocks.v)[70 * 32 + 5] = bad;
+        (in_keys ? blocks.k : blocks.v)[token * 32 + 5] = bad;
         blocks.store();
         state s(32, 32);
         attend(*level, blocks, q, s);

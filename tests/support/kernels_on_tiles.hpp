@@ -9,7 +9,7 @@
 
 namespace test {
 
-/// Null where they do not run: they need AVX-512, and are compiled on Linux only.
+/// Null where they do not run: they need AVX-512 with BF16 and VBMI, and are compiled on Linux only.
 #if defined(__x86_64__) && defined(__linux__)
 const kvcache::kernel::table* kernels_on_emulated_tiles() noexcept;
 #else

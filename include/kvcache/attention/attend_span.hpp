@@ -9,7 +9,8 @@
 //
 // A row's result depends on the keys it sees, the block size and the span length; not on which other rows are
 // computed beside it, nor on where the blocks lie. That is what makes prefill equal decode bit for bit. On AMX there is an
-// exception: how rows are multiplied with bf16 blocks depends on how many of them there are.
+// exception: how rows are multiplied with bf16 blocks depends on how many of them there are, whether all of them see all of a
+// block, and whether what comes out is finite in all of them.
 #pragma once
 
 #include <kvcache/attention/rope.hpp>

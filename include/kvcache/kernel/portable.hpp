@@ -67,7 +67,7 @@ float fold(lane_array& lane, Combine combine) noexcept {
 /// Raises row.max where `largest` passes it by too much, and scales row.sum with it. \return the scale
 /// Never inlined: where multiply-adds are one instruction, the same numbers would round differently from caller to caller.
 [[gnu::noinline]] inline float raise_max(softmax_row& row, float largest) noexcept {
-  if (!(largest > row.max + softmax_slack)) return 1.0F;
+  if (!(largest - row.max > softmax_slack)) return 1.0F;  // their sum might be rounded up to `largest`
   const bool first = row.max == -std::numeric_limits<float>::infinity();
   const float rescale = first ? 1.0F : exp_below_slack(row.max - largest);  // all sums are zero so far
   row.max = largest;
