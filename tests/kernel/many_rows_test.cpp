@@ -22,6 +22,8 @@ namespace {
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr index_t tokens = 64;  // of a block
 
+float in_bf16(float x) { return to_float(from_float<bfloat16>(x)); }
+
 /// Those of the levels that run here that have an `attend`.
 std::vector<const kernel::table*> levels() {
   auto all = test::every_table();
@@ -41,9 +43,9 @@ class run_of_blocks {
     float size = 1;
     for (index_t b = 0; b < count; ++b, size *= growth) {
       std::vector<float> k_rows = random.floats(tokens * head_dim);
-      for (float& x : k_rows) x = to_float(from_float<bfloat16>(x * size));
+      for (float& x : k_rows) x = in_bf16(x * size);
       std::vector<float> v_rows = random.floats(tokens * head_dim);
-      for (float& x : v_rows) x = to_float(from_float<bfloat16>(x));
+      for (float& x : v_rows) x = in_bf16(x);
       k.insert(k.end(), k_rows.begin(), k_rows.end());
       v.insert(v.end(), v_rows.begin(), v_rows.end());
     }
@@ -80,6 +82,15 @@ class run_of_blocks {
   std::vector<memory_block> memory_;
   std::array<const std::byte*, 2 * kernel::max_blocks_at_once> blocks_{};
 };
+
+/// head_dim 64, keys of zeros, and values by which sums are the weights of the first block.
+run_of_blocks showing_weights(const kernel::table& kernels, index_t count, test::random& random) {
+  run_of_blocks blocks(kernels, tokens, count, 1.0F, random);
+  std::fill(blocks.k.begin(), blocks.k.end(), 0.0F);
+  std::fill(blocks.v.begin(), blocks.v.end(), 0.0F);
+  for (std::size_t t = 0; t < 64; ++t) blocks.v[t * 64 + t] = 1.0F;
+  return blocks;
+}
 
 /// The running softmax of some rows, and their sums.
 struct state {
@@ -185,16 +196,13 @@ TEST_CASE("many rows attend to several blocks at once", "[kernel]") {
 TEST_CASE("weights of many rows are exponentials, by six thousandths", "[kernel]") {
   test::random random;
   for (const kernel::table* level : levels()) {
-    run_of_blocks blocks(*level, tokens, 1, 1.0F, random);
-    std::fill(blocks.k.begin(), blocks.k.end(), 0.0F);
-    std::fill(blocks.v.begin(), blocks.v.end(), 0.0F);
-    for (std::size_t t = 0; t < 64; ++t) blocks.v[t * 64 + t] = 1.0F;  // sums are the weights
+    run_of_blocks blocks = showing_weights(*level, 1, random);
     std::vector<float> q(20 * 64, 0.0F);
     for (std::size_t r = 0; r < 20; ++r) q[r * 64] = 1.0F;
     for (const float most_below : {1.0F, 8.0F, 80.0F, 300.0F, 1e5F, 1e9F, 1e30F}) {
       std::vector<double> scores;
       for (std::size_t t = 0; t < 64; ++t) {
-        blocks.k[t * 64] = to_float(from_float<bfloat16>(-most_below * random.uniform()));
+        blocks.k[t * 64] = in_bf16(-most_below * random.uniform());
         scores.push_back(double{blocks.k[t * 64]});
       }
       blocks.store();
@@ -294,17 +302,14 @@ TEST_CASE("each step of an octave becomes the bf16 that is nearest, but for what
           "[kernel]") {
   test::random random;
   for (const kernel::table* level : levels()) {
-    run_of_blocks blocks(*level, tokens, 4, 1.0F, random);
-    std::fill(blocks.k.begin(), blocks.k.end(), 0.0F);
-    std::fill(blocks.v.begin(), blocks.v.end(), 0.0F);
-    for (std::size_t t = 0; t < 64; ++t) blocks.v[t * 64 + t] = 1.0F;  // of the first block
+    run_of_blocks blocks = showing_weights(*level, 4, random);
     std::vector<float> q(20 * 64, 0.0F);
     for (std::size_t r = 0; r < 20; ++r) q[r * 64] = q[r * 64 + 1] = 1.0F;
     for (std::size_t first = 0; first < 256; first += 63) {
       for (std::size_t t = 0; t < 256; ++t) {
         const float score = t < 64 ? -static_cast<float>(first + t) * 0.693147181F / 256 : -100.0F;
-        blocks.k[t * 64] = to_float(from_float<bfloat16>(score));
-        blocks.k[t * 64 + 1] = to_float(from_float<bfloat16>(score - blocks.k[t * 64]));
+        blocks.k[t * 64] = in_bf16(score);
+        blocks.k[t * 64 + 1] = in_bf16(score - blocks.k[t * 64]);
       }
       blocks.k[0] = blocks.k[1] = 0.0F;  // the maximum
       blocks.store();

@@ -26,6 +26,8 @@
 #include <kvcache/cache/recoded.hpp>
 #include <kvcache/codec/by_layer.hpp>
 #include <kvcache/codec/low_rank.hpp>
+#include <kvcache/codec/low_rank_chooser.hpp>
+#include <kvcache/codec/low_rank_layout.hpp>
 #include <kvcache/core/executor.hpp>
 #include <kvcache/core/shape.hpp>
 #include <kvcache/core/status.hpp>
@@ -73,7 +75,7 @@ class low_rank_source : public known_codec_source {
   explicit low_rank_source(const codec::low_rank_calibration& calibration) : calibration_(&calibration) {}
 
   [[nodiscard]] std::optional<codec::any_keys> keys(std::string_view name) const {
-    const auto options = options_in(name);
+    const auto options = options_in<codec::detail::key_groups>(name);
     if (!options) return known_codec_source::keys(name);
     if (calibration_ == nullptr) return codec::any_keys{};
     codec::low_rank_keys keys;
@@ -81,7 +83,7 @@ class low_rank_source : public known_codec_source {
     return codec::any_keys::of(keys);
   }
   [[nodiscard]] std::optional<codec::any_values> values(std::string_view name) const {
-    const auto options = options_in(name);
+    const auto options = options_in<codec::detail::value_groups>(name);
     if (!options) return known_codec_source::values(name);
     if (calibration_ == nullptr) return codec::any_values{};
     codec::low_rank_values values;
@@ -94,6 +96,7 @@ class low_rank_source : public known_codec_source {
 
  private:
   /// Throws shape_error where they cannot be for the shape.
+  template <class Groups>
   [[nodiscard]] std::optional<codec::low_rank_options> options_in(std::string_view name) const {
     constexpr std::string_view prefix = codec::low_rank::name;
     if (name.substr(0, prefix.size()) != prefix) return {};
@@ -109,7 +112,7 @@ class low_rank_source : public known_codec_source {
     } else {
       return {};
     }
-    if (calibration_ == nullptr) try_out(options, name);
+    if (calibration_ == nullptr) check<Groups>(options, name);
     return options;
   }
 
@@ -122,16 +125,15 @@ class low_rank_source : public known_codec_source {
     return number;
   }
 
-  /// Finds bases for one head that has a number in each component: what cannot be is refused here, not when there are rows.
-  void try_out(const codec::low_rank_options& options, std::string_view name) const {
+  /// Chooses among components that are all alike: what cannot be is refused here, not when there are rows.
+  template <class Groups>
+  void check(const codec::low_rank_options& options, std::string_view name) const {
     cache_shape one = shape_;
     one.num_layers = one.num_kv_heads = 1;
-    std::vector<float> rows(static_cast<std::size_t>(one.head_dim * one.head_dim), 0.0F);
-    for (std::size_t i = 0; i < rows.size(); i += static_cast<std::size_t>(one.head_dim) + 1) rows[i] = 1.0F;
-    codec::low_rank_calibration calibration(one);
-    calibration.add(0, rows, rows);
+    const std::vector<std::vector<double>> energies{
+        std::vector<double>(static_cast<std::size_t>(one.head_dim), 1.0)};
     try {
-      (void)calibration.bases(options, {.left_out = true});
+      (void)codec::detail::layout_chooser<Groups>(one, options, energies).choose();
     } catch (const shape_error& error) {
       constexpr std::string_view who = "kvcache: low_rank: ";
       std::string_view what = error.what();

@@ -229,25 +229,26 @@ class row_pass {
     return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(exponentials::least_steps)) == 0;
   }
 
-  /// Raises the maxima of rows [row, row + Rows), and rescales what was weighed with those before.
+  /// Raises the maxima of rows [row, row + Rows), and rescales what was weighed with those before. Marks rows with a score that is
+  /// not finite by a sum that is not: tiles may overflow to -infinity where others do not, and it would weigh nothing.
   template <int Rows>
   KVCACHE_TARGET [[gnu::noinline]] void raise_maxima(index_t b, index_t row) noexcept {
     std::array<float, Rows> rescales;
     avx512::vec max[Rows];
     avx512::softmax_shifts<Rows>(scores_of(row), many_tokens, many_tokens, rows_ + row, rescales.data(), max);
     for (index_t r = row; r < row + Rows; ++r) {
-      // NaN once a score is not finite: tiles may overflow to -infinity where others do not, and it would weigh nothing
-      avx512::vec probe = avx512::zero();
-      for (index_t t = 0; t < many_tokens; t += key_lanes)
-        probe = avx512::fma(avx512::load(scores_of(r) + t), avx512::zero(), probe);
-      const float by = rescales[static_cast<std::size_t>(r - row)];
       float* weight_sums = weight_sums_of(r);
-      avx512::store(weight_sums, avx512::fma(avx512::load(weight_sums), avx512::broadcast(by), probe));
+      if (!all_finite(scores_of(r), 1, many_tokens, many_tokens))
+        weight_sums[0] = std::numeric_limits<float>::quiet_NaN();
+      const float by = rescales[static_cast<std::size_t>(r - row)];
       if (by == 1.0F) continue;
       add(b);  // what was weighed before it rose
-      float* sums = sums_ + r * g_.head_dim;
-      lanes::transform(
-          g_.head_dim, sums, [by](auto x) { return x * by; }, sums);
+      const auto rescale = [by](float* sums, index_t count) {
+        lanes::transform(
+            count, sums, [by](auto x) { return x * by; }, sums);
+      };
+      rescale(weight_sums, key_lanes);
+      rescale(sums_ + r * g_.head_dim, g_.head_dim);
     }
   }
 

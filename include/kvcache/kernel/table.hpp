@@ -87,7 +87,8 @@ struct element_kernels {
                           float* prepared) = nullptr;
 
   /// `scores`, `table::softmax` and `accumulate` of whole blocks in one, for rows that all see all of them. Queries may be
-  /// rounded to bf16, weights be a bf16 that is off by 0.0061 of itself; sums are of weights as they are then. Null on levels that have no such thing.
+  /// rounded to bf16, weights be a bf16 that is off by 0.0061 of itself; sums are of weights as they are then. Null on levels that
+  /// have no such thing.
   /// \param prepared  as `prepare` made them for num_rows
   /// \param rows      [num_rows]; sums are rescaled where their max is raised. Where scores or sums are not finite, sums or rows
   ///                  may hold NaN or infinity that the three kernels would not give: whoever calls computes again without this
