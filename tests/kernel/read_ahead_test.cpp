@@ -4,6 +4,7 @@
 
 #if defined(__x86_64__)
 #include <kvcache/kernel/avx2.hpp>
+#include <kvcache/kernel/avx512.hpp>
 #elif defined(__aarch64__)
 #include <kvcache/kernel/neon.hpp>
 #endif
@@ -70,6 +71,25 @@ TEST_CASE("pages of a block are asked for beside one another") {
   }
 }
 
+#endif
+
+#if defined(__x86_64__)
+TEST_CASE("every line of a packed section is asked for once, in two streams or in order") {
+  const index_t num_lines = GENERATE(1, 2, 3, 16, 33, 64);
+  const bool by_levels = prefetch::by_levels;
+  CAPTURE(num_lines, by_levels);
+  const std::vector<std::byte> section(static_cast<std::size_t>(64 * num_lines));
+  kernel::avx512::lines_ahead ahead({section.data(), section.data()}, 64 * num_lines);
+  std::vector<int> asked(static_cast<std::size_t>(num_lines));
+  for (index_t i = 0; i < num_lines; ++i, ahead.step()) {
+    const index_t half = ceil_div(num_lines, 2);
+    const index_t expected = !by_levels ? i : i % 2 == 0 ? i / 2 : half + i / 2;
+    CHECK(ahead.far - section.data() == 64 * expected);
+    CHECK(ahead.near - section.data() == 64 * i);
+    ++asked.at(static_cast<std::size_t>((ahead.far - section.data()) / 64));
+  }
+  CHECK(std::all_of(asked.begin(), asked.end(), [](int n) { return n == 1; }));
+}
 #endif
 
 }  // namespace

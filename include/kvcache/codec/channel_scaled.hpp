@@ -117,7 +117,6 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
               const float* queries, index_t num_rows, float* scores, const kernel::upcoming& next) const {
     alignas(64) std::array<float, rows_at_once*(16 + max_head_dim)> prepared;
     std::array<float, rows_at_once> constants;
-    rows::fetch_scales(g, next);
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = queries + first * g.head_dim;
@@ -130,6 +129,7 @@ struct channel_scaled_keys : channel_scaled_rows<Traits, keys_in_order> {
       for (index_t r = 0; r < n; ++r)
         kernels.channel.shift(to + r * g.block_size, num_scores, constants[static_cast<std::size_t>(r)]);
     }
+    rows::fetch_scales(g, next);
   }
 
  private:
@@ -161,7 +161,6 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
                   const kernel::upcoming& next) const {
     constexpr index_t rows_at_once = 8;
     alignas(64) std::array<float, rows_at_once * max_head_dim> parts;
-    rows::fetch_scales(g, next);
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
       const index_t n = std::min(rows_at_once, num_rows - first);
       const float* from = weights + first * g.block_size;
@@ -176,6 +175,7 @@ struct channel_scaled_values : channel_scaled_rows<Traits, values_in_order> {
                                sums + (first + r) * g.head_dim);
       }
     }
+    rows::fetch_scales(g, next);
   }
 };
 

@@ -142,9 +142,9 @@ struct int8_keys : detail::int8_rows<detail::keys_in_order> {
   }
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const kernel::upcoming& next) const {
-    fetch_behind(next, scales_offset(g), section_bytes(g));
     kernels.int8.scores(g, section, codec::scales(section + scales_offset(g)), count, prepared, num_rows,
                         scores, next);
+    fetch_behind(next, scales_offset(g), section_bytes(g));
     for (index_t r = 0; mean != nullptr && r < num_rows; ++r)
       kernels.channel.shift(scores + r * g.block_size, round_up(count, key_lanes),
                             constants(g, prepared, num_rows)[r]);
@@ -170,9 +170,9 @@ struct int8_values : detail::int8_rows<detail::values_in_order> {
   static void accumulate(const kernel::table& kernels, const block_geometry& g, const std::byte* section,
                          index_t count, const float* weights, index_t num_rows, float* sums,
                          const kernel::upcoming& next) {
-    fetch_behind(next, scales_offset(g), section_bytes(g));
     kernels.int8.accumulate(g, section, scales(section + scales_offset(g)), count, weights, num_rows, sums,
                             next);
+    fetch_behind(next, scales_offset(g), section_bytes(g));
   }
 };
 

@@ -119,8 +119,10 @@ struct rotated_rows : plain_side {
                                                            const block_geometry& g, const std::byte* section,
                                                            index_t count,
                                                            const kernel::upcoming& next) noexcept {
-    fetch_behind(next, codes::section_bytes(g), section_bytes(g));
     return {kernels, g, section, Quantiser::unpack_book(), count, next};
+  }
+  static void fetch_scales(const block_geometry& g, const std::byte* next) noexcept {
+    fetch_behind(next, codes::section_bytes(g), section_bytes(g));
   }
   static const bfloat16* section_scales(const block_geometry& g, const std::byte* section) noexcept {
     return scales(section + codes::section_bytes(g));
@@ -153,6 +155,7 @@ struct rotated_keys : rotated_rows<Quantiser, keys_in_order> {
               const float* prepared, index_t num_rows, float* scores, const kernel::upcoming& next) const {
     Quantiser::scores(this->codes_of(kernels, g, section, count, next), this->section_scales(g, section),
                       prepared, num_rows, scores);
+    this->fetch_scales(g, next);
   }
 };
 
@@ -171,6 +174,7 @@ struct rotated_values : rotated_rows<Quantiser, values_in_order> {
                   const kernel::upcoming& next) const {
     Quantiser::accumulate(this->codes_of(kernels, g, section, count, next), this->section_scales(g, section),
                           weights, num_rows, sums);
+    this->fetch_scales(g, next);
   }
   void finish(const kernel::table& kernels, const block_geometry& g, index_t num_rows, float* sums) const {
     for (index_t r = 0; r < num_rows; ++r)

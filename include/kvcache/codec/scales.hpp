@@ -29,7 +29,8 @@ inline const bfloat16* scales(const std::byte* section) noexcept {
   return reinterpret_cast<const bfloat16*>(section);
 }
 
-/// Fetches what stands behind the codes of a section that is wanted soon; kernels fetch the codes themselves.
+/// Fetches what stands behind the codes of a section that is wanted soon. To be called when kernels have fetched the codes: in
+/// order of address the processor looks the next page up by itself, and what jumps ahead of it is waited for.
 /// \param next  the section, or null
 inline void fetch_behind(const std::byte* next, index_t codes_bytes, index_t section_bytes) noexcept {
   for (index_t i = codes_bytes; next != nullptr && i < section_bytes; i += block_alignment)

@@ -29,20 +29,39 @@ KVCACHE_INLINE void fetch_unit(const std::byte* p) {
 #pragma GCC unroll 3
   for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i) prefetch::line(p + i * packed_line_bytes);
 }
-/// The unit at an offset of both.
-template <int Bits>
-KVCACHE_INLINE void fetch_unit(const upcoming& then, index_t offset) {
-#pragma GCC unroll 3
-  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i, offset += packed_line_bytes)
-    prefetch::lines(then.next + offset, then.soon + offset);
-}
+
+/// Lines of what comes next, as many as are multiplied meanwhile. By levels, those that are wanted later are asked for in two
+/// streams, from the section's beginning and from its middle on (bench/NOTES.md, "In order of address").
+struct lines_ahead {
+  const std::byte* far;    // of the stream whose turn it is
+  const std::byte* other;  // of the other one
+  const std::byte* near;
+  index_t stride;  // of either
+
+  /// \param num_bytes  of the section
+  lines_ahead(const upcoming& then, index_t num_bytes)
+      : far(then.next),
+        other(then.next +
+              (prefetch::by_levels ? round_up(num_bytes / 2, packed_line_bytes) : packed_line_bytes)),
+        near(then.soon),
+        stride(prefetch::by_levels ? packed_line_bytes : 2 * packed_line_bytes) {}
+
+  [[gnu::always_inline]] void step() {
+    far = std::exchange(other, far + stride);
+    near += packed_line_bytes;
+  }
+  template <int Lines>
+  KVCACHE_INLINE void fetch() {
+#pragma GCC unroll 6
+    for (int i = 0; i < Lines; ++i, step()) prefetch::lines(far, near);
+  }
+};
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 /// Where packed keys lie and what they are multiplied with.
 struct packed_keys {
   const std::byte* at;
-  upcoming then;        // fetched meanwhile
   index_t group_bytes;  // from one group of 16 keys to the next
   index_t num_units;    // of each group
   bits codebook;
@@ -62,48 +81,46 @@ KVCACHE_INLINE void add_key_lines(const packed_unit<Bits> (&units)[Groups], bits
 
 template <int Bits, int Rows, int Groups>
 KVCACHE_TARGET inline void score_packed_tile(const packed_keys& keys, const block_geometry& g,
-                                             const bfloat16* scales, const float* prepared, float* out) {
+                                             const bfloat16* scales, const float* prepared, float* out,
+                                             lines_ahead& ahead) {
   const index_t row_floats = prepared_query_floats(g.head_dim);
   row_column<Rows> queries(prepared + prepared_head_floats, row_floats);
   const std::byte* at = keys.at;
-  upcoming then = keys.then;
+  lines_ahead next = ahead;  // in registers
   score_sums<Rows, Groups> sums;
   sums.start(prepared, row_floats);
   for (index_t u = 0; u < keys.num_units; ++u) {
     packed_unit<Bits> units[Groups];
 #pragma GCC unroll 4
-    for (int i = 0; i < Groups; ++i) {
-      load_unit(at + i * keys.group_bytes, units[i]);
-      fetch_unit<Bits>(then, i * keys.group_bytes);
-    }
+    for (int i = 0; i < Groups; ++i) load_unit(at + i * keys.group_bytes, units[i]);
+    next.fetch<Groups * packed_unit<Bits>::packed_lines>();
     add_key_lines<Bits, 0>(units, keys.codebook, queries, sums);
     at += packed_order<Bits>::unit_bytes;
-    then.go_on(packed_order<Bits>::unit_bytes);
     queries.go_on(packed_order<Bits>::lines_per_unit);
   }
+  ahead = next;
   sums.finish(scales, prepared, row_floats, out, g.block_size);
 }
 
 /// As many times `Rows` rows as there are, then fewer; of each, as many groups of keys at a time as the registers allow.
 template <int Bits, int Rows>
-KVCACHE_TARGET inline void score_packed_rows(packed_keys keys, const block_geometry& g,
+KVCACHE_TARGET inline void score_packed_rows(const packed_keys& keys, const block_geometry& g,
                                              const bfloat16* scales, index_t count, const float* prepared,
-                                             index_t num_rows, float* out) {
+                                             index_t num_rows, float* out, const lines_ahead& ahead) {
   constexpr int groups = Bits == 3 ? 2 : byte_tile_width(Rows);
   for (; num_rows >= Rows; num_rows -= Rows, out += Rows * g.block_size) {
     packed_keys here = keys;
-    const auto advance = [&here](index_t by) {
-      here.at += by * here.group_bytes;
-      here.then.go_on(by * here.group_bytes);
-    };
+    lines_ahead next = ahead;
     index_t t = 0;
-    for (; t + (groups - 1) * key_lanes < count; t += groups * key_lanes, advance(groups))
-      score_packed_tile<Bits, Rows, groups>(here, g, scales + t, prepared, out + t);
-    for (; t < count; t += key_lanes, advance(1))
-      score_packed_tile<Bits, Rows, 1>(here, g, scales + t, prepared, out + t);
+    for (; t + (groups - 1) * key_lanes < count;
+         t += groups * key_lanes, here.at += groups * here.group_bytes)
+      score_packed_tile<Bits, Rows, groups>(here, g, scales + t, prepared, out + t, next);
+    for (; t < count; t += key_lanes, here.at += here.group_bytes)
+      score_packed_tile<Bits, Rows, 1>(here, g, scales + t, prepared, out + t, next);
     prepared += Rows * prepared_query_floats(g.head_dim);
   }
-  if constexpr (Rows > 1) score_packed_rows<Bits, Rows / 2>(keys, g, scales, count, prepared, num_rows, out);
+  if constexpr (Rows > 1)
+    score_packed_rows<Bits, Rows / 2>(keys, g, scales, count, prepared, num_rows, out, ahead);
 }
 
 template <int Bits>
@@ -113,10 +130,10 @@ KVCACHE_TARGET inline bool score_packed(const packed_section& section, const blo
   constexpr index_t lines = packed_order<Bits>::lines_per_unit;
   if (g.head_dim % (4 * lines) != 0 || num_rows > most_packed_rows) return false;
   const index_t num_units = g.head_dim / (4 * lines);
-  const packed_keys keys{section.codes, next.or_at_hand(section.codes),
-                         num_units * packed_order<Bits>::unit_bytes, num_units,
+  const packed_keys keys{section.codes, num_units * packed_order<Bits>::unit_bytes, num_units,
                          load_unsigned_codebook(section.codebook)};
-  score_packed_rows<Bits, most_packed_rows>(keys, g, scales, count, prepared, num_rows, out);
+  const lines_ahead ahead(next.or_at_hand(section.codes), g.block_size / key_lanes * keys.group_bytes);
+  score_packed_rows<Bits, most_packed_rows>(keys, g, scales, count, prepared, num_rows, out, ahead);
   return true;
 }
 
@@ -134,7 +151,6 @@ KVCACHE_TARGET inline bool packed_scores(const packed_section& section, const bl
 /// Packed values of up to 64 tokens: `num_packs` times four, `pack_bytes` apart.
 struct packed_values {
   const std::byte* at;
-  upcoming then;
   index_t pack_bytes;
   index_t num_packs;
   bits codebook;
@@ -150,22 +166,22 @@ KVCACHE_INLINE void look_up_lines(const packed_unit<Bits>* units, bits codebook,
 
 template <int Bits, int First, int Rows>
 KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>& w, float* sums,
-                                    index_t sum_stride) {
+                                    index_t sum_stride, lines_ahead& ahead) {
   constexpr int lines = byte_tile_width(Rows);
   constexpr int num_units = std::max(lines / static_cast<int>(packed_order<Bits>::lines_per_unit), 1);
+  lines_ahead next = ahead;  // in registers
   value_sums<Rows, lines> sum;
   sum.start();
-  for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.pack_bytes, v.then.go_on(v.pack_bytes)) {
+  for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.pack_bytes) {
     packed_unit<Bits> units[num_units];
 #pragma GCC unroll 2
-    for (int u = 0; u < num_units; ++u) {
-      load_unit(v.at + u * packed_order<Bits>::unit_bytes, units[u]);
-      fetch_unit<Bits>(v.then, u * packed_order<Bits>::unit_bytes);
-    }
+    for (int u = 0; u < num_units; ++u) load_unit(v.at + u * packed_order<Bits>::unit_bytes, units[u]);
+    if constexpr (First == 0) next.fetch<num_units * packed_unit<Bits>::packed_lines>();
     __m512i x[lines];
     look_up_lines<Bits, First, 0>(units, v.codebook, x);
     sum.add(x, w, t);
   }
+  ahead = next;
   sum.finish(w, sums, sum_stride);
 }
 
@@ -177,27 +193,28 @@ inline constexpr int lines_of_units = std::max(byte_tile_width(Rows),
 /// Those lines from First on.
 template <int Bits, int First, int Rows>
 KVCACHE_INLINE void sum_packed_units(const packed_values& v, const weight_bytes<1, Rows>& w, float* sums,
-                                     index_t sum_stride) {
-  sum_packed_tile<Bits, First>(v, w, sums + First * key_lanes, sum_stride);
+                                     index_t sum_stride, lines_ahead& next) {
+  sum_packed_tile<Bits, First>(v, w, sums + First * key_lanes, sum_stride, next);
   constexpr int then = First + byte_tile_width(Rows);
-  if constexpr (then < lines_of_units<Bits, Rows>) sum_packed_units<Bits, then>(v, w, sums, sum_stride);
+  if constexpr (then < lines_of_units<Bits, Rows>) sum_packed_units<Bits, then>(v, w, sums, sum_stride, next);
 }
 
 template <int Bits, int Rows>
 KVCACHE_TARGET inline void sum_packed_rows(const packed_values& v, const block_geometry& g,
                                            const bfloat16* scales, index_t count, const float* weights,
-                                           index_t num_rows, float* sums) {
+                                           index_t num_rows, float* sums, const lines_ahead& ahead) {
   constexpr int lines = lines_of_units<Bits, Rows>;
   constexpr index_t num_bytes = lines / packed_order<Bits>::lines_per_unit * packed_order<Bits>::unit_bytes;
   for (; num_rows >= Rows; num_rows -= Rows, weights += Rows * g.block_size, sums += Rows * g.head_dim) {
     weight_bytes<1, Rows> w;
     split_weights(weights, g.block_size, scales, count, w);
     packed_values here = v;
-    for (index_t d = 0; d < g.head_dim;
-         d += lines * key_lanes, here.at += num_bytes, here.then.go_on(num_bytes))
-      sum_packed_units<Bits, 0>(here, w, sums + d, g.head_dim);
+    lines_ahead next = ahead;
+    for (index_t d = 0; d < g.head_dim; d += lines * key_lanes, here.at += num_bytes)
+      sum_packed_units<Bits, 0>(here, w, sums + d, g.head_dim, next);
   }
-  if constexpr (Rows > 1) sum_packed_rows<Bits, Rows / 2>(v, g, scales, count, weights, num_rows, sums);
+  if constexpr (Rows > 1)
+    sum_packed_rows<Bits, Rows / 2>(v, g, scales, count, weights, num_rows, sums, ahead);
 }
 
 template <int Bits>
@@ -212,9 +229,9 @@ KVCACHE_TARGET inline bool sum_packed(const packed_section& section, const block
   for (index_t t = 0; t < count; t += sum_tokens) {
     const index_t num_tokens = std::min(sum_tokens, count - t);
     const index_t skip = t / 4 * pack_bytes;
-    const packed_values v{section.codes + skip, next.or_at_hand(section.codes).part(skip), pack_bytes,
-                          ceil_div(num_tokens, 4), codebook};
-    sum_packed_rows<Bits, most_packed_rows>(v, g, scales + t, num_tokens, weights + t, num_rows, sums);
+    const packed_values v{section.codes + skip, pack_bytes, ceil_div(num_tokens, 4), codebook};
+    const lines_ahead ahead(next.or_at_hand(section.codes).part(skip), v.num_packs * pack_bytes);
+    sum_packed_rows<Bits, most_packed_rows>(v, g, scales + t, num_tokens, weights + t, num_rows, sums, ahead);
   }
   return true;
 }
