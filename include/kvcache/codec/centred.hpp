@@ -211,9 +211,8 @@ struct centred_keys : plain_side {
 
   void scores(const kernel::table& kernels, const block_geometry& g, const std::byte* section, index_t count,
               const float* prepared, index_t num_rows, float* scores, const kernel::upcoming& next) const {
-    // Alone behind the rest's section, the mean would be waited for.
-    fetch_behind(section, rest.section_bytes(g), section_bytes(g));
     rest.scores(kernels, g, section, count, prepared, num_rows, scores, next);
+    fetch_behind(next, rest.section_bytes(g), section_bytes(g));
     const float* own = prepared + num_rows * rest_floats(g);
     const index_t stride = round_up(g.head_dim, 16);
     for (index_t first = 0; first < num_rows; first += rows_at_once) {
