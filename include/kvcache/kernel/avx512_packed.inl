@@ -169,6 +169,8 @@ KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>
                                     index_t sum_stride, lines_ahead& ahead) {
   constexpr int lines = byte_tile_width(Rows);
   constexpr int num_units = std::max(lines / static_cast<int>(packed_order<Bits>::lines_per_unit), 1);
+  // Of the same units, one after the other: each asks for its share of lines.
+  constexpr int passes = std::max(static_cast<int>(packed_order<Bits>::lines_per_unit) / lines, 1);
   lines_ahead next = ahead;  // in registers
   value_sums<Rows, lines> sum;
   sum.start();
@@ -176,7 +178,8 @@ KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>
     packed_unit<Bits> units[num_units];
 #pragma GCC unroll 2
     for (int u = 0; u < num_units; ++u) load_unit(v.at + u * packed_order<Bits>::unit_bytes, units[u]);
-    if constexpr (First == 0) next.fetch<num_units * packed_unit<Bits>::packed_lines>();
+    if (passes == 1 || t / 4 % passes == First / lines)
+      next.fetch<num_units * packed_unit<Bits>::packed_lines>();
     __m512i x[lines];
     look_up_lines<Bits, First, 0>(units, v.codebook, x);
     sum.add(x, w, t);
