@@ -24,12 +24,6 @@ KVCACHE_INLINE void load_unit(const std::byte* p, packed_unit<Bits>& unit) {
     unit.line[i] = load_bits(p + i * packed_line_bytes);
 }
 
-template <int Bits>
-KVCACHE_INLINE void fetch_unit(const std::byte* p) {
-#pragma GCC unroll 3
-  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i) prefetch::line(p + i * packed_line_bytes);
-}
-
 /// Lines of what comes next, as many as are multiplied meanwhile. By levels, those that are wanted later are asked for in two
 /// streams, from the section's beginning and from its middle on (bench/NOTES.md, "In order of address").
 struct lines_ahead {
@@ -164,14 +158,18 @@ KVCACHE_INLINE void look_up_lines(const packed_unit<Bits>* units, bits codebook,
   if constexpr (Line + 1 < Lines) look_up_lines<Bits, First, Line + 1>(units, codebook, x);
 }
 
+/// Lines of one unit, or of as many as a tile takes.
+template <int Bits, int Rows>
+inline constexpr int lines_of_units = std::max(byte_tile_width(Rows),
+                                               static_cast<int>(packed_order<Bits>::lines_per_unit));
+
 template <int Bits, int First, int Rows>
 KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>& w, float* sums,
                                     index_t sum_stride, lines_ahead& ahead) {
   constexpr int lines = byte_tile_width(Rows);
-  constexpr int num_units = std::max(lines / static_cast<int>(packed_order<Bits>::lines_per_unit), 1);
-  // Of the same units, one after the other: each asks for its share of lines.
-  constexpr int passes = std::max(static_cast<int>(packed_order<Bits>::lines_per_unit) / lines, 1);
-  lines_ahead next = ahead;  // in registers
+  constexpr int num_units = lines_of_units<Bits, Rows> / packed_order<Bits>::lines_per_unit;
+  constexpr int passes = lines_of_units<Bits, Rows> / lines;  // over the same units, each asks for its share
+  lines_ahead next = ahead;                                   // in registers
   value_sums<Rows, lines> sum;
   sum.start();
   for (index_t t = 0; t < 4 * v.num_packs; t += 4, v.at += v.pack_bytes) {
@@ -187,11 +185,6 @@ KVCACHE_INLINE void sum_packed_tile(packed_values v, const weight_bytes<1, Rows>
   ahead = next;
   sum.finish(w, sums, sum_stride);
 }
-
-/// Lines of one unit, or of as many as a tile takes.
-template <int Bits, int Rows>
-inline constexpr int lines_of_units = std::max(byte_tile_width(Rows),
-                                               static_cast<int>(packed_order<Bits>::lines_per_unit));
 
 /// Those lines from First on.
 template <int Bits, int First, int Rows>

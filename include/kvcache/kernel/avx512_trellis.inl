@@ -36,6 +36,12 @@ KVCACHE_INLINE byte_table load_table(const std::int8_t* table, std::uint8_t flip
   return loaded;
 }
 
+template <int Bits>
+KVCACHE_INLINE void fetch_unit(const std::byte* p) {
+#pragma GCC unroll 3
+  for (int i = 0; i < packed_unit<Bits>::packed_lines; ++i) prefetch::line(p + i * packed_line_bytes);
+}
+
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 /// What is left of 16 keys' codes when the next lines are taken: states(line of a unit, in order) of the unit at `at`.

@@ -31,11 +31,6 @@ struct upcoming {
     block_bytes = num_bytes;
     offset = section_offset;
   }
-  /// The same without looking for null, as a loop does it.
-  void go_on(index_t num_bytes) noexcept {
-    next += num_bytes;
-    soon += num_bytes;
-  }
   /// `section` in place of null: at hand, it costs nothing to ask for.
   [[nodiscard]] upcoming or_at_hand(const std::byte* section) const noexcept {
     return {next == nullptr ? section : next, soon == nullptr ? section : soon};
